@@ -1,0 +1,41 @@
+//! y = silu(gate) ∘ up with silu(g) = g·σ(g): the gated feed-forward's activation (Shazeer 2020, SwiGLU).
+//!
+//! dgate = dy ∘ up ∘ σ(1 + gate(1 − σ)), dup = dy ∘ silu(gate); the kernel's comment derives it.
+
+use crate::{Error, Gradients, Op, Result, Tape, Tensor};
+use rankfold_backend::{Backend, Buffer};
+use std::sync::Arc;
+
+struct SiluMul {
+    gate: Tensor,
+    up: Tensor,
+}
+
+impl Tape {
+    /// silu(gate) ∘ up
+    pub fn silu_mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+        if gate.shape() != up.shape() {
+            let expected = gate.shape().to_string();
+            return Err(Error::Shape { op: "silu_mul", tensor: "up", expected, found: up.shape().clone() });
+        }
+        let mut y = self.alloc(gate.dtype(), gate.shape().elements())?;
+        self.backend().silu_mul(gate.view(), up.view(), y.view_mut())?;
+        let inputs = [gate.variable(), up.variable()];
+        self.record(y, gate.shape().clone(), &inputs, |_| SiluMul { gate: gate.clone(), up: up.clone() })
+    }
+}
+
+impl Op for SiluMul {
+    fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
+        let mut dgate = backend.alloc(grad.dtype(), grad.len())?;
+        let mut dup = backend.alloc(grad.dtype(), grad.len())?;
+        let (gate, up) = (self.gate.view(), self.up.view());
+        backend.silu_mul_grad(gate, up, grad.view(), dgate.view_mut(), dup.view_mut())?;
+        for (variable, gradient) in [(self.gate.variable(), dgate), (self.up.variable(), dup)] {
+            if let Some(variable) = variable {
+                gradients.add(variable, gradient)?;
+            }
+        }
+        Ok(())
+    }
+}

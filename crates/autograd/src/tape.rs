@@ -1,0 +1,107 @@
+//! The tape: operations in the order in which they ran, walked in reverse.
+
+use crate::{Gradients, Result, Tensor, Variable};
+use rankfold_backend::{Backend, Buffer, DType, Shape};
+use std::cell::RefCell;
+use std::sync::Arc;
+
+/// One operation's backward pass: a struct that holds what it needs, made by the forward pass.
+pub trait Op {
+    /// Give each input that wants one its gradient, from the gradient of the output.
+    ///
+    /// Consumes the operation, so that what it saved is freed when it returns.
+    fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()>;
+}
+
+/// Runs operations and, unless made by [`Tape::inference`], remembers them.
+pub struct Tape {
+    backend: Arc<dyn Backend>,
+    nodes: Option<RefCell<Vec<Option<Box<dyn Op>>>>>,
+}
+
+impl Tape {
+    /// A tape that remembers.
+    pub fn new(backend: Arc<dyn Backend>) -> Self {
+        Self { backend, nodes: Some(RefCell::default()) }
+    }
+
+    /// A tape that only runs: nothing is saved, no tensor has a gradient.
+    pub fn inference(backend: Arc<dyn Backend>) -> Self {
+        Self { backend, nodes: None }
+    }
+
+    /// Where the operations run.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// Whether an input's gradient is to be computed on this tape.
+    pub(crate) fn wants(&self, variable: Option<Variable>) -> bool {
+        self.nodes.is_some() && variable.is_some()
+    }
+
+    /// The output of an operation: a variable where any of its inputs is one, else a constant.
+    ///
+    /// `op` is only called, and so saves only, where the operation is remembered.
+    pub(crate) fn record<O: Op + 'static>(
+        &self,
+        output: Buffer,
+        shape: impl Into<Shape>,
+        inputs: &[Option<Variable>],
+        op: impl FnOnce(&Arc<Buffer>) -> O,
+    ) -> Result<Tensor> {
+        let output = Tensor::constant(output, shape)?;
+        let Some(nodes) = self.nodes.as_ref().filter(|_| inputs.iter().any(Option::is_some)) else {
+            return Ok(output);
+        };
+        let op = op(output.buffer());
+        Ok(push(&mut nodes.borrow_mut(), output, Some(Box::new(op))))
+    }
+
+    /// [`Tape::record`] of an output that exists as a tensor already, whatever its inputs are.
+    pub(crate) fn record_shared<O: Op + 'static>(&self, output: &Tensor, op: impl FnOnce() -> O) -> Tensor {
+        match &self.nodes {
+            Some(nodes) => push(&mut nodes.borrow_mut(), output.detach(), Some(Box::new(op()))),
+            None => output.detach(),
+        }
+    }
+
+    /// A variable with no producer: its gradient stays in [`Gradients`] after the walk.
+    pub(crate) fn leaf(&self, tensor: &Tensor) -> Tensor {
+        match &self.nodes {
+            Some(nodes) => push(&mut nodes.borrow_mut(), tensor.detach(), None),
+            None => tensor.detach(),
+        }
+    }
+
+    /// Walk back from `root`, whose own gradient is `seed`, adding to `gradients`.
+    pub fn backward(self, root: &Tensor, seed: impl Into<Arc<Buffer>>, gradients: &mut Gradients) -> Result<()> {
+        let (Some(nodes), Some(variable)) = (self.nodes, root.variable()) else { return Ok(()) };
+        let mut nodes = nodes.into_inner();
+        gradients.nodes = vec![None; nodes.len()];
+        gradients.put(variable, seed);
+        for node in (0..nodes.len()).rev() {
+            // A leaf has no operation and keeps its gradient; an operation that no loss reached is just dropped.
+            let Some(op) = nodes[node].take() else { continue };
+            if let Some(grad) = gradients.nodes[node].take() {
+                op.backward(self.backend.as_ref(), grad, gradients)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// [`Tape::backward`] from a scalar loss.
+    pub fn backward_from_loss(self, loss: &Tensor, gradients: &mut Gradients) -> Result<()> {
+        let seed = self.backend.filled(loss.dtype(), 1, 1.0)?;
+        self.backward(loss, seed, gradients)
+    }
+
+    pub(crate) fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        Ok(self.backend.alloc(dtype, len)?)
+    }
+}
+
+fn push(nodes: &mut Vec<Option<Box<dyn Op>>>, tensor: Tensor, op: Option<Box<dyn Op>>) -> Tensor {
+    nodes.push(op);
+    Tensor::variable_of(tensor.buffer().clone(), tensor.shape().clone(), Some(Variable::Node(nodes.len() - 1)))
+}

@@ -1,0 +1,115 @@
+//! The conformance suite: every law that a backend keeps, checked against an oracle on random cases.
+//!
+//! A backend's `tests/conformance.rs` is one line, [`conformance!`](crate::conformance!), which expands to one test
+//! a law. A law draws shapes and values, runs the kernel on the candidate in f32 and on the oracle in f64 (the same
+//! values, copied exactly), and compares them within a bound that [`bound`] derives; quantisation, copies and casts
+//! agree to the bit. Every law also runs the candidate twice and asks for the same bits, gives it slices in the
+//! middle of larger buffers and checks the memory on either side, and hands it outputs full of NaN so that an
+//! element that was left out, or read before it was written, is seen.
+//!
+//! Cases come from a fixed seed, so that a failure is the same everywhere; `PROPTEST_RNG_SEED` and `PROPTEST_CASES`
+//! change that.
+//!
+//! In reading order: [`bound`]; `draw` (shapes and values); `harness` (cases, guarded memory, comparison); then a
+//! file a kernel family.
+
+pub mod bound;
+mod draw;
+mod harness;
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
+pub mod errors;
+pub mod linear;
+pub mod matmul;
+pub mod memory;
+pub mod quantize;
+pub mod rms_norm;
+pub mod rope;
+
+pub use harness::Verdict;
+
+/// One `#[test]` a law, for the backend that `candidate` makes (anew for each), judged by the one that `oracle`
+/// makes.
+///
+/// ```ignore
+/// rankfold_backend::conformance!(candidate: CpuBackend::new(2), oracle: ReferenceBackend::new());
+/// ```
+#[macro_export]
+macro_rules! conformance {
+    (candidate: $candidate:expr, oracle: $oracle:expr $(,)?) => {
+        $crate::conformance! { @tests $candidate, $oracle;
+            bytes_survive_a_round_trip => memory::round_trip,
+            host_bytes_are_the_buffers_own => memory::host_bytes,
+            fill_agrees => memory::fill,
+            copy_equals_to_the_bit => memory::copy,
+            cast_equals_to_the_bit => memory::cast,
+            scale_in_place_agrees => elementwise::scale_in_place,
+            add_agrees => elementwise::add,
+            add_in_place_agrees => elementwise::add_in_place,
+            sum_squares_agrees => elementwise::sum_squares,
+            dropout_agrees => elementwise::dropout,
+            silu_mul_agrees => elementwise::silu_mul,
+            silu_mul_backward_agrees => elementwise::silu_mul_grad,
+            matmul_agrees => matmul::agrees,
+            matmul_of_large_matrices_agrees => matmul::large,
+            matmul_passes_nan_and_infinity_on => matmul::non_finite,
+            matmul_bf16_agrees => matmul::bf16,
+            linear_forward_agrees => linear::forward,
+            linear_input_gradient_agrees => linear::grad_input,
+            linear_weight_gradients_agree => linear::grad_weight,
+            linear_of_large_matrices_agrees => linear::large,
+            linear_bf16_forward_agrees => linear::forward_bf16,
+            linear_bf16_input_gradient_agrees => linear::grad_input_bf16,
+            linear_bf16_weight_gradients_agree => linear::grad_weight_bf16,
+            quantize_4bit_equals_to_the_bit => quantize::quantize_4bit,
+            quantize_4bit_stays_under_half_a_gap => quantize::half_a_gap,
+            dequantize_4bit_equals_to_the_bit => quantize::dequantize_4bit,
+            quantize_scales_equals_to_the_bit => quantize::quantize_scales,
+            quantize_8bit_equals_to_the_bit => quantize::quantize_8bit,
+            dequantize_8bit_equals_to_the_bit => quantize::dequantize_8bit,
+            rms_norm_forward_agrees => rms_norm::forward,
+            rms_norm_backward_agrees => rms_norm::backward,
+            rope_agrees => rope::agrees,
+            attention_forward_agrees => attention::forward,
+            attention_backward_agrees => attention::backward,
+            embedding_equals_to_the_bit => embedding::forward,
+            embedding_backward_agrees => embedding::backward,
+            cross_entropy_agrees => cross_entropy::forward,
+            cross_entropy_backward_agrees => cross_entropy::backward,
+            cross_entropy_of_nan_is_nan => cross_entropy::nan,
+            adamw_agrees => adamw::steps,
+            wrong_lengths_are_errors => errors::lengths,
+            wrong_element_types_are_errors => errors::dtypes,
+            foreign_buffers_are_errors => errors::foreign,
+            wrong_values_are_errors => errors::values,
+            contradicting_parameters_are_errors => errors::parameters,
+        }
+    };
+    (@tests $candidate:expr, $oracle:expr; $($test:ident => $family:ident::$law:ident,)*) => {
+        $(
+            #[test]
+            fn $test() {
+                $crate::conformance::judge(
+                    stringify!($test),
+                    $crate::conformance::$family::$law(&$candidate, &$oracle),
+                );
+            }
+        )*
+    };
+}
+
+/// What a test makes of a verdict: a broken law fails it, a skipped one says why on standard error.
+///
+/// # Panics
+/// Where the law is broken: that is how a test fails.
+pub fn judge(law: &str, verdict: Verdict) {
+    match verdict {
+        Verdict::Holds => {}
+        Verdict::Skipped(why) => eprintln!("{law}: skipped, {why}"),
+        Verdict::Broken(why) => panic!("{law}: {why}"),
+    }
+}

@@ -1,0 +1,196 @@
+//! One vector type, three instruction sets.
+//!
+//! A kernel is written once, generic over [`Simd`], as a struct that implements [`Kernel`]; [`Isa::run`] enters a
+//! function compiled for the chosen instruction set and everything below it is inlined there. So nothing but this
+//! folder names an intrinsic, and the same source runs on all machines.
+//!
+//! Read [`Simd`] first, then `portable.rs`, which says in plain Rust what each method means.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod float;
+mod math;
+mod portable;
+
+pub use float::Float;
+pub use math::{exp, sigmoid};
+pub use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+pub use {avx2::Avx2, avx512::Avx512};
+
+use std::fmt;
+
+/// A vector of f32 on one instruction set. The type itself is a zero-sized token.
+///
+/// # Safety
+/// Every method may use the instruction set's instructions: it must only be called where they exist, which
+/// [`Isa::run`] guarantees. Pointers must be valid for the elements that the method's comment names; none need be
+/// aligned.
+pub unsafe trait Simd: Copy + Send + Sync + 'static {
+    /// The vector.
+    type V: Copy;
+    /// Sixteen f32 values, ready for lookups.
+    type Table: Copy;
+    /// Elements of a vector: 8 or 16.
+    const LANES: usize;
+
+    /// All lanes `x`.
+    unsafe fn splat(x: f32) -> Self::V;
+    /// LANES elements.
+    unsafe fn load(p: *const f32) -> Self::V;
+    /// LANES elements.
+    unsafe fn store(p: *mut f32, v: Self::V);
+    /// The first `n` < LANES elements, 0 in the rest.
+    unsafe fn load_first(p: *const f32, n: usize) -> Self::V;
+    /// Only the first `n` < LANES elements.
+    unsafe fn store_first(p: *mut f32, v: Self::V, n: usize);
+    /// LANES bf16 elements, widened.
+    unsafe fn load_bf16(p: *const half::bf16) -> Self::V;
+    /// LANES f16 elements, widened.
+    unsafe fn load_f16(p: *const half::f16) -> Self::V;
+
+    /// LANES elements, rounded to nearest even; a NaN stays one.
+    unsafe fn store_bf16(p: *mut half::bf16, v: Self::V);
+    /// LANES elements, rounded to nearest even; a NaN stays one.
+    unsafe fn store_f16(p: *mut half::f16, v: Self::V);
+
+    /// a + b
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    /// a − b
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    /// a · b
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    /// a / b
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// a · b + c: one rounding where the machine has it, two on `Portable`.
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The larger; `b` where either is NaN.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The smaller; `b` where either is NaN.
+    unsafe fn min(a: Self::V, b: Self::V) -> Self::V;
+    /// |a|
+    unsafe fn abs(a: Self::V) -> Self::V;
+    /// √a
+    unsafe fn sqrt(a: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even; |a| < 2³¹.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// a · 2ⁿ for integral n in [−126, 127].
+    unsafe fn scale_exp2(a: Self::V, n: Self::V) -> Self::V;
+
+    /// The sum of all lanes, by halves: (0+8)(…) first at 16 lanes, then (0+4), (0+2), (0+1).
+    unsafe fn sum(a: Self::V) -> f32;
+    /// The largest lane.
+    unsafe fn max_lane(a: Self::V) -> f32;
+
+    /// Make a table.
+    unsafe fn table(values: &[f32; 16]) -> Self::Table;
+    /// LANES values by the nibbles of LANES/2 bytes, the high nibble of each byte first.
+    unsafe fn lookup_nibbles(table: Self::Table, p: *const u8) -> Self::V;
+
+    /// The inverse of lookup: each lane gets the code `codes[i]` with i the number of thresholds (ascending, padded
+    /// with +∞) that it exceeds; LANES/2 bytes are written, the first lane of a pair in the high nibble. `codes`
+    /// holds integers as the bits of f32s.
+    unsafe fn encode_nibbles(thresholds: Self::Table, codes: Self::Table, v: Self::V, p: *mut u8);
+
+    /// Transpose a LANES × LANES tile in place: lane j of row i becomes lane i of row j.
+    /// `rows` has LANES entries.
+    unsafe fn transpose(rows: &mut [Self::V]);
+}
+
+/// Work that [`Isa::run`] runs on some instruction set.
+pub trait Kernel {
+    /// What it returns.
+    type Output;
+    /// Do it. Implementations are `#[inline(always)]`, and so is everything generic that they call.
+    ///
+    /// # Safety
+    /// The instruction set of `S` exists on this machine.
+    unsafe fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// An instruction set that the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 F, BW, DQ, VL: 16 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    /// AVX2, FMA, F16C: 8 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// Plain Rust: 8 lanes, left to the compiler.
+    Portable,
+}
+
+impl Isa {
+    /// The instruction sets of this machine, the fastest first.
+    pub fn available() -> Vec<Self> {
+        let mut found = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if avx2 && avx512 {
+                found.push(Self::Avx512);
+            }
+            if avx2 {
+                found.push(Self::Avx2);
+            }
+        }
+        found.push(Self::Portable);
+        found
+    }
+
+    /// Run `kernel` on this instruction set.
+    ///
+    /// # Panics
+    /// Where this machine lacks it: values of [`Isa::available`] never do.
+    #[inline]
+    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        debug_assert!(Self::available().contains(&self));
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` in use comes from `available`, which asked the processor.
+            Self::Avx512 => unsafe { run_avx512(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Self::Avx2 => unsafe { run_avx2(kernel) },
+            // SAFETY: plain Rust runs everywhere.
+            Self::Portable => unsafe { kernel.run::<Portable<8>>() },
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+unsafe fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's machine has the features of this function.
+    unsafe { kernel.run::<Avx512>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's machine has the features of this function.
+    unsafe { kernel.run::<Avx2>() }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => "avx2",
+            Self::Portable => "portable",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

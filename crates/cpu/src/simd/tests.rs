@@ -1,0 +1,169 @@
+//! Every instruction set of this machine, and the portable one at both widths, against plain Rust.
+
+use super::*;
+
+/// Run a generic check on every token that this machine can run.
+fn everywhere<K: Kernel<Output = ()> + Clone>(kernel: K) {
+    for isa in Isa::available() {
+        isa.run(kernel.clone());
+    }
+    // SAFETY: plain Rust.
+    unsafe { kernel.run::<Portable<16>>() };
+}
+
+unsafe fn lanes<S: Simd>(v: S::V) -> Vec<f32> {
+    let mut out = vec![0.0; S::LANES];
+    // SAFETY: LANES elements.
+    unsafe { S::store(out.as_mut_ptr(), v) };
+    out
+}
+
+#[derive(Clone)]
+struct LookupAndTranspose;
+impl Kernel for LookupAndTranspose {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let values: [f32; 16] = std::array::from_fn(|i| (i * i) as f32 - 7.0);
+        let bytes: Vec<u8> = (0..S::LANES as u8 / 2).map(|i| i.wrapping_mul(0x9D) ^ 0x3A).collect();
+        // SAFETY: LANES / 2 bytes, LANES rows, LANES elements.
+        unsafe {
+            let found = lanes::<S>(S::lookup_nibbles(S::table(&values), bytes.as_ptr()));
+            let expected: Vec<f32> =
+                bytes.iter().flat_map(|b| [values[usize::from(b >> 4)], values[usize::from(b & 15)]]).collect();
+            assert_eq!(found, expected);
+
+            let matrix: Vec<f32> = (0..S::LANES * S::LANES).map(|i| i as f32).collect();
+            let mut rows: Vec<S::V> = (0..S::LANES).map(|i| S::load(matrix.as_ptr().add(i * S::LANES))).collect();
+            S::transpose(&mut rows);
+            for (i, row) in rows.into_iter().enumerate() {
+                assert_eq!(lanes::<S>(row), (0..S::LANES).map(|j| matrix[j * S::LANES + i]).collect::<Vec<_>>());
+            }
+        }
+    }
+}
+
+#[test]
+fn nibbles_are_looked_up_in_order_and_tiles_transposed() {
+    everywhere(LookupAndTranspose);
+}
+
+#[derive(Clone)]
+struct Exponential;
+impl Kernel for Exponential {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let mut x = -87.3f32;
+        while x < 88.7 {
+            // SAFETY: values only.
+            let found = unsafe { lanes::<S>(exp::<S>(S::splat(x)))[0] };
+            let exact = f64::from(x).exp();
+            assert!(
+                ((f64::from(found) - exact) / exact).abs() <= 2.0 * f64::from(f32::EPSILON),
+                "exp({x}) = {found}, {exact}"
+            );
+            x += 0.0137;
+        }
+        // SAFETY: values only.
+        unsafe {
+            assert_eq!(lanes::<S>(exp::<S>(S::splat(0.0)))[0], 1.0);
+            assert_eq!(lanes::<S>(exp::<S>(S::splat(f32::NEG_INFINITY)))[0], 0.0);
+        }
+    }
+}
+
+#[test]
+fn exp_is_within_two_ulp_and_exact_at_zero() {
+    everywhere(Exponential);
+}
+
+#[derive(Clone)]
+struct Parts;
+impl Kernel for Parts {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let values: Vec<f32> = (0..S::LANES).map(|i| i as f32 - 2.5).collect();
+        for n in 0..S::LANES {
+            let mut out = vec![9.0; S::LANES];
+            // SAFETY: LANES elements.
+            unsafe {
+                let v = S::load_first(values.as_ptr(), n);
+                S::store_first(out.as_mut_ptr(), v, n);
+                assert_eq!(S::sum(v), values[..n].iter().sum::<f32>());
+            }
+            assert!(out.iter().enumerate().all(|(i, x)| *x == if i < n { values[i] } else { 9.0 }));
+        }
+        let halves: Vec<half::f16> = values.iter().map(|x| half::f16::from_f32(*x)).collect();
+        let brains: Vec<half::bf16> = values.iter().map(|x| half::bf16::from_f32(*x)).collect();
+        // SAFETY: LANES elements each.
+        unsafe {
+            assert_eq!(lanes::<S>(S::load_f16(halves.as_ptr())), values);
+            assert_eq!(lanes::<S>(S::load_bf16(brains.as_ptr())), values);
+            assert_eq!(S::max_lane(S::load(values.as_ptr())), values[S::LANES - 1]);
+        }
+    }
+}
+
+#[test]
+fn partial_loads_stores_and_conversions_touch_only_their_elements() {
+    everywhere(Parts);
+}
+
+#[derive(Clone)]
+struct Rounding;
+impl Kernel for Rounding {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // Every upper half with lower halves below, on and above a tie; NaNs and infinities among them.
+        for upper in (0..=u16::MAX).step_by(3) {
+            for lower in [0u32, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let x = f32::from_bits(u32::from(upper) << 16 | lower);
+                let (mut brains, mut halves) = ([half::bf16::ZERO; 16], [half::f16::ZERO; 16]);
+                // SAFETY: LANES ≤ 16 elements.
+                unsafe {
+                    S::store_bf16(brains.as_mut_ptr(), S::splat(x));
+                    S::store_f16(halves.as_mut_ptr(), S::splat(x));
+                }
+                assert_eq!(brains[S::LANES - 1].to_bits(), half::bf16::from_f32(x).to_bits(), "{x:e}");
+                assert_eq!(halves[S::LANES - 1].to_bits(), half::f16::from_f32(x).to_bits(), "{x:e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn stores_round_to_nearest_even_and_keep_nan() {
+    everywhere(Rounding);
+}
+
+#[derive(Clone)]
+struct Encode;
+impl Kernel for Encode {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let mut thresholds: [f32; 16] = std::array::from_fn(|i| i as f32 - 7.0);
+        thresholds[15] = f32::INFINITY;
+        let codes: [u32; 16] = std::array::from_fn(|i| (i as u32 * 7 + 3) % 16);
+        let values: Vec<f32> = (0..64).map(|i| i as f32 * 0.25 - 8.0).collect();
+        for part in values.chunks(S::LANES) {
+            let mut bytes = vec![0; S::LANES / 2];
+            // SAFETY: LANES elements, LANES / 2 bytes.
+            unsafe {
+                let (t, c) = (S::table(&thresholds), S::table(&codes.map(f32::from_bits)));
+                S::encode_nibbles(t, c, S::load(part.as_ptr()), bytes.as_mut_ptr());
+            }
+            let code = |x: f32| codes[thresholds.iter().filter(|t| x > **t).count()] as u8;
+            let expected: Vec<u8> = part.chunks(2).map(|pair| code(pair[0]) << 4 | code(pair[1])).collect();
+            assert_eq!(bytes, expected);
+        }
+    }
+}
+
+#[test]
+fn nibbles_are_encoded_by_the_thresholds_exceeded() {
+    everywhere(Encode);
+}

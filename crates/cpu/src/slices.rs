@@ -1,0 +1,105 @@
+//! Views as slices, with errors that name the kernel and the tensor.
+
+use crate::storage::HostMemory;
+use half::{bf16, f16};
+use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
+
+/// This backend's name in errors.
+pub(crate) const BACKEND: &str = "cpu";
+
+/// The view's bytes.
+pub(crate) fn bytes<'a>(view: View<'a>) -> Result<&'a [u8]> {
+    let size = view.dtype().size();
+    let memory: &HostMemory = view.buffer().storage(BACKEND)?;
+    Ok(&memory.bytes()[view.offset() * size..(view.offset() + view.len()) * size])
+}
+
+/// The view's bytes, to write.
+pub(crate) fn bytes_mut<'a>(view: &'a mut ViewMut<'_>) -> Result<&'a mut [u8]> {
+    let size = view.dtype().size();
+    let range = view.offset() * size..(view.offset() + view.len()) * size;
+    let memory: &mut HostMemory = view.buffer_mut().storage_mut(BACKEND)?;
+    Ok(&mut memory.bytes_mut()[range])
+}
+
+/// Turns the views of one kernel into slices.
+#[derive(Clone, Copy)]
+pub(crate) struct Slices(pub(crate) &'static str);
+
+impl Slices {
+    fn wrong(self, tensor: &'static str, expected: &'static str, found: DType) -> Error {
+        Error::DType { kernel: self.0, tensor, expected, found }
+    }
+
+    fn check<T: Element>(self, tensor: &'static str, found: DType) -> Result<()> {
+        let expected = match T::DTYPE {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+            DType::F64 => "f64",
+            DType::U8 => "u8",
+            DType::U32 => "u32",
+            DType::I64 => "i64",
+        };
+        if found == T::DTYPE { Ok(()) } else { Err(self.wrong(tensor, expected, found)) }
+    }
+
+    /// Elements of type `T`.
+    pub(crate) fn get<'a, T: Element>(self, tensor: &'static str, view: View<'a>) -> Result<&'a [T]> {
+        self.check::<T>(tensor, view.dtype())?;
+        // Blocks are aligned to 64 bytes and offsets count whole elements: the cast finds them aligned.
+        Ok(bytemuck::cast_slice(bytes(view)?))
+    }
+
+    /// Elements of type `T`, to write.
+    pub(crate) fn get_mut<'a, T: Element>(
+        self,
+        tensor: &'static str,
+        view: &'a mut ViewMut<'_>,
+    ) -> Result<&'a mut [T]> {
+        self.check::<T>(tensor, view.dtype())?;
+        Ok(bytemuck::cast_slice_mut(bytes_mut(view)?))
+    }
+
+    /// f32, bf16 or f16 elements.
+    pub(crate) fn floats<'a>(self, tensor: &'static str, view: View<'a>) -> Result<Floats<'a>> {
+        match view.dtype() {
+            DType::F32 => self.get(tensor, view).map(Floats::F32),
+            DType::Bf16 => self.get(tensor, view).map(Floats::Bf16),
+            DType::F16 => self.get(tensor, view).map(Floats::F16),
+            found => Err(self.wrong(tensor, "f32, bf16 or f16", found)),
+        }
+    }
+
+    /// f32, bf16 or f16 elements, to write.
+    pub(crate) fn floats_mut<'a>(self, tensor: &'static str, view: &'a mut ViewMut<'_>) -> Result<FloatsMut<'a>> {
+        match view.dtype() {
+            DType::F32 => self.get_mut(tensor, view).map(FloatsMut::F32),
+            DType::Bf16 => self.get_mut(tensor, view).map(FloatsMut::Bf16),
+            DType::F16 => self.get_mut(tensor, view).map(FloatsMut::F16),
+            found => Err(self.wrong(tensor, "f32, bf16 or f16", found)),
+        }
+    }
+}
+
+/// Elements of one of the float types.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Floats<'a> {
+    /// binary32
+    F32(&'a [f32]),
+    /// bfloat16
+    Bf16(&'a [bf16]),
+    /// binary16
+    F16(&'a [f16]),
+}
+
+/// Elements of one of the float types, to write.
+#[derive(Debug)]
+pub(crate) enum FloatsMut<'a> {
+    /// binary32
+    F32(&'a mut [f32]),
+    /// bfloat16
+    Bf16(&'a mut [bf16]),
+    /// binary16
+    F16(&'a mut [f16]),
+}

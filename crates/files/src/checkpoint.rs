@@ -1,0 +1,236 @@
+//! A checkpoint: one safetensors file, or a Hugging Face folder of one or of many shards.
+//!
+//! Opening reads headers only. Tensors are then read by position (`pread`), straight into the memory that keeps
+//! them: a mapping of a file that is truncated meanwhile would kill the process, and mapped pages would blur every
+//! memory figure. In a sharded folder `model.safetensors.index.json` says which file holds a tensor; what a shard
+//! holds beyond that is not part of the checkpoint.
+
+use crate::header::{self, MAX_HEADER};
+use crate::pairs::Pairs;
+use crate::{CHUNK, Error, Result, TensorInfo};
+use half::{bf16, f16};
+use rankfold_backend::{Backend, Buffer, DType, Element};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Named tensors in files, read one at a time.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<(PathBuf, File)>,
+    tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// `model.safetensors.index.json`.
+#[derive(Deserialize)]
+struct Index {
+    weight_map: Pairs<String>,
+}
+
+impl Checkpoint {
+    /// Open a `.safetensors` file, an `.index.json`, or a folder that holds `model.safetensors` or
+    /// `model.safetensors.index.json` (the first where both are there).
+    ///
+    /// Errors: a file that cannot be read, is truncated, or breaks a rule of [`header`]; an index that names a file
+    /// outside its folder, names a tensor twice, or names one that its shard lacks.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            let is_index = path.to_string_lossy().ends_with(".index.json");
+            return if is_index { Self::open_shards(path, path) } else { Self::open_file(path, path) };
+        }
+        let (file, index) = (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
+        if file.exists() {
+            Self::open_file(path, &file)
+        } else if index.exists() {
+            Self::open_shards(path, &index)
+        } else {
+            Err(Error::NoCheckpoint { path: path.into() })
+        }
+    }
+
+    fn open_file(path: &Path, file: &Path) -> Result<Self> {
+        let (opened, tensors) = open_header(file)?;
+        Ok(Self { path: path.into(), files: vec![(file.into(), opened)], tensors })
+    }
+
+    fn open_shards(path: &Path, index: &Path) -> Result<Self> {
+        let invalid = |why: String| Error::Index { path: index.into(), why };
+        let (source, len) = open_regular(index)?;
+        if len > MAX_HEADER {
+            return Err(invalid(format!("{len} bytes, expected at most {MAX_HEADER}")));
+        }
+        let mut json = Vec::new();
+        source.take(MAX_HEADER).read_to_end(&mut json).map_err(Error::io(index, "read"))?;
+        let Index { weight_map: Pairs(places) } = serde_json::from_slice(&json).map_err(|e| invalid(e.to_string()))?;
+
+        let mut files = Vec::new();
+        let mut shards: BTreeMap<String, (usize, BTreeMap<String, TensorInfo>)> = BTreeMap::new();
+        let mut tensors = BTreeMap::new();
+        for (tensor, shard) in places {
+            let file = index.with_file_name(&shard);
+            let (number, held) = match shards.entry(shard) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    if Path::new(new.key()).file_name() != Some(OsStr::new(new.key())) {
+                        return Err(invalid(format!("shard '{}': expected the name of a file beside it", new.key())));
+                    }
+                    let (opened, held) = open_header(&file)?;
+                    files.push((file.clone(), opened));
+                    new.insert((files.len() - 1, held))
+                }
+            };
+            if tensors.contains_key(&tensor) {
+                return Err(Error::Duplicate { path: index.into(), tensor });
+            }
+            let Some(info) = held.remove(&tensor) else {
+                return Err(Error::ShardLacks { path: file, index: index.into(), tensor });
+            };
+            tensors.insert(tensor, TensorInfo { file: *number, ..info });
+        }
+        Ok(Self { path: path.into(), files, tensors })
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tensors' names, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of that name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// What the header says of a tensor, of whatever element type.
+    pub fn get(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// The same, or [`Error::Missing`].
+    pub fn info(&self, name: &str) -> Result<&TensorInfo> {
+        self.get(name).ok_or_else(|| Error::Missing { path: self.path.clone(), tensor: name.into() })
+    }
+
+    /// The file that holds a tensor; the checkpoint's own path where none does.
+    pub fn file(&self, name: &str) -> &Path {
+        self.get(name).map_or(&self.path, |info| &self.files[info.file].0)
+    }
+
+    /// A tensor's element type.
+    ///
+    /// Errors: no such tensor; an element type that no kernel serves.
+    pub fn dtype(&self, name: &str) -> Result<DType> {
+        let info = self.info(name)?;
+        info.dtype().ok_or_else(|| Error::UnservedDType {
+            path: self.file(name).into(),
+            tensor: name.into(),
+            dtype: info.stored,
+        })
+    }
+
+    /// That a tensor has this shape and one of these element types, which is returned.
+    pub fn expect(&self, name: &str, dtypes: &[DType], shape: &[usize]) -> Result<DType> {
+        let dtype = self.expect_dtype(name, dtypes)?;
+        let info = self.info(name)?;
+        if info.shape != shape {
+            let (path, tensor) = (self.file(name).into(), name.into());
+            return Err(Error::Shape { path, tensor, found: info.shape.clone(), expected: shape.into() });
+        }
+        Ok(dtype)
+    }
+
+    fn expect_dtype(&self, name: &str, dtypes: &[DType]) -> Result<DType> {
+        let found = self.dtype(name)?;
+        if !dtypes.contains(&found) {
+            let expected = dtypes.iter().map(DType::to_string).collect::<Vec<_>>().join(" or ");
+            return Err(Error::DType { path: self.file(name).into(), tensor: name.into(), found, expected });
+        }
+        Ok(found)
+    }
+
+    /// All of a tensor's bytes (little-endian, row-major) into `out`, which must have their length.
+    pub fn read_into(&self, name: &str, out: &mut [u8]) -> Result<()> {
+        let bytes = self.info(name)?.bytes;
+        if out.len() != bytes {
+            let (path, tensor) = (self.file(name).into(), name.into());
+            return Err(Error::Range { path, tensor, offset: 0, len: out.len(), bytes });
+        }
+        self.read_range_into(name, 0, out)
+    }
+
+    /// The tensor's bytes from byte `offset` on into `out`.
+    pub fn read_range_into(&self, name: &str, offset: usize, out: &mut [u8]) -> Result<()> {
+        let info = self.info(name)?;
+        let (path, file) = &self.files[info.file];
+        if offset.checked_add(out.len()).is_none_or(|end| end > info.bytes) {
+            let (path, tensor) = (path.clone(), name.into());
+            return Err(Error::Range { path, tensor, offset, len: out.len(), bytes: info.bytes });
+        }
+        file.read_exact_at(out, info.start + offset as u64).map_err(Error::io(path, "read a tensor"))
+    }
+
+    /// A tensor's values, whose element type must be `T`.
+    pub fn read<T: Element>(&self, name: &str) -> Result<Vec<T>> {
+        self.expect_dtype(name, &[T::DTYPE])?;
+        let mut values = vec![T::zeroed(); self.info(name)?.elements()];
+        self.read_into(name, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// A tensor's values as f32, exactly; its element type must be f32, bf16 or f16.
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(match self.expect_dtype(name, &[DType::F32, DType::Bf16, DType::F16])? {
+            DType::Bf16 => self.read::<bf16>(name)?.into_iter().map(f32::from).collect(),
+            DType::F16 => self.read::<f16>(name)?.into_iter().map(f32::from).collect(),
+            _ => self.read(name)?,
+        })
+    }
+
+    /// A tensor straight into a new buffer of `backend`, its element type kept.
+    pub fn load(&self, name: &str, backend: &dyn Backend) -> Result<Buffer> {
+        let dtype = self.dtype(name)?;
+        let info = self.info(name)?;
+        let refused = || Error::backend(self.file(name), name);
+        let mut buffer = backend.alloc(dtype, info.elements()).map_err(refused())?;
+        if let Some(bytes) = backend.host_bytes_mut(&mut buffer) {
+            self.read_into(name, bytes)?;
+            return Ok(buffer);
+        }
+        let mut chunk = vec![0; CHUNK.min(info.bytes)];
+        for offset in (0..info.bytes).step_by(CHUNK) {
+            let part = &mut chunk[..CHUNK.min(info.bytes - offset)];
+            self.read_range_into(name, offset, part)?;
+            let place = buffer.slice_mut(offset / dtype.size(), part.len() / dtype.size()).map_err(refused())?;
+            backend.write(part, place).map_err(refused())?;
+        }
+        Ok(buffer)
+    }
+}
+
+fn open_header(path: &Path) -> Result<(File, BTreeMap<String, TensorInfo>)> {
+    let (mut file, len) = open_regular(path)?;
+    let tensors = header::read(path, &mut file, len)?;
+    Ok((file, tensors))
+}
+
+/// The file and its length. A pipe or a device has no length to check a header against.
+fn open_regular(path: &Path) -> Result<(File, u64)> {
+    let facts = path.metadata().map_err(Error::io(path, "open"))?;
+    if !facts.is_file() {
+        return Err(Error::Header { path: path.into(), why: "expected a regular file".into() });
+    }
+    let file = File::open(path).map_err(Error::io(path, "open"))?;
+    // Asked of the opened file: what the path names may have been replaced since.
+    let len = file.metadata().map_err(Error::io(path, "measure"))?.len();
+    Ok((file, len))
+}

@@ -1,0 +1,43 @@
+//! Embedding: rows_t = table_(ids_t). Its gradient adds each row's gradient to the table's row that it came from.
+//!
+//! ids u32 [tokens], table [vocab, width], rows [tokens, width].
+
+use crate::operands::Kernel;
+use rankfold_backend::params::Embedding;
+use rankfold_backend::{Error, Result, View, ViewMut};
+
+/// The ids as row numbers.
+fn rows_of(p: &Embedding, kernel: Kernel, ids: View) -> Result<Vec<usize>> {
+    let ids = kernel.elements::<u32>("ids", ids)?.iter().enumerate();
+    ids.map(|(position, &id)| match id as usize {
+        row if row < p.vocab => Ok(row),
+        _ => Err(Error::TokenId { position, id: i64::from(id), vocab: p.vocab }),
+    })
+    .collect()
+}
+
+/// rows_t = table_(ids_t), rounded to rows' type.
+pub(crate) fn embedding(p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
+    let kernel = Kernel("embedding");
+    p.check(&ids, table.len(), rows.len())?;
+    let (picked, table) = (rows_of(p, kernel, ids)?, kernel.floats("table", table)?);
+    let mut rows = kernel.floats_mut("rows", &mut rows)?;
+    rows.store(picked.into_iter().flat_map(|row| table[row * p.width..][..p.width].iter().copied()));
+    Ok(())
+}
+
+/// dtable_(ids_t) += drows_t: a row of the table has as many terms as its id has occurrences.
+pub(crate) fn embedding_grad(p: &Embedding, ids: View, drows: View, mut dtable: ViewMut) -> Result<()> {
+    let kernel = Kernel("embedding_grad");
+    p.check(&ids, dtable.len(), drows.len())?;
+    let (picked, drows) = (rows_of(p, kernel, ids)?, kernel.floats("drows", drows)?);
+    let mut dtable = kernel.floats_mut("dtable", &mut dtable)?;
+    let mut sums = dtable.load();
+    for (t, row) in picked.into_iter().enumerate() {
+        for i in 0..p.width {
+            sums[row * p.width + i] += drows[t * p.width + i];
+        }
+    }
+    dtable.store(sums);
+    Ok(())
+}

@@ -1,0 +1,47 @@
+//! The gate of a SwiGLU feed-forward layer (Shazeer 2020, eq. 6): out = silu(gate) · up, silu(g) = g·σ(g).
+//!
+//! gate, up, out: any one length. σ(g) = 1/(1 + e^−g).
+
+use crate::operands::Kernel;
+use rankfold_backend::params::expect;
+use rankfold_backend::{Result, View, ViewMut};
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// out = gate · σ(gate) · up
+pub(crate) fn silu_mul(gate: View, up: View, mut out: ViewMut) -> Result<()> {
+    let kernel = Kernel("silu_mul");
+    expect(kernel.0, "up", up.len(), gate.len())?;
+    expect(kernel.0, "out", out.len(), gate.len())?;
+    let (gate, up) = (kernel.floats("gate", gate)?, kernel.floats("up", up)?);
+    kernel.floats_mut("out", &mut out)?.store(gate.iter().zip(up).map(|(&gate, up)| gate * sigmoid(gate) * up));
+    Ok(())
+}
+
+/// dgate = dout · up · σ(1 + gate(1 − σ)), from silu' = σ + gate·σ' and σ' = σ(1 − σ); dup = dout · gate · σ.
+pub(crate) fn silu_mul_grad(
+    gate: View,
+    up: View,
+    dout: View,
+    mut dgate: ViewMut,
+    mut dup: ViewMut,
+) -> Result<()> {
+    let kernel = Kernel("silu_mul_grad");
+    let len = gate.len();
+    expect(kernel.0, "up", up.len(), len)?;
+    expect(kernel.0, "dout", dout.len(), len)?;
+    expect(kernel.0, "dgate", dgate.len(), len)?;
+    expect(kernel.0, "dup", dup.len(), len)?;
+    let (gate, up) = (kernel.floats("gate", gate)?, kernel.floats("up", up)?);
+    let dout = kernel.floats("dout", dout)?;
+    let mut dgate = kernel.floats_mut("dgate", &mut dgate)?;
+    let mut dup = kernel.floats_mut("dup", &mut dup)?;
+    dgate.store((0..len).map(|i| {
+        let sigma = sigmoid(gate[i]);
+        dout[i] * up[i] * sigma * (1.0 + gate[i] * (1.0 - sigma))
+    }));
+    dup.store((0..len).map(|i| dout[i] * gate[i] * sigmoid(gate[i])));
+    Ok(())
+}

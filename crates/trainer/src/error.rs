@@ -1,0 +1,58 @@
+//! Everything that can be wrong with a run.
+
+use std::path::{Path, PathBuf};
+
+/// The result of the trainer's functions.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What is wrong, where, and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // of the fields: each message names its own
+pub enum Error {
+    /// A file that cannot be opened, read or written.
+    #[error("{path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    /// A file that is not what its name or its place says.
+    #[error("{path}: {why}")]
+    File { path: PathBuf, why: String },
+    /// Text that is not UTF-8.
+    #[error("{path}: the byte at offset {offset} is not UTF-8: expected text in UTF-8")]
+    Utf8 { path: PathBuf, offset: u64 },
+    /// A line of a JSONL file.
+    #[error("{path}:{line}: {why}")]
+    Line { path: PathBuf, line: usize, why: String },
+    /// Data that hold nothing to train on.
+    #[error("{path}: no examples: expected at least one")]
+    NoExamples { path: PathBuf },
+    /// Examples of which nothing can be trained within the sequence length.
+    #[error("none of {examples} examples has a trained token within the first {seq} tokens: expected a longer --seq")]
+    NoTargets { examples: usize, seq: usize },
+    /// The tokenizer refused a text or an id.
+    #[error("tokenizer: {why}")]
+    Tokenizer { why: String },
+    /// A chat template that does not compile, does not render, or cannot be masked.
+    #[error("chat template: {why}")]
+    ChatTemplate { why: String },
+    /// A token id that the model lacks.
+    #[error("{path}: row {row}, position {position}: token id {id} is beyond the vocabulary of {vocab}")]
+    TokenId { path: PathBuf, row: usize, position: usize, id: i64, vocab: usize },
+    /// A safetensors file that cannot be read or written.
+    #[error(transparent)]
+    Files(#[from] rankfold_files::Error),
+    /// A setting outside its range.
+    #[error("{setting} {found}: expected {expected}")]
+    Setting { setting: &'static str, found: String, expected: &'static str },
+}
+
+impl Error {
+    /// An [`Error::Io`] of `path`, for `map_err`.
+    pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+
+    /// An [`Error::File`] of `path`.
+    pub(crate) fn file(path: &Path, why: impl Into<String>) -> Self {
+        Self::File { path: path.to_owned(), why: why.into() }
+    }
+}
