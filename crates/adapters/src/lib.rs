@@ -1,1 +1,36 @@
-//! Low-rank adapters and PEFT folders
+//! Low-rank adapters on linear layers, and PEFT folders.
+//!
+//! A [`Linear`] layer is a base matrix, frozen (dense or in 4 bits) or trained, and optionally a [`Lora`] beside it.
+//! [`attach_new`] and [`attach_folder`] put one on every layer that an [`AdapterConfig`] names; the forward pass is
+//! one fused node of the tape.
+//!
+//! In reading order:
+//! - [`lora`]: W + s·B·A, its hyper-parameters and its first values;
+//! - [`linear`]: the layer;
+//! - [`streams`]: which random numbers are whose;
+//! - [`merge`]: the update folded into the base, and out again;
+//! - [`targets`], [`patterns`]: which layers, and which rank and alpha each;
+//! - [`config`], [`folder`]: `adapter_config.json` and `adapter_model.safetensors`, both ways;
+//! - [`attach`]: all of it applied to a model's layers;
+//! - [`Error`]: everything that can be wrong.
+#![forbid(unsafe_code)]
+
+pub mod attach;
+pub mod config;
+mod error;
+pub mod folder;
+pub mod linear;
+pub mod lora;
+pub mod merge;
+pub mod patterns;
+pub mod streams;
+pub mod targets;
+
+pub use attach::{Attached, AttachedModule, attach_folder, attach_new};
+pub use config::AdapterConfig;
+pub use error::{Error, Result};
+pub use folder::{AdapterFolder, write_folder};
+pub use linear::{Bias, DropoutKey, Forward, Linear, Weight};
+pub use lora::{Init, Lora, LoraSpec};
+pub use merge::merged_weight;
+pub use targets::{Names, Targets};

@@ -15,6 +15,9 @@ pub enum Error {
     /// A tensor's shape does not fit the operation.
     #[error("{op}: '{tensor}' has shape {found}, expected {expected}")]
     Shape { op: &'static str, tensor: &'static str, expected: String, found: Shape },
+    /// A function given to the tape refused for a reason of its own.
+    #[error(transparent)]
+    Function(Box<dyn std::error::Error + Send + Sync>),
     /// A parameter was updated while a tape still held its value.
     #[error("a parameter of shape {shape} is still held by a tape: drop the tape before the update")]
     Held { shape: Shape },

@@ -1,4 +1,37 @@
 //! The fast CPU backend: SIMD, threads, a buffer pool.
-#![allow(dead_code)]
+//!
+//! [`CpuBackend`] implements [`rankfold_backend::Backend`] within the contract's bounds of `rankfold-reference`: f32
+//! activations, weights in f32, bf16, f16 or 4 bits. Its bits depend on the instruction set, never on the number of
+//! threads.
+//!
+//! In reading order:
+//! - [`simd`]: one vector type, the instruction sets behind it, and the choice at run time;
+//! - `threads`, `scratch`, `storage`: who works, on which working memory, and where buffers live;
+//! - `slices`, `backend`: from checked views to slices, one line a kernel;
+//! - `gemm`, then `linear` and `matmul` on it: products;
+//! - `attention`: its own small products and an online softmax;
+//! - `elementwise`, `dropout`, `silu_mul`, `rms_norm`, `rope`, `embedding`, `cross_entropy`, `adamw`, `quantize4`,
+//!   `quantize8`: one file an operation, forward beside backward.
+
+mod adamw;
+mod attention;
+mod backend;
+mod cross_entropy;
+mod dropout;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod linear;
+mod quantize4;
+mod quantize8;
+mod rms_norm;
+mod rope;
+mod scratch;
+mod silu_mul;
 pub mod simd;
+mod slices;
+mod storage;
 mod threads;
+
+pub use backend::CpuBackend;
+pub use storage::MemoryFigures;

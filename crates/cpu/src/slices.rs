@@ -3,6 +3,7 @@
 use crate::storage::HostMemory;
 use half::{bf16, f16};
 use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
+use std::ops::Range;
 
 /// This backend's name in errors.
 pub(crate) const BACKEND: &str = "cpu";
@@ -32,16 +33,7 @@ impl Slices {
     }
 
     fn check<T: Element>(self, tensor: &'static str, found: DType) -> Result<()> {
-        let expected = match T::DTYPE {
-            DType::F32 => "f32",
-            DType::Bf16 => "bf16",
-            DType::F16 => "f16",
-            DType::F64 => "f64",
-            DType::U8 => "u8",
-            DType::U32 => "u32",
-            DType::I64 => "i64",
-        };
-        if found == T::DTYPE { Ok(()) } else { Err(self.wrong(tensor, expected, found)) }
+        if found == T::DTYPE { Ok(()) } else { Err(self.wrong(tensor, T::DTYPE.name(), found)) }
     }
 
     /// Elements of type `T`.
@@ -102,4 +94,26 @@ pub(crate) enum FloatsMut<'a> {
     Bf16(&'a mut [bf16]),
     /// binary16
     F16(&'a mut [f16]),
+}
+
+impl<'a> Floats<'a> {
+    /// Some of the elements.
+    pub(crate) fn part(self, range: Range<usize>) -> Self {
+        match self {
+            Self::F32(x) => Self::F32(&x[range]),
+            Self::Bf16(x) => Self::Bf16(&x[range]),
+            Self::F16(x) => Self::F16(&x[range]),
+        }
+    }
+}
+
+impl FloatsMut<'_> {
+    /// Some of the elements.
+    pub(crate) fn part(&mut self, range: Range<usize>) -> FloatsMut<'_> {
+        match self {
+            Self::F32(x) => FloatsMut::F32(&mut x[range]),
+            Self::Bf16(x) => FloatsMut::Bf16(&mut x[range]),
+            Self::F16(x) => FloatsMut::F16(&mut x[range]),
+        }
+    }
 }

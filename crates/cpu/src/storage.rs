@@ -23,7 +23,7 @@ pub(crate) const ALIGN: usize = 64;
 /// What is kept beyond 5/4 of the peak.
 const SLACK: usize = 16 << 20;
 
-/// Bytes held by a backend's buffers, in whole size classes.
+/// Bytes held by a backend: its buffers', in whole size classes, and its kernels'.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryFigures {
     /// In buffers.
@@ -32,6 +32,8 @@ pub struct MemoryFigures {
     pub peak: usize,
     /// Freed and kept for reuse.
     pub pooled: usize,
+    /// The kernels' working memory, on all threads of the process.
+    pub scratch: usize,
 }
 
 /// A block of the system's memory, zeroed by it.
@@ -239,10 +241,10 @@ mod tests {
         let start = first.bytes().as_ptr();
         assert_eq!((start as usize % ALIGN, first.bytes().len()), (0, 1000));
         drop(first);
-        assert_eq!(pool.figures(), MemoryFigures { live: 0, peak: 1024, pooled: 1024 });
+        assert_eq!(pool.figures(), MemoryFigures { live: 0, peak: 1024, pooled: 1024, scratch: 0 });
         let second = pool.take(1010).unwrap();
         assert_eq!(second.bytes().as_ptr(), start);
-        assert_eq!(pool.figures(), MemoryFigures { live: 1024, peak: 1024, pooled: 0 });
+        assert_eq!(pool.figures(), MemoryFigures { live: 1024, peak: 1024, pooled: 0, scratch: 0 });
         drop(second);
         pool.trim();
         assert_eq!(pool.figures().pooled, 0);
@@ -253,7 +255,7 @@ mod tests {
         let pool = Arc::<Pool>::default();
         for i in 1..200 {
             drop(pool.take(i << 20).unwrap());
-            let MemoryFigures { live, peak, pooled } = pool.figures();
+            let MemoryFigures { live, peak, pooled, .. } = pool.figures();
             assert!(live + pooled <= peak + peak / 4 + SLACK, "{i}: {live} + {pooled} of {peak}");
         }
     }

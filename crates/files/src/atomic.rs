@@ -2,10 +2,12 @@
 //!
 //! Bytes go to a temporary beside the target; it is synchronised to the disk, renamed over the target (which the
 //! operating system does in one step) and the folder that holds both names is synchronised too. Whatever fails or
-//! dies on the way, the target is what it was before. A temporary that is not committed is removed; one that a
-//! killed process left is called `.NAME.PID-N.tmp`.
+//! dies on the way, the target is what it was before. A temporary that is not committed is removed. One that a killed
+//! process left (`.NAME.PID-N.tmp`) is removed by the next that writes the same target: a living owner holds a lock
+//! on it, and a lock dies with its process.
 
 use crate::{Error, Result};
+use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -56,7 +58,7 @@ impl StagedFile {
         let path = temporary_beside(target)?;
         let file = OpenOptions::new().write(true).create_new(true).open(&path);
         let file = file.map_err(Error::io(target, "create a file beside"))?;
-        Ok(Self { target: target.into(), temporary: Temporary(Some(path)), disk: disk(file) })
+        Ok(Self { target: target.into(), temporary: Temporary::own(path), disk: disk(file) })
     }
 
     /// The path that the file will have.
@@ -79,7 +81,6 @@ impl StagedFile {
 pub struct StagedFolder {
     target: PathBuf,
     temporary: Temporary,
-    path: PathBuf,
 }
 
 impl StagedFolder {
@@ -90,18 +91,18 @@ impl StagedFolder {
         refuse_existing(target)?;
         let path = temporary_beside(target)?;
         fs::create_dir(&path).map_err(Error::io(target, "create a folder beside"))?;
-        Ok(Self { target: target.into(), temporary: Temporary(Some(path.clone())), path })
+        Ok(Self { target: target.into(), temporary: Temporary::own(path) })
     }
 
     /// Where to write the folder's files, with [`write_atomically`] and [`crate::Writer`], which synchronise them.
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.temporary.path
     }
 
     /// Give the folder its name. Without this it is removed with all that is in it.
     pub fn commit(self) -> Result<()> {
         refuse_existing(&self.target)?;
-        sync_folder(&self.path, &self.target)?;
+        sync_folder(&self.temporary.path, &self.target)?;
         self.temporary.rename_to(&self.target)
     }
 }
@@ -116,25 +117,39 @@ fn refuse_existing(target: &Path) -> Result<()> {
 
 /// A path that is removed when dropped, unless it was renamed.
 #[derive(Debug)]
-struct Temporary(Option<PathBuf>);
+struct Temporary {
+    path: PathBuf,
+    is_renamed: bool,
+    /// Held for the lock alone, which tells other processes that this temporary is alive.
+    _lock: Option<File>,
+}
 
 impl Temporary {
+    /// Own a file or folder that was just made.
+    fn own(path: PathBuf) -> Self {
+        // Where a file system has no locks, nothing is ever found unlocked and removed.
+        let lock = File::open(&path).ok().filter(|file| file.try_lock().is_ok());
+        Self { path, is_renamed: false, _lock: lock }
+    }
+
     fn rename_to(mut self, target: &Path) -> Result<()> {
-        if let Some(path) = &self.0 {
-            fs::rename(path, target).map_err(Error::io(target, "rename a finished file to"))?;
-            self.0 = None;
-        }
+        fs::rename(&self.path, target).map_err(Error::io(target, "rename the finished temporary to"))?;
+        self.is_renamed = true;
         sync_folder(parent(target), target)
     }
 }
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // A failure here has no one to be told: the error that led here is already on its way.
-        if let Some(path) = &self.0 {
-            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+        if !self.is_renamed {
+            remove(&self.path);
         }
     }
+}
+
+/// A failure here has no one to be told: the error that led here is already on its way.
+fn remove(path: &Path) {
+    let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
 }
 
 fn parent(path: &Path) -> &Path {
@@ -146,13 +161,28 @@ fn sync_folder(folder: &Path, target: &Path) -> Result<()> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(Error::io(target, "synchronise the folder of"))
 }
 
+/// A new name beside the target; what dead processes left under such names is removed.
 fn temporary_beside(target: &Path) -> Result<PathBuf> {
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let Some(name) = target.file_name() else {
         return Err(Error::io(target, "write")(io::ErrorKind::InvalidFilename.into()));
     };
+    let name = name.to_string_lossy();
+    for entry in fs::read_dir(parent(target)).into_iter().flatten().flatten() {
+        let is_dead = || File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok());
+        if is_temporary_of(&name, &entry.file_name()) && is_dead() {
+            remove(&entry.path());
+        }
+    }
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    Ok(parent(target).join(format!(".{}.{}-{count}.tmp", name.to_string_lossy(), process::id())))
+    Ok(parent(target).join(format!(".{name}.{}-{count}.tmp", process::id())))
+}
+
+/// Whether `entry` is `.NAME.PID-N.tmp`.
+fn is_temporary_of(name: &str, entry: &OsStr) -> bool {
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let numbers = || entry.to_str()?.strip_prefix('.')?.strip_prefix(name)?.strip_prefix('.')?.strip_suffix(".tmp");
+    numbers().and_then(|numbers| numbers.split_once('-')).is_some_and(|(pid, n)| is_number(pid) && is_number(n))
 }
 
 #[cfg(test)]
@@ -209,5 +239,24 @@ mod tests {
         assert!(matches!(rival.commit(), Err(Error::Exists { path }) if path == target));
         assert!(matches!(StagedFolder::create(&target), Err(Error::Exists { path }) if path == target));
         assert_eq!(names(folder.path()), ["step-10"]);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let alive = StagedFile::create(&path("x")).unwrap();
+        for other in [".y.1-2.tmp", ".x.1-.tmp", ".x.1-2", "x.1-2.tmp", ".x.y.1-2.tmp"] {
+            fs::write(path(other), "kept").unwrap();
+        }
+        fs::write(path(".x.1-2.tmp"), "left").unwrap();
+        fs::create_dir(path(".x.1-3.tmp")).unwrap();
+        fs::write(path(".x.1-3.tmp/inner"), "left").unwrap();
+        write_atomically(&path("x"), b"one").unwrap();
+        assert!(!path(".x.1-2.tmp").exists() && !path(".x.1-3.tmp").exists());
+        assert_eq!(names(folder.path()).len(), 5 + 2, "{:?}", names(folder.path()));
+        alive.write_all_at(b"two", 0).unwrap();
+        alive.commit().unwrap();
+        assert_eq!(fs::read(path("x")).unwrap(), b"two");
     }
 }

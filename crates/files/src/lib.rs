@@ -30,4 +30,9 @@ pub use writer::{Spec, Writer};
 const _: () = assert!(cfg!(target_endian = "little"), "rankfold-files needs a little-endian machine");
 
 /// Bytes a copy between a file and a backend holds at a time, where the backend's memory is not the host's.
-const CHUNK: usize = 4 << 20;
+const PART: usize = 4 << 20;
+
+/// The byte ranges of such parts, in order.
+fn parts(bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..bytes).step_by(PART).map(move |start| start..bytes.min(start + PART))
+}

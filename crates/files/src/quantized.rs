@@ -147,7 +147,7 @@ fn upload(checkpoint: &Checkpoint, name: &str, backend: &dyn Backend, x: &[f32])
     backend.upload(x).map_err(Error::backend(checkpoint.file(name), name))
 }
 
-/// What [`write`] will write for a weight, to be declared to [`Writer::create`].
+/// What [`write()`] will write for a weight, to be declared to [`Writer::create`].
 pub fn specs(name: &str, shape: [usize; 2], format: Format, block: usize, double: bool) -> Vec<Spec> {
     let elements = shape[0] * shape[1];
     let blocks = elements.div_ceil(block);

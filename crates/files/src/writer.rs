@@ -12,7 +12,7 @@
 use crate::atomic::StagedFile;
 use crate::header::{MAX_HEADER, PREFIX, stored};
 use crate::pairs::METADATA;
-use crate::{CHUNK, Checkpoint, Error, Result};
+use crate::{Checkpoint, Error, PART, Result, parts};
 use rankfold_backend::{Backend, DType, View};
 use safetensors::tensor::{Metadata, TensorInfo};
 use std::cmp::Reverse;
@@ -174,14 +174,14 @@ impl Writer {
         fill: impl Fn(&Path, usize, &mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let i = self.slot(name, Some(dtype), bytes)?;
-        let mut chunk = vec![0; CHUNK.min(bytes)];
-        for offset in (0..bytes).step_by(CHUNK) {
-            let part = &mut chunk[..CHUNK.min(bytes - offset)];
-            fill(self.file.target(), offset, part)?;
+        let mut part = vec![0; PART.min(bytes)];
+        for range in parts(bytes) {
+            let part = &mut part[..range.len()];
+            fill(self.file.target(), range.start, part)?;
             if self.slots[i].spec.is_text {
                 self.slots[i].text.extend_from_slice(part);
             } else {
-                self.file.write_all_at(part, self.data_start + (self.slots[i].start + offset) as u64)?;
+                self.file.write_all_at(part, self.data_start + (self.slots[i].start + range.start) as u64)?;
             }
         }
         self.slots[i].written = true;

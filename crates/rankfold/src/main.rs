@@ -1,1 +1,87 @@
-fn main() {}
+//! The command line. `rankfold --help` is its documentation; each command is a file of `commands/`.
+//!
+//! The last line on standard output says what was written where; progress goes to standard error. Exit codes: 0;
+//! 2 where the user can mend it (one line on standard error says what, where, and what was expected); 1 for a fault
+//! of the program's own.
+#![forbid(unsafe_code)]
+
+mod builtin;
+mod commands;
+mod device;
+mod error;
+mod folder;
+mod open;
+mod options;
+mod show;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Parameter-efficient finetuning: LoRA and QLoRA, exact and deterministic.
+///
+/// `rankfold train` with nothing else finetunes the built-in model on the built-in text.
+#[derive(Debug, Parser)]
+#[command(name = "rankfold", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Train(Box<commands::train::Train>),
+    Eval(commands::eval::Eval),
+    Generate(commands::generate::Generate),
+    Logits(commands::logits::Logits),
+    Grads(commands::grads::Grads),
+    Quantize(commands::quantize::Quantize),
+    Dequantize(commands::dequantize::Dequantize),
+    Merge(commands::merge::Merge),
+    Export(commands::export::Export),
+    New(commands::new::New),
+    Inspect(commands::inspect::Inspect),
+    Doctor(commands::doctor::Doctor),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
+        .without_time()
+        .with_target(false)
+        .init();
+    let outcome = std::panic::catch_unwind(|| {
+        let cli = match Cli::try_parse() {
+            Ok(cli) => cli,
+            // clap's own help and usage errors, with its own exit codes: 0 and 2.
+            Err(usage) => usage.exit(),
+        };
+        run(cli.command)
+    });
+    match outcome {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("rankfold: {}", error.one_line());
+            ExitCode::from(2)
+        }
+        // The panic's own message is on standard error already.
+        Err(_) => ExitCode::from(1),
+    }
+}
+
+fn run(command: Command) -> error::Result<()> {
+    match command {
+        Command::Train(command) => command.run(),
+        Command::Eval(command) => command.run(),
+        Command::Generate(command) => command.run(),
+        Command::Logits(command) => command.run(),
+        Command::Grads(command) => command.run(),
+        Command::Quantize(command) => command.run(),
+        Command::Dequantize(command) => command.run(),
+        Command::Merge(command) => command.run(),
+        Command::Export(command) => command.run(),
+        Command::New(command) => command.run(),
+        Command::Inspect(command) => command.run(),
+        Command::Doctor(command) => command.run(),
+    }
+}

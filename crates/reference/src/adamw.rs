@@ -35,3 +35,55 @@ pub(crate) fn adamw(p: &AdamW, grad: View, mut param: ViewMut, mut m: ViewMut, m
     v.store(squares);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, assert_close, buffer, values};
+
+    const P: AdamW = AdamW { lr: 0.1, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.0, step: 1, grad_scale: 1.0 };
+
+    /// One step from (param, m, v).
+    fn step(p: &AdamW, grad: f64, state: [f64; 3]) -> [f64; 3] {
+        let [mut param, mut m, mut v] = state.map(|x| buffer(&[x]));
+        BACKEND.adamw(p, buffer(&[grad]).view(), param.view_mut(), m.view_mut(), v.view_mut()).unwrap();
+        [param, m, v].map(|x| values(&x)[0])
+    }
+
+    /// From m = v = 0 the bias correction makes m̂ = g and √v̂ = |g|: the step is lr·sign(g), whatever g's size.
+    #[test]
+    fn the_first_step_is_the_learning_rate() {
+        for grad in [3.0, -0.01] {
+            let [param, m, v] = step(&P, grad, [1.0, 0.0, 0.0]);
+            assert_close("moments", &[m, v], &[0.1 * grad, 0.01 * grad * grad]);
+            // ε shortens the step by lr·ε/(|g| + ε).
+            let expected = 1.0 - 0.1 * grad / (grad.abs() + 1e-8);
+            assert_close("param", &[param], &[expected]);
+        }
+    }
+
+    #[test]
+    fn weight_decay_is_apart_from_the_gradient() {
+        let p = AdamW { weight_decay: 0.5, ..P };
+        assert_close("param", &step(&p, 0.0, [2.0, 0.0, 0.0]), &[2.0 * (1.0 - 0.1 * 0.5), 0.0, 0.0]);
+    }
+
+    #[test]
+    fn the_clips_factor_is_a_factor_of_the_gradient() {
+        let clipped = step(&AdamW { grad_scale: 0.25, step: 7, ..P }, 2.0, [1.0, 0.3, 0.2]);
+        assert_eq!(clipped, step(&AdamW { step: 7, ..P }, 0.5, [1.0, 0.3, 0.2]));
+    }
+
+    #[test]
+    fn a_late_step_has_no_correction_left() {
+        let [param, m, v] = step(&AdamW { step: 1_000_000, ..P }, 1.0, [0.0, 0.0, 0.0]);
+        assert_close("param", &[param], &[-0.1 * m / (v.sqrt() + 1e-8)]);
+    }
+
+    #[test]
+    fn steps_count_from_1() {
+        let [mut param, mut m, mut v] = [0.0; 3].map(|x| buffer(&[x]));
+        let p = AdamW { step: 0, ..P };
+        assert!(BACKEND.adamw(&p, buffer(&[1.0]).view(), param.view_mut(), m.view_mut(), v.view_mut()).is_err());
+    }
+}

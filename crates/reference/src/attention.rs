@@ -154,3 +154,143 @@ pub(crate) fn attention_grad(
     dv.store(grad_v);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, assert_close, assert_gradient, buffer, numbers, output, values};
+    use rankfold_backend::Error;
+
+    const P: Attention = Attention {
+        batch: 2,
+        queries: 4,
+        keys: 4,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 3,
+        scale: 0.5,
+        query_offset: 0,
+        window: None,
+    };
+
+    fn inputs(p: &Attention) -> [Vec<f64>; 3] {
+        [numbers(1, p.query_elements()), numbers(2, p.key_elements()), numbers(3, p.key_elements())]
+    }
+
+    fn forward(p: &Attention, [q, k, v]: &[Vec<f64>; 3], starts: Option<&[u32]>) -> Result<[Vec<f64>; 2]> {
+        let starts = starts.map(|starts| BACKEND.upload(starts)).transpose()?;
+        let (mut out, mut lse) = (output(p.query_elements()), output(p.lse_elements()));
+        let starts = starts.as_ref().map(|starts| starts.view());
+        let (out_view, lse_view) = (out.view_mut(), lse.view_mut());
+        BACKEND.attention(p, buffer(q).view(), buffer(k).view(), buffer(v).view(), starts, out_view, lse_view)?;
+        Ok([values(&out), values(&lse)])
+    }
+
+    fn backward(p: &Attention, x: &[Vec<f64>; 3], starts: Option<&[u32]>, dout: &[f64]) -> [Vec<f64>; 3] {
+        let [out, lse] = forward(p, x, starts).unwrap();
+        let starts = starts.map(|starts| BACKEND.upload(starts).unwrap());
+        let [q, k, v, out, lse, dout] = [&x[0], &x[1], &x[2], &out, &lse, dout].map(buffer);
+        let mut grads = [output(p.query_elements()), output(p.key_elements()), output(p.key_elements())];
+        let [dq, dk, dv] = &mut grads;
+        let saved = AttentionSaved {
+            q: q.view(),
+            k: k.view(),
+            v: v.view(),
+            starts: starts.as_ref().map(|starts| starts.view()),
+            out: out.view(),
+            lse: lse.view(),
+        };
+        BACKEND.attention_grad(p, saved, dout.view(), dq.view_mut(), dk.view_mut(), dv.view_mut()).unwrap();
+        grads.map(|grad| values(&grad))
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let starts = [0, 0, 2, 2, 0, 1, 1, 3];
+        let cached = Attention { queries: 2, query_offset: 1, ..P };
+        let windowed = Attention { window: Some(2), ..P };
+        for (p, starts) in [(P, None), (P, Some(&starts[..])), (windowed, None), (cached, None)] {
+            let (x, dout) = (inputs(&p), numbers(4, p.query_elements()));
+            let grads = backward(&p, &x, starts, &dout);
+            for (i, name) in ["q", "k", "v"].into_iter().enumerate() {
+                assert_gradient(name, &x[i], &grads[i], |moved| {
+                    let mut x = x.clone();
+                    x[i] = moved.to_vec();
+                    dot(&forward(&p, &x, starts).unwrap()[0], &dout)
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn one_visible_key_is_copied_and_its_score_is_the_lse() {
+        let p = Attention { kv_heads: 4, window: Some(1), ..P };
+        let x = inputs(&p);
+        let [out, lse] = forward(&p, &x, None).unwrap();
+        assert_close("out", &out, &x[2]);
+        let score = 0.5 * dot(&x[0][..3], &x[1][..3]);
+        assert_close("lse", &lse[..1], &[score]);
+    }
+
+    #[test]
+    fn equal_scores_average_the_visible_values() {
+        let p = Attention { batch: 1, heads: 1, kv_heads: 1, head_dim: 1, ..P };
+        let [out, lse] = forward(&p, &[vec![0.0; 4], vec![1.0; 4], vec![1.0, 3.0, 5.0, 7.0]], None).unwrap();
+        assert_close("out", &out, &[1.0, 2.0, 3.0, 4.0]);
+        assert_close("lse", &lse, &[0.0, 2f64.ln(), 3f64.ln(), 4f64.ln()]);
+    }
+
+    /// [batch, positions, rest]: the positions `from..to` of sequence `b`.
+    fn cut(x: &[f64], positions: usize, b: usize, from: usize, to: usize) -> Vec<f64> {
+        let rest = x.len() / P.batch / positions;
+        x[(b * positions + from) * rest..(b * positions + to) * rest].to_vec()
+    }
+
+    #[test]
+    fn packed_documents_are_as_if_apart() {
+        let x = inputs(&P);
+        let [packed, _] = forward(&P, &x, Some(&[0, 0, 2, 2, 0, 0, 2, 2])).unwrap();
+        let apart = Attention { batch: 1, queries: 2, keys: 2, ..P };
+        for (b, from) in [(0, 0), (0, 2), (1, 0), (1, 2)] {
+            let document = [0, 1, 2].map(|i| cut(&x[i], 4, b, from, from + 2));
+            let [alone, _] = forward(&apart, &document, None).unwrap();
+            assert_close("out", &cut(&packed, 4, b, from, from + 2), &alone);
+        }
+    }
+
+    #[test]
+    fn a_cache_of_keys_changes_nothing() {
+        let x = inputs(&P);
+        let [whole, _] = forward(&P, &x, None).unwrap();
+        let p = Attention { batch: 1, queries: 1, query_offset: 3, ..P };
+        for b in 0..2 {
+            let last = [cut(&x[0], 4, b, 3, 4), cut(&x[1], 4, b, 0, 4), cut(&x[2], 4, b, 0, 4)];
+            let [out, _] = forward(&p, &last, None).unwrap();
+            assert_close("out", &out, &cut(&whole, 4, b, 3, 4));
+        }
+    }
+
+    /// 10⁴·(k·q) would overflow exp; the softmax is then the largest score's value alone.
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let p = Attention { batch: 1, queries: 2, keys: 2, heads: 1, kv_heads: 1, head_dim: 1, scale: 1e4, ..P };
+        let [out, lse] = forward(&p, &[vec![1.0, 1.0], vec![-1.0, 1.0], vec![3.0, 5.0]], None).unwrap();
+        assert_eq!((out, lse), (vec![3.0, 5.0], vec![-1e4, 1e4]));
+    }
+
+    #[test]
+    fn keys_that_no_query_sees_get_no_gradient() {
+        let p = Attention { queries: 2, ..P };
+        let grads = backward(&p, &inputs(&p), None, &numbers(4, p.query_elements()));
+        for b in 0..2 {
+            assert!(cut(&grads[1], 4, b, 2, 4).iter().chain(&cut(&grads[2], 4, b, 2, 4)).all(|&g| g == 0.0));
+        }
+    }
+
+    #[test]
+    fn a_segment_that_starts_after_its_query_is_refused() {
+        let error = forward(&P, &inputs(&P), Some(&[0, 2, 0, 0, 0, 0, 0, 0])).unwrap_err();
+        assert!(matches!(error, Error::Invalid { kernel: "attention", .. }));
+        assert!(forward(&Attention { kv_heads: 3, ..P }, &inputs(&P), None).is_err());
+    }
+}

@@ -100,3 +100,84 @@ pub(crate) fn add_in_place(x: View, mut out: ViewMut) -> Result<()> {
 pub(crate) fn sum_squares(x: View) -> Result<f64> {
     Ok(Kernel("sum_squares").floats("x", x)?.into_iter().map(|x| x * x).sum())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, buffer, values};
+    use half::bf16;
+    use rankfold_backend::{Buffer, DType, Storage};
+    use std::any::Any;
+
+    #[test]
+    fn bytes_go_in_and_come_out_of_a_slice_alone() {
+        let mut x = BACKEND.upload(&[1u32, 2, 3, 4]).unwrap();
+        BACKEND.write(bytemuck::bytes_of(&[8u32, 9]), x.slice_mut(1, 2).unwrap()).unwrap();
+        assert_eq!(BACKEND.download::<u32>(x.view()).unwrap(), [1, 8, 9, 4]);
+        assert_eq!(BACKEND.download::<u32>(x.slice(2, 2).unwrap()).unwrap(), [9, 4]);
+        let error = BACKEND.write(&[0; 3], x.slice_mut(1, 1).unwrap()).unwrap_err();
+        assert_eq!(error, Error::Length { kernel: "write", tensor: "bytes", expected: 4, found: 3 });
+        assert!(BACKEND.read(x.view(), &mut [0; 3]).is_err());
+        BACKEND.host_bytes_mut(&mut x).unwrap()[4..8].copy_from_slice(&7u32.to_ne_bytes());
+        assert_eq!(BACKEND.download::<u32>(x.view()).unwrap(), [1, 7, 9, 4]);
+    }
+
+    #[test]
+    fn a_fill_is_rounded_to_the_element_type() {
+        let filled = |dtype, value| BACKEND.filled(dtype, 1, value).unwrap();
+        assert_eq!(BACKEND.download::<f32>(filled(DType::F32, 0.1).view()).unwrap(), [0.1]);
+        assert_eq!(BACKEND.download::<f64>(filled(DType::F64, 0.1).view()).unwrap(), [0.1]);
+        assert_eq!(BACKEND.download::<bf16>(filled(DType::Bf16, 0.1).view()).unwrap(), [bf16::from_f32(0.1)]);
+        assert_eq!(BACKEND.download::<i64>(filled(DType::I64, -100.0).view()).unwrap(), [-100]);
+        assert_eq!(BACKEND.download::<u8>(filled(DType::U8, 1e9).view()).unwrap(), [255]);
+        assert_eq!(BACKEND.download::<u32>(filled(DType::U32, 2.5).view()).unwrap(), [2]);
+    }
+
+    #[test]
+    fn sums_in_place_are_rounded_once() {
+        let mut x = buffer(&[1.0, -2.0]);
+        BACKEND.scale_in_place(0.1, x.view_mut()).unwrap();
+        assert_eq!(values(&x), [0.1, -0.2]);
+        BACKEND.add_in_place(buffer(&[1.0, 1.0]).view(), x.view_mut()).unwrap();
+        assert_eq!(values(&x), [1.1, 0.8]);
+        assert_eq!(BACKEND.sum_squares(buffer(&[3.0, 4.0]).view()).unwrap(), 25.0);
+
+        // 1 + 2⁻⁸ is a tie in bf16, which goes to 1; 2⁻³⁰ more is above it, though f32 cannot hold the sum.
+        let mut y = BACKEND.upload(&[bf16::ONE]).unwrap();
+        BACKEND.add_in_place(buffer(&[2f64.powi(-8) + 2f64.powi(-30)]).view(), y.view_mut()).unwrap();
+        assert_eq!(BACKEND.download::<bf16>(y.view()).unwrap(), [bf16::from_f32(1.0 + 2f32.powi(-7))]);
+    }
+
+    #[test]
+    fn a_copy_keeps_every_bit_and_the_type() {
+        let nan = f32::from_bits(0x7fa0_0001);
+        let x = BACKEND.upload(&[nan, -0.0]).unwrap();
+        let mut out = BACKEND.upload(&[0.0f32; 2]).unwrap();
+        BACKEND.copy(x.view(), out.view_mut()).unwrap();
+        let bits: Vec<u32> = BACKEND.download::<f32>(out.view()).unwrap().into_iter().map(f32::to_bits).collect();
+        assert_eq!(bits, [0x7fa0_0001, 0x8000_0000]);
+        let error = BACKEND.copy(x.view(), buffer(&[0.0; 2]).view_mut()).unwrap_err();
+        assert_eq!(error, Error::DType { kernel: "copy", tensor: "out", expected: "f32", found: DType::F64 });
+    }
+
+    #[test]
+    fn a_buffer_of_another_backend_is_refused() {
+        #[derive(Debug)]
+        struct Elsewhere;
+        impl Storage for Elsewhere {
+            fn as_any(&self) -> &dyn Any {
+                self
+            }
+            fn as_any_mut(&mut self) -> &mut dyn Any {
+                self
+            }
+        }
+        let mut foreign = Buffer::new(Elsewhere, DType::F32, 2);
+        let refusal = Error::Foreign { backend: "reference" };
+        assert_eq!(BACKEND.sum_squares(foreign.view()).unwrap_err(), refusal);
+        assert_eq!(BACKEND.fill(0.0, foreign.view_mut()).unwrap_err(), refusal);
+        assert_eq!(BACKEND.scale_in_place(1.0, foreign.view_mut()).unwrap_err(), refusal);
+        assert_eq!(BACKEND.read(foreign.view(), &mut [0; 8]).unwrap_err(), refusal);
+        assert!(BACKEND.host_bytes_mut(&mut foreign).is_none());
+    }
+}

@@ -41,3 +41,32 @@ pub(crate) fn embedding_grad(p: &Embedding, ids: View, drows: View, mut dtable: 
     dtable.store(sums);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, buffer, output, values};
+
+    const P: Embedding = Embedding { tokens: 3, vocab: 3, width: 2 };
+
+    #[test]
+    fn rows_are_picked_and_their_gradients_meet_again() {
+        let ids = BACKEND.upload(&[2u32, 0, 2]).unwrap();
+        let table = buffer(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let mut rows = output(6);
+        BACKEND.embedding(&P, ids.view(), table.view(), rows.view_mut()).unwrap();
+        assert_eq!(values(&rows), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
+        let mut dtable = buffer(&[0.5; 6]);
+        BACKEND.embedding_grad(&P, ids.view(), rows.view(), dtable.view_mut()).unwrap();
+        assert_eq!(values(&dtable), [1.5, 2.5, 0.5, 0.5, 10.5, 12.5]);
+    }
+
+    #[test]
+    fn an_id_beyond_the_table_is_named_and_nothing_is_written() {
+        let ids = BACKEND.upload(&[0u32, 3, 1]).unwrap();
+        let (rows, mut dtable) = (buffer(&[1.0; 6]), buffer(&[0.5; 6]));
+        let error = BACKEND.embedding_grad(&P, ids.view(), rows.view(), dtable.view_mut()).unwrap_err();
+        assert_eq!(error, Error::TokenId { position: 1, id: 3, vocab: 3 });
+        assert_eq!(values(&dtable), [0.5; 6]);
+    }
+}

@@ -32,5 +32,7 @@ mod rms_norm;
 mod rope;
 mod silu_mul;
 mod storage;
+#[cfg(test)]
+mod testing;
 
 pub use backend::ReferenceBackend;

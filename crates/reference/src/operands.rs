@@ -29,7 +29,7 @@ impl Kernel {
     }
 
     /// The elements of a view that must be of type `T`.
-    pub(crate) fn elements<T: Element>(self, tensor: &'static str, x: View<'_>) -> Result<&[T]> {
+    pub(crate) fn elements<'a, T: Element>(self, tensor: &'static str, x: View<'a>) -> Result<&'a [T]> {
         let cells = x.buffer().storage::<Cells>(NAME)?;
         if x.dtype() != T::DTYPE {
             return Err(self.dtype_error(tensor, T::DTYPE.name(), x));

@@ -10,9 +10,9 @@
 
 use crate::operands::Kernel;
 use crate::quantize8;
+use rankfold_backend::check_block;
 use rankfold_backend::params::expect;
 use rankfold_backend::{DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result, Scales, View, ViewMut};
-use rankfold_backend::check_block;
 
 /// max |x|, as it is.
 pub(crate) fn absmax(block: &[f32]) -> f32 {
@@ -102,4 +102,134 @@ pub(crate) fn dequantize_4bit(q: &Quantized, mut out: ViewMut) -> Result<()> {
     let w = decode(kernel, q)?;
     kernel.floats_mut("out", &mut out)?.store(w.into_iter().map(f64::from));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, buffer};
+    use half::bf16;
+    use proptest::prelude::*;
+    use rankfold_backend::Element;
+
+    fn quantize(format: Format, block: usize, w: &[impl Element]) -> Result<Quantized> {
+        Quantized::quantize(BACKEND, BACKEND.upload(w)?.view(), [1, w.len()], format, block, false)
+    }
+
+    fn parts(q: &Quantized) -> (Vec<u8>, Vec<f32>) {
+        let Scales::Plain(absmax) = &q.scales else { panic!("plain scales were asked for") };
+        (BACKEND.download(q.codes.view()).unwrap(), BACKEND.download(absmax.view()).unwrap())
+    }
+
+    fn decoded(q: &Quantized) -> Vec<f32> {
+        let mut out = BACKEND.alloc(DType::F32, q.elements()).unwrap();
+        BACKEND.dequantize_4bit(q, out.view_mut()).unwrap();
+        BACKEND.download(out.view()).unwrap()
+    }
+
+    #[test]
+    fn a_zero_block_has_absmax_0_and_the_code_of_0() {
+        for (format, byte) in [(Format::Nf4, 0x77), (Format::Fp4, 0x00), (Format::Int4, 0x88)] {
+            let q = quantize(format, 32, &[0.0f32; 64]).unwrap();
+            assert_eq!(parts(&q), (vec![byte; 32], vec![0.0; 2]));
+            assert_eq!(decoded(&q), [0.0; 64]);
+        }
+    }
+
+    #[test]
+    fn a_short_last_block_has_its_own_scale_and_an_odd_count_is_padded() {
+        let mut w = vec![1.0f32; 33];
+        w[32] = -0.5;
+        let (codes, absmax) = parts(&quantize(Format::Nf4, 32, &w).unwrap());
+        assert_eq!(absmax, [1.0, 0.5]);
+        assert_eq!((codes[..16].to_vec(), codes[16]), (vec![0xff; 16], 0x07));
+        let none = quantize(Format::Nf4, 32, &[0.0f32; 0]).unwrap();
+        assert_eq!(parts(&none), (vec![], vec![]));
+    }
+
+    #[test]
+    fn a_tie_takes_the_lower_value_and_one_ulp_more_the_upper() {
+        for format in Format::ALL {
+            let thresholds = format.thresholds();
+            for (i, &between) in thresholds.between.iter().enumerate() {
+                // The 1 makes the scale 1, so that v is w.
+                let (codes, _) = parts(&quantize(format, 32, &[1.0, 1.0, between, between.next_up()]).unwrap());
+                assert_eq!((codes[1] >> 4, codes[1] & 15), (thresholds.codes[i], thresholds.codes[i + 1]));
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_quantised_is_named() {
+        let mut w = vec![0.5f32; 40];
+        w[35] = f32::INFINITY;
+        w[37] = f32::NAN;
+        let error = quantize(Format::Nf4, 32, &w).unwrap_err();
+        assert_eq!(error, Error::NonFinite { index: 35, value: f64::INFINITY });
+        assert_eq!(quantize(Format::Nf4, 48, &w).unwrap_err(), Error::Block { block: 48 });
+        let w = buffer(&[0.5; 32]);
+        let error = Quantized::quantize(BACKEND, w.view(), [1, 32], Format::Nf4, 32, false).unwrap_err();
+        let expected = "f32, bf16 or f16";
+        assert_eq!(error, Error::DType { kernel: "quantize_4bit", tensor: "w", expected, found: DType::F64 });
+    }
+
+    #[test]
+    fn a_bf16_weight_has_the_codes_of_its_values() {
+        let halves: Vec<bf16> = (0..64).map(|i| bf16::from_f32((i as f32 - 20.0) / 7.0)).collect();
+        let singles: Vec<f32> = halves.iter().map(|w| w.to_f32()).collect();
+        let (q, same) = (quantize(Format::Fp4, 32, &halves).unwrap(), quantize(Format::Fp4, 32, &singles).unwrap());
+        assert_eq!(parts(&q), parts(&same));
+        let mut out = BACKEND.alloc(DType::Bf16, 64).unwrap();
+        BACKEND.dequantize_4bit(&q, out.view_mut()).unwrap();
+        let rounded: Vec<bf16> = decoded(&q).into_iter().map(bf16::from_f32).collect();
+        assert_eq!(BACKEND.download::<bf16>(out.view()).unwrap(), rounded);
+    }
+
+    #[test]
+    fn a_nested_scale_may_come_out_negative() {
+        let scales = Scales::Nested {
+            codes: BACKEND.upload(&[0u8]).unwrap(),
+            absmax: BACKEND.upload(&[2.0f32]).unwrap(),
+            offset: 0.5,
+        };
+        let codes = BACKEND.upload(&[0xf7u8]).unwrap();
+        let q = Quantized { codes, scales, format: Format::Nf4, block: 64, shape: [1, 2] };
+        let least = DynamicMap::Signed.values()[0];
+        assert_eq!(decoded(&q), [least * 2.0 + 0.5, 0.0]);
+        assert!(decoded(&q)[0] < 0.0);
+    }
+
+    proptest! {
+        /// |w − ŵ| is at most half the widest gap of the format, times absmax; the f32 arithmetic (reciprocal,
+        /// product, midpoint, product back) rounds by 2⁻²⁴ four times: absmax·2⁻²².
+        #[test]
+        fn the_error_stays_under_half_the_widest_gap(
+            w in prop::collection::vec(-10.0f32..10.0, 1..200),
+            exponent in -100i32..100,
+            format in prop::sample::select(Format::ALL.to_vec()),
+        ) {
+            let w: Vec<f32> = w.into_iter().map(|w| w * 2f32.powi(exponent)).collect();
+            let q = quantize(format, 32, &w).unwrap();
+            let ((_, absmax), back) = (parts(&q), decoded(&q));
+            for (i, (w, back)) in w.iter().zip(back).enumerate() {
+                let bound = f64::from(absmax[i / 32]) * (f64::from(format.worst_error()) + 2f64.powi(-22));
+                prop_assert!(f64::from(w - back).abs() <= bound, "{w} became {back}");
+            }
+        }
+
+        /// A decoded tensor is its own quantisation: values and scales stay (FP4's two zeros aside, codes too). The
+        /// exponents keep absmax normal, so that each value times its reciprocal is within 2 ulp of the code's own.
+        #[test]
+        fn quantising_again_changes_nothing(
+            w in prop::collection::vec(-10.0f32..10.0, 1..200),
+            exponent in -100i32..100,
+            format in prop::sample::select(Format::ALL.to_vec()),
+        ) {
+            let w: Vec<f32> = w.into_iter().map(|w| w * 2f32.powi(exponent)).collect();
+            let once = quantize(format, 32, &w).unwrap();
+            let twice = quantize(format, 32, &decoded(&once)).unwrap();
+            prop_assert_eq!(decoded(&once), decoded(&twice));
+            prop_assert_eq!(parts(&once).1, parts(&twice).1);
+        }
+    }
 }

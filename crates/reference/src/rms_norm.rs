@@ -33,7 +33,6 @@ pub(crate) fn rms_norm(p: &RmsNorm, x: View, gain: View, mut y: ViewMut, mut inv
 ///
 /// From ∂y_j/∂x_i = gain_j (δ_ij / ρ − x_j/ρ² · ∂ρ/∂x_i) and ∂ρ/∂x_i = x_i / (width·ρ): every element pulls on ρ,
 /// and through it on every output; summed over j that pull is x_i c / ρ.
-#[expect(clippy::too_many_arguments, reason = "the contract's own list")]
 pub(crate) fn rms_norm_grad(
     p: &RmsNorm,
     x: View,
@@ -76,4 +75,61 @@ pub(crate) fn rms_norm_grad(
         dgain.add(grad_gain);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{BACKEND, assert_close, assert_gradient, buffer, dot, numbers, output, values};
+
+    const P: RmsNorm = RmsNorm { rows: 2, width: 3, eps: 1e-2 };
+
+    fn forward(p: &RmsNorm, x: &[f64], gain: &[f64]) -> (Vec<f64>, Vec<f64>) {
+        let (mut y, mut inv_rms) = (output(x.len()), output(p.rows));
+        BACKEND.rms_norm(p, buffer(x).view(), buffer(gain).view(), y.view_mut(), inv_rms.view_mut()).unwrap();
+        (values(&y), values(&inv_rms))
+    }
+
+    fn backward(p: &RmsNorm, x: &[f64], gain: &[f64], dy: &[f64], before: f64) -> (Vec<f64>, Vec<f64>) {
+        let (_, inv_rms) = forward(p, x, gain);
+        let (x, gain, inv_rms, dy) = (buffer(x), buffer(gain), buffer(&inv_rms), buffer(dy));
+        let (mut dx, mut dgain) = (buffer(&vec![before; x.len()]), buffer(&vec![before; p.width]));
+        let (out, out_gain) = (dx.view_mut(), Some(dgain.view_mut()));
+        let accumulate = before != 0.0;
+        BACKEND.rms_norm_grad(p, x.view(), gain.view(), inv_rms.view(), dy.view(), accumulate, out, out_gain).unwrap();
+        (values(&dx), values(&dgain))
+    }
+
+    #[test]
+    fn a_row_of_mean_square_1_is_scaled_by_the_gain_alone() {
+        let p = RmsNorm { rows: 2, width: 2, eps: 0.0 };
+        let (y, inv_rms) = forward(&p, &[1.0, -1.0, 3.0, 3.0], &[2.0, 5.0]);
+        assert_eq!((y, inv_rms), (vec![2.0, -5.0, 2.0, 5.0], vec![1.0, 1.0 / 3.0]));
+    }
+
+    #[test]
+    fn a_row_of_zeros_stays_zero() {
+        let (y, inv_rms) = forward(&P, &[0.0; 6], &[1.0; 3]);
+        assert_eq!(y, [0.0; 6]);
+        assert_close("1/√ε", &inv_rms, &[10.0; 2]);
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let (x, gain, dy) = (numbers(1, 6), numbers(2, 3), numbers(3, 6));
+        let (dx, dgain) = backward(&P, &x, &gain, &dy, 0.0);
+        assert_gradient("x", &x, &dx, |x| dot(&forward(&P, x, &gain).0, &dy));
+        assert_gradient("gain", &gain, &dgain, |gain| dot(&forward(&P, &x, gain).0, &dy));
+        let more = |gradient: Vec<f64>| gradient.into_iter().map(|g| g + 0.5).collect::<Vec<f64>>();
+        assert_eq!(backward(&P, &x, &gain, &dy, 0.5), (more(dx), more(dgain)));
+    }
+
+    /// Without ε the norm does not see x's length, so that its gradient has no part along x.
+    #[test]
+    fn the_gradient_is_at_right_angles_to_x() {
+        let p = RmsNorm { rows: 1, width: 6, eps: 0.0 };
+        let x = numbers(1, 6);
+        let (dx, _) = backward(&p, &x, &numbers(2, 6), &numbers(3, 6), 0.0);
+        assert_close("x·dx", &[dot(&x, &dx)], &[0.0]);
+    }
 }

@@ -21,13 +21,7 @@ pub(crate) fn silu_mul(gate: View, up: View, mut out: ViewMut) -> Result<()> {
 }
 
 /// dgate = dout · up · σ(1 + gate(1 − σ)), from silu' = σ + gate·σ' and σ' = σ(1 − σ); dup = dout · gate · σ.
-pub(crate) fn silu_mul_grad(
-    gate: View,
-    up: View,
-    dout: View,
-    mut dgate: ViewMut,
-    mut dup: ViewMut,
-) -> Result<()> {
+pub(crate) fn silu_mul_grad(gate: View, up: View, dout: View, mut dgate: ViewMut, mut dup: ViewMut) -> Result<()> {
     let kernel = Kernel("silu_mul_grad");
     let len = gate.len();
     expect(kernel.0, "up", up.len(), len)?;
@@ -44,4 +38,32 @@ pub(crate) fn silu_mul_grad(
     }));
     dup.store((0..len).map(|i| dout[i] * gate[i] * sigmoid(gate[i])));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::testing::{BACKEND, assert_close, assert_gradient, buffer, dot, numbers, output, values};
+
+    fn forward(gate: &[f64], up: &[f64]) -> Vec<f64> {
+        let mut out = output(gate.len());
+        BACKEND.silu_mul(buffer(gate).view(), buffer(up).view(), out.view_mut()).unwrap();
+        values(&out)
+    }
+
+    #[test]
+    fn silu_is_0_at_0_x_far_above_and_0_far_below() {
+        assert_eq!(forward(&[0.0, 800.0, -800.0], &[3.0, 2.0, 2.0]), [0.0, 1600.0, 0.0]);
+        // σ(ln 3) = 3/4.
+        assert_close("ln 3", &forward(&[3f64.ln()], &[2.0]), &[1.5 * 3f64.ln()]);
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let (gate, up, dout) = (numbers(1, 8), numbers(2, 8), numbers(3, 8));
+        let (mut dgate, mut dup) = (output(8), output(8));
+        let (g, u, d) = (buffer(&gate), buffer(&up), buffer(&dout));
+        BACKEND.silu_mul_grad(g.view(), u.view(), d.view(), dgate.view_mut(), dup.view_mut()).unwrap();
+        assert_gradient("gate", &gate, &values(&dgate), |gate| dot(&forward(gate, &up), &dout));
+        assert_gradient("up", &up, &values(&dup), |up| dot(&forward(&gate, up), &dout));
+    }
 }

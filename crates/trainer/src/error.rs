@@ -39,12 +39,32 @@ pub enum Error {
     /// A safetensors file that cannot be read or written.
     #[error(transparent)]
     Files(#[from] rankfold_files::Error),
+    /// An adapter that cannot be attached, read or written.
+    #[error(transparent)]
+    Adapters(#[from] rankfold_adapters::Error),
+    /// An operation on tensors refused.
+    #[error(transparent)]
+    Autograd(#[from] rankfold_autograd::Error),
+    /// A kernel refused.
+    #[error(transparent)]
+    Kernel(#[from] rankfold_backend::Error),
+    /// A loss or gradient that is no number.
+    #[error("step {step}: the {what} is {value}, expected a finite number: nothing was updated, the last checkpoint is whole")]
+    NotFinite { step: usize, what: &'static str, value: f64 },
     /// A setting outside its range.
     #[error("{setting} {found}: expected {expected}")]
     Setting { setting: &'static str, found: String, expected: &'static str },
 }
 
 impl Error {
+    /// The same error as a function on a tape returns it.
+    pub(crate) fn into_autograd(self) -> rankfold_autograd::Error {
+        match self {
+            Self::Autograd(error) => error,
+            other => rankfold_autograd::Error::Function(Box::new(other)),
+        }
+    }
+
     /// An [`Error::Io`] of `path`, for `map_err`.
     pub(crate) fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.to_owned();

@@ -1,8 +1,8 @@
 //! Text, token by token: the softmax of the last position's logits, cooled and cut, and a counter-based draw.
 
 use crate::Result;
-use crate::model::{Cache, Model};
-use rankfold_backend::philox;
+use crate::model::Model;
+use rankfold_backend::{Compute, philox};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -15,26 +15,24 @@ pub struct Sampling {
     pub seed: u64,
 }
 
-/// Continue `prompt` by at most `limit` tokens, ending early at one of `ends` (which is not returned). Each token is
-/// handed to `each` as it comes.
+/// Continue `prompt` by at most `limit` tokens, ending early at one of `ends` (which is not returned).
 pub fn generate(
     model: &Model,
     prompt: &[u32],
     limit: usize,
     ends: &[u32],
     sampling: Sampling,
-    mut each: impl FnMut(u32),
+    compute: Compute,
 ) -> Result<Vec<u32>> {
-    let mut cache: Cache = model.cache(prompt.len() + limit)?;
+    let mut cache = model.cache(prompt.len() + limit)?;
     let mut new = prompt.to_vec();
     let mut made = Vec::new();
     while made.len() < limit {
-        let logits = model.next_logits(&new, &mut cache)?;
+        let logits = model.next_logits(&new, &mut cache, compute)?;
         let token = choose(&logits, sampling, made.len() as u64);
         if ends.contains(&token) {
             break;
         }
-        each(token);
         made.push(token);
         new = vec![token];
     }

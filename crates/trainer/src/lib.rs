@@ -1,14 +1,28 @@
-//! The transformer trainer: models, data, optimiser, loop, checkpoints
+//! The transformer trainer.
 //!
 //! In reading order:
 //! - [`data`]: everything from text to batches;
-//! - [`error`]: everything that can be wrong with a run.
+//! - [`model`]: the Llama family, from a Hugging Face folder;
+//! - [`optimizer`], [`schedule`]: AdamW and its rate;
+//! - [`step`]: one optimiser step, and a held-out evaluation;
+//! - [`run`]: steps, evaluations and checkpoints to the end; [`metrics`], [`checkpoint`], [`product`] are its files;
+//! - [`generate`]: text from a model;
+//! - [`initialize`], [`convert`]: new models, and models quantised, dequantised, merged;
+//! - [`error`]: everything that can be wrong.
 #![forbid(unsafe_code)]
 
+pub mod checkpoint;
+pub mod convert;
 pub mod data;
 pub mod error;
+pub mod generate;
+pub mod initialize;
+pub mod metrics;
 pub mod model;
 pub mod optimizer;
+pub mod product;
+pub mod run;
 pub mod schedule;
+pub mod step;
 
 pub use error::{Error, Result};

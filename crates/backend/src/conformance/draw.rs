@@ -65,7 +65,7 @@ impl Draw {
 
     /// A number in 0 … n − 1.
     pub fn below(&mut self, n: usize) -> usize {
-        (u64::from(self.word()) * n as u64 >> 32) as usize
+        ((u64::from(self.word()) * n as u64) >> 32) as usize
     }
 
     /// True once in `n` times.

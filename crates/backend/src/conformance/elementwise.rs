@@ -4,7 +4,7 @@ use super::bound::{DENORMAL, OVERFLOW, UNIT, gamma, second_order, sigmoid};
 use super::draw::{Draw, Values, length, values};
 use super::harness::*;
 use crate::params::Dropout;
-use crate::{Backend, DType, philox};
+use crate::{Backend, philox};
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -35,7 +35,7 @@ pub fn scale_in_place(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict 
         Ok(vec![desk.take(&x)?])
     }
     let factors = select(vec![0.0, 1.0, -1.0, 0.5, 1.0 / 3.0, 0.1, -1.7e6, 1e-12]);
-    check(64, &(case(), factors), |(case, factor)| {
+    check(128, &(case(), factors), |(case, factor)| {
         let [x] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, factor, &x))?;
         let exact = call::<f64>(oracle, &case, factor, &x)?;
@@ -51,7 +51,7 @@ pub fn add(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         backend.add(a.view(), b.view(), out.view_mut())?;
         Ok(vec![desk.take(&out)?])
     }
-    check(64, &case(), |case| {
+    check(128, &case(), |case| {
         let [a, b] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &a, &b))?;
         let exact = call::<f64>(oracle, &case, &a, &b)?;
@@ -67,7 +67,7 @@ pub fn add_in_place(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         backend.add_in_place(x.view(), out.view_mut())?;
         Ok(vec![desk.take(&out)?])
     }
-    check(64, &case(), |case| {
+    check(128, &case(), |case| {
         let [x, out] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &x, &out))?;
         let exact = call::<f64>(oracle, &case, &x, &out)?;
@@ -82,7 +82,7 @@ pub fn sum_squares(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         let desk = Desk::new(backend, case.seed);
         Ok(vec![vec![backend.sum_squares(desk.real::<T>(x)?.view())?]])
     }
-    check(64, &case(), |case| {
+    check(128, &case(), |case| {
         let [x] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &x))?[0][0];
         let exact = call::<f64>(oracle, &case, &x)?[0][0];
@@ -104,7 +104,7 @@ pub fn dropout(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     }
     let dropouts = (select(vec![0.0, 0.1, 0.5, 0.9]), any::<u64>(), any::<u64>())
         .prop_map(|(probability, seed, stream)| Dropout { probability, seed, stream });
-    check(64, &(case(), dropouts), |(case, p)| {
+    check(128, &(case(), dropouts), |(case, p)| {
         let [x] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &p, &x))?;
         let exact = call::<f64>(oracle, &case, &p, &x)?;
@@ -126,7 +126,7 @@ pub fn silu_mul(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         backend.silu_mul(gate.view(), up.view(), out.view_mut())?;
         Ok(vec![desk.take(&out)?])
     }
-    check(64, &case(), |case| {
+    check(128, &case(), |case| {
         let [gate, up] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &gate, &up))?;
         let exact = call::<f64>(oracle, &case, &gate, &up)?;
@@ -155,7 +155,7 @@ pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         backend.silu_mul_grad(gate.view(), up.view(), dout.view(), dgate.view_mut(), dup.view_mut())?;
         Ok(vec![desk.take(&dgate)?, desk.take(&dup)?])
     }
-    check(64, &case(), |case| {
+    check(128, &case(), |case| {
         let inputs: [Vec<f32>; 3] = case.draw();
         let found = twice(|| call::<f32>(candidate, &case, &inputs))?;
         let exact = call::<f64>(oracle, &case, &inputs)?;

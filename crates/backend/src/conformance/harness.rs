@@ -2,6 +2,7 @@
 
 use super::bound::OVERFLOW;
 use crate::{Backend, Buffer, DType, Element, Error, Result, View, ViewMut};
+use bytemuck::Pod;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner, contextualize_config};
 use std::cell::Cell;
@@ -149,7 +150,7 @@ impl Placed {
 pub type Outputs<T> = Vec<Vec<T>>;
 
 /// Runs the candidate twice: the same call gives the same bits.
-pub fn twice<T: Element>(run: impl Fn() -> TestCaseResult<Outputs<T>>) -> TestCaseResult<Outputs<T>> {
+pub fn twice<T: Pod>(run: impl Fn() -> TestCaseResult<Outputs<T>>) -> TestCaseResult<Outputs<T>> {
     let (first, second) = (run()?, run()?);
     for (output, (a, b)) in first.iter().zip(&second).enumerate() {
         let same = bytemuck::cast_slice::<T, u8>(a) == bytemuck::cast_slice::<T, u8>(b);
@@ -184,7 +185,7 @@ pub fn agree(tensor: &str, candidate: &[f32], oracle: &[f64], bound: impl Fn(usi
 }
 
 /// That two outputs have the same bits, any NaN being like any other.
-pub fn same<T: Element + PartialEq + Display>(tensor: &str, candidate: &[T], oracle: &[T]) -> TestCaseResult {
+pub fn same<T: Pod + PartialEq + Display>(tensor: &str, candidate: &[T], oracle: &[T]) -> TestCaseResult {
     prop_assert_eq!(candidate.len(), oracle.len(), "{}: lengths", tensor);
     for (i, (found, expected)) in candidate.iter().zip(oracle).enumerate() {
         // Only NaN differs from itself.

@@ -27,10 +27,7 @@ fn case(m: usize, n: usize, k: usize, compute: Compute) -> impl Strategy<Value =
     with_dims(dims, compute)
 }
 
-fn with_dims(
-    dims: impl Strategy<Value = (usize, usize, usize)>,
-    compute: Compute,
-) -> impl Strategy<Value = Case> {
+fn with_dims(dims: impl Strategy<Value = (usize, usize, usize)>, compute: Compute) -> impl Strategy<Value = Case> {
     let layouts = select(vec![Layout::Nn, Layout::Nt, Layout::Tn]);
     (dims, layouts, any::<bool>(), any::<u64>()).prop_map(move |((m, n, k), layout, accumulate, seed)| Case {
         p: MatMul { m, n, k, layout, accumulate, compute },
@@ -60,7 +57,7 @@ fn law(candidate: &dyn Backend, oracle: &dyn Backend, case: Case, data: &Data) -
 
 /// All layouts, adding or not, of every size from nothing.
 pub fn agrees(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(96, &case(129, 129, 257, Compute::F32), |case| law(candidate, oracle, case, &draw(&case)))
+    check(256, &case(129, 129, 257, Compute::F32), |case| law(candidate, oracle, case, &draw(&case)))
 }
 
 /// Sizes beyond one block of any blocking, long in one dimension or wide in two.
@@ -72,12 +69,12 @@ pub fn large(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         (size(17), size(65), long()),
         (select(vec![193, 257]), select(vec![193, 257]), select(vec![257, 385])),
     ];
-    check(16, &with_dims(dims, Compute::F32), |case| law(candidate, oracle, case, &draw(&case)))
+    check(24, &with_dims(dims, Compute::F32), |case| law(candidate, oracle, case, &draw(&case)))
 }
 
 /// NaN and infinities reach every sum that they are a term of, and no other.
 pub fn non_finite(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(32, &case(49, 49, 65, Compute::F32), |case| {
+    check(64, &case(49, 49, 65, Compute::F32), |case| {
         let mut data = draw(&case);
         let mut draw = Draw::new(!case.seed);
         for tensor in [&mut data.a, &mut data.b, &mut data.c] {
@@ -98,6 +95,6 @@ pub fn bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         candidate.matmul(&p, a.view(), b.view(), c.view_mut())
     };
     unsupported(trial()).unwrap_or_else(|| {
-        check(64, &case(129, 129, 257, Compute::Bf16), |case| law(candidate, oracle, case, &draw(&case)))
+        check(128, &case(129, 129, 257, Compute::Bf16), |case| law(candidate, oracle, case, &draw(&case)))
     })
 }

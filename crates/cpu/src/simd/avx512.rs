@@ -152,6 +152,10 @@ unsafe impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn transpose(r: &mut [__m512]) {
         unsafe {
             // 4 × 4 transposes within 128-bit lanes, then the lanes themselves as a 4 × 4 matrix.

@@ -56,6 +56,18 @@ pub trait Float: Element {
     }
 }
 
+/// x as an f32 whose last bit says whether anything was cut off: rounding it again, to a type with at least two bits
+/// less, gives what rounding x once gives (Boldo & Melquiond 2008).
+fn to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let value = f64::from(nearest);
+    if value == x || x.is_nan() || nearest.to_bits() & 1 == 1 {
+        return nearest;
+    }
+    // The neighbour on the other side of x is odd; that of an infinity is the largest number.
+    f32::from_bits(if value.abs() < x.abs() { nearest.to_bits() + 1 } else { nearest.to_bits() - 1 })
+}
+
 // SAFETY (of every block below): the caller's machine has S, and pointers are valid as the trait says.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all of them, above
 mod impls {
@@ -89,7 +101,7 @@ mod impls {
 
     impl Float for bf16 {
         fn from_f64(x: f64) -> Self {
-            Self::from_f64(x)
+            Self::from_f32(to_odd(x))
         }
         #[inline(always)]
         fn to_f32(self) -> f32 {
@@ -107,7 +119,7 @@ mod impls {
 
     impl Float for f16 {
         fn from_f64(x: f64) -> Self {
-            Self::from_f64(x)
+            Self::from_f32(to_odd(x))
         }
         #[inline(always)]
         fn to_f32(self) -> f32 {

@@ -94,6 +94,10 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// holds integers as the bits of f32s.
     unsafe fn encode_nibbles(thresholds: Self::Table, codes: Self::Table, v: Self::V, p: *mut u8);
 
+    /// Ask for the cache line of an address, which need not be valid.
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
     /// Transpose a LANES × LANES tile in place: lane j of row i becomes lane i of row j.
     /// `rows` has LANES entries.
     unsafe fn transpose(rows: &mut [Self::V]);
@@ -121,6 +125,9 @@ pub enum Isa {
     Avx2,
     /// Plain Rust: 8 lanes, left to the compiler.
     Portable,
+    /// Plain Rust at AVX-512's width, so that its tiles are tried on any machine.
+    #[cfg(test)]
+    Portable16,
 }
 
 impl Isa {
@@ -146,6 +153,19 @@ impl Isa {
         found
     }
 
+    /// Elements of its vectors.
+    pub fn lanes(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => 16,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => 8,
+            Self::Portable => 8,
+            #[cfg(test)]
+            Self::Portable16 => 16,
+        }
+    }
+
     /// Run `kernel` on this instruction set.
     ///
     /// # Panics
@@ -162,6 +182,9 @@ impl Isa {
             Self::Avx2 => unsafe { run_avx2(kernel) },
             // SAFETY: plain Rust runs everywhere.
             Self::Portable => unsafe { kernel.run::<Portable<8>>() },
+            #[cfg(test)]
+            // SAFETY: as above.
+            Self::Portable16 => unsafe { kernel.run::<Portable<16>>() },
         }
     }
 }
@@ -188,6 +211,8 @@ impl fmt::Display for Isa {
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => "avx2",
             Self::Portable => "portable",
+            #[cfg(test)]
+            Self::Portable16 => "portable16",
         })
     }
 }

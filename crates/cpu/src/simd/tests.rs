@@ -69,6 +69,12 @@ impl Kernel for Exponential {
         unsafe {
             assert_eq!(lanes::<S>(exp::<S>(S::splat(0.0)))[0], 1.0);
             assert_eq!(lanes::<S>(exp::<S>(S::splat(f32::NEG_INFINITY)))[0], 0.0);
+            for x in [88.73, 1e30, f32::INFINITY] {
+                assert_eq!(lanes::<S>(exp::<S>(S::splat(x)))[0], f32::INFINITY);
+            }
+            assert!(lanes::<S>(exp::<S>(S::splat(f32::NAN)))[0].is_nan());
+            assert_eq!(lanes::<S>(sigmoid::<S>(S::splat(f32::NEG_INFINITY)))[0], 0.0);
+            assert_eq!(lanes::<S>(sigmoid::<S>(S::splat(f32::INFINITY)))[0], 1.0);
         }
     }
 }

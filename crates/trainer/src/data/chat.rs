@@ -24,7 +24,7 @@ use std::ops::Range;
 pub struct Conversation {
     /// The tokens.
     pub ids: Vec<u32>,
-    /// The assistant's among them, in order, disjoint.
+    /// The assistant's among them, in order, disjoint; the last ends where the tokens end.
     pub answers: Vec<Range<usize>>,
     /// Characters of the answers.
     pub characters: usize,
@@ -50,7 +50,7 @@ pub fn encode(
     let mut characters = 0;
     for i in (0..messages.len()).filter(|&i| spoken(&messages[i])) {
         let unstable = |what: &str| {
-            let why = format!("message {i}: {what}: the assistant's text cannot be told from the template's");
+            let why = format!("messages[{i}]: {what}: the assistant's text cannot be told from the template's");
             Error::ChatTemplate { why }
         };
         let before = template.render(&messages[..i], tools, true)?;
@@ -68,7 +68,6 @@ pub fn encode(
         answers.push(start..end.max(start));
         characters += answer.chars().count();
     }
-    answers.retain(|a| !a.is_empty());
     Ok(Conversation { ids, answers, characters })
 }
 
@@ -92,7 +91,8 @@ mod tests {
         let trained = Tokenizer::train_bpe("assistant user system assistant answer answer", 280).unwrap();
         let [(_, json), _] = trained.files().unwrap();
         let mut json: Value = serde_json::from_str(&json).unwrap();
-        let names = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"];
+        let names =
+            ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<s>", "</s>"];
         let added = json["added_tokens"].as_array_mut().unwrap();
         for (i, name) in names.iter().enumerate() {
             let mut token = added[0].clone();
@@ -135,9 +135,8 @@ mod tests {
     #[test]
     fn llama_3_masks_the_answers_alone() {
         let (text, answers) = parts(LLAMA_3, &two_turns()).unwrap();
-        let turn = |role: &str, content: &str| {
-            format!("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>")
-        };
+        let turn =
+            |role: &str, content: &str| format!("<|start_header_id|>{role}<|end_header_id|>\n\n{content}<|eot_id|>");
         let turns = [turn("user", "one?"), turn("assistant", "1"), turn("user", "two?"), turn("assistant", "answer 2")];
         assert_eq!(text, "<s>".to_owned() + &turns.concat());
         assert_eq!(answers, ["1<|eot_id|>", "answer 2<|eot_id|>"]);
@@ -167,17 +166,17 @@ mod tests {
         // It shows only the last message, as templates that cut old reasoning do.
         let last = "{{ messages[-1].content }}{% if add_generation_prompt %}:{% endif %}";
         let error = parts(last, &two_turns()).unwrap_err().to_string();
-        assert!(error.contains("message 1: the text so far changes with the messages that follow"), "{error}");
+        assert!(error.contains("messages[1]: the text so far changes with the messages that follow"), "{error}");
         let prompt = "{% for m in messages %}{{ m.content }};{% endfor %}{% if add_generation_prompt %}<s>{% endif %}";
         let error = parts(prompt, &two_turns()).unwrap_err().to_string();
-        assert!(error.contains("message 1: the generation prompt is not how the answer begins"), "{error}");
+        assert!(error.contains("messages[1]: the generation prompt is not how the answer begins"), "{error}");
     }
 
     #[test]
     fn a_token_across_the_boundary_is_the_assistants() {
-        // "an" + "swer" is one word and one token; the answer begins inside it.
+        // " an" + "swer" is one word and one token; the answer begins inside it.
         let template = "{% for m in messages %}{{ m.content }}{% endfor %}";
-        let chat = json!([{ "role": "user", "content": "an" }, { "role": "assistant", "content": "swer" }]);
-        assert_eq!(parts(template, &chat).unwrap().1, ["answer"]);
+        let chat = json!([{ "role": "user", "content": " an" }, { "role": "assistant", "content": "swer" }]);
+        assert_eq!(parts(template, &chat).unwrap().1, [" answer"]);
     }
 }

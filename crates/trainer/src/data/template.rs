@@ -9,7 +9,8 @@
 //! must not depend on the day: templates that ask whether it is defined write their own date.
 
 use crate::{Error, Result};
-use minijinja::value::{Kwargs, Value};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 use serde_json::Value as Json;
@@ -27,22 +28,27 @@ impl ChatTemplate {
     /// Compile `source`; `tokens` are special tokens by the name of their variable.
     pub fn new(source: &str, tokens: Vec<(String, String)>) -> Result<Self> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(wrong)?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> Result<Value, minijinja::Error> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_filter("tojson", python_json);
+        environment.set_formatter(|out, state, value| match python_constant(value) {
+            Some(constant) => Ok(out.write_str(constant)?),
+            None => minijinja::escape_formatter(out, state, value),
+        });
         environment.add_template_owned(NAME, without_generation_marks(source)).map_err(wrong)?;
         Ok(Self { environment, tokens })
     }
 
     /// The conversation as one text, ending, with `prompt`, where the assistant's next answer begins.
+    ///
+    /// A field of a message that is null is as if it were not there.
     pub fn render(&self, messages: &[Json], tools: &Json, prompt: bool) -> Result<String> {
         let mut variables: Vec<(String, Value)> =
             self.tokens.iter().map(|(name, token)| (name.clone(), Value::from(token.as_str()))).collect();
-        variables.push(("messages".into(), messages.iter().map(value).collect::<Vec<_>>().into()));
+        variables.push(("messages".into(), messages.iter().map(message).collect::<Vec<_>>().into()));
         variables.push(("tools".into(), value(tools)));
         variables.push(("add_generation_prompt".into(), prompt.into()));
         let template = self.environment.get_template(NAME).map_err(wrong)?;
@@ -52,6 +58,26 @@ impl ChatTemplate {
 
 fn wrong(error: minijinja::Error) -> Error {
     Error::ChatTemplate { why: error.to_string() }
+}
+
+/// How Python writes the constants that Jinja2 spells otherwise.
+fn python_constant(value: &Value) -> Option<&'static str> {
+    match bool::try_from(value.clone()) {
+        _ if value.is_none() => Some("None"),
+        Ok(bool) if value.kind() == ValueKind::Bool => Some(if bool { "True" } else { "False" }),
+        _ => None,
+    }
+}
+
+/// A message without its null fields: tables of conversations have one for whatever other messages have.
+fn message(json: &Json) -> Value {
+    match json {
+        Json::Object(map) => {
+            let present = map.iter().filter(|(_, item)| !item.is_null());
+            Value::from_pairs(present.map(|(key, item)| (key.as_str(), value(item))))
+        }
+        other => value(other),
+    }
 }
 
 /// JSON as a template's value; objects keep the order of their keys.
@@ -118,8 +144,7 @@ fn without_generation_marks(source: &str) -> String {
     while let Some(open) = rest.find("{%") {
         let Some(close) = rest[open..].find("%}").map(|i| open + i) else { break };
         let inside = &rest[open + 2..close];
-        let trimmed = inside.strip_prefix('-').unwrap_or(inside);
-        let word = trimmed.strip_suffix('-').unwrap_or(trimmed).trim();
+        let word = inside.trim_matches(['-', '+']).trim();
         text.push_str(&rest[..open + 2]);
         match word {
             "generation" => text.push_str(&inside.replace(word, " if true ")),
@@ -155,8 +180,16 @@ mod tests {
         let message = json!([{ "role": "tool", "content": { "z": [1, 2.5, null], "a": "<é's \\u003c>", "e": {} } }]);
         let text = render("{{ messages[0].content | tojson }}", &message).unwrap();
         assert_eq!(text, r#"{"z": [1, 2.5, null], "a": "<é's \\u003c>", "e": {}}"#);
-        let text = render("{{ messages[0].content | tojson(indent=2) }}", &json!([{ "content": { "b": [1] } }])).unwrap();
+        let text =
+            render("{{ messages[0].content | tojson(indent=2) }}", &json!([{ "content": { "b": [1] } }])).unwrap();
         assert_eq!(text, "{\n  \"b\": [\n    1\n  ]\n}");
+    }
+
+    #[test]
+    fn nulls_and_constants_are_pythons() {
+        let message = json!([{ "content": null, "b": true, "l": [null] }]);
+        let source = "{{ messages[0].content is defined }}{{ messages[0].b }}{{ messages[0].l[0] }}{{ none }}";
+        assert_eq!(render(source, &message).unwrap(), "FalseTrueNoneNone");
     }
 
     #[test]

@@ -95,7 +95,8 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(wrong)?.with_padding(None);
         let mut stops = Vec::new();
         if let Some(token) = special(&config, "eos_token") {
-            let missing = || Error::file(path, format!("no token {token:?}: tokenizer_config.json's eos_token names it"));
+            let missing =
+                || Error::file(path, format!("no token {token:?}: tokenizer_config.json's eos_token names it"));
             stops.push(inner.token_to_id(&token).ok_or_else(missing)?);
         }
         stops.extend(ends);
@@ -108,7 +109,8 @@ impl Tokenizer {
         }
         let template = template.or_else(|| default_template(&config));
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
-        let mut tokenizer = Self { inner, config, chat_template: template, start: vec![], stops, vocab_size, piece: PIECE };
+        let mut tokenizer =
+            Self { inner, config, chat_template: template, start: vec![], stops, vocab_size, piece: PIECE };
         tokenizer.start = tokenizer.find_start()?;
         Ok(tokenizer)
     }
@@ -356,7 +358,9 @@ mod tests {
         assert_eq!(end(r#"{"eos_token": {"content": "a"}}"#, model, generation).unwrap()[1..], [7, 8, 9]);
         assert_eq!(end(r#"{"eos_token": null}"#, model, generation).unwrap(), [7, 8, 9]);
         assert_eq!(end("{}", r#"{"eos_token_id": null}"#, generation).unwrap(), [9]);
-        assert!(end("{}", "{}", "{}").unwrap_err().contains("tokenizer.json: no end-of-text token: expected eos_token"));
+        assert!(
+            end("{}", "{}", "{}").unwrap_err().contains("tokenizer.json: no end-of-text token: expected eos_token")
+        );
         assert!(end(r#"{"eos_token": "</s>"}"#, model, "{}").unwrap_err().contains("no token \"</s>\""));
         assert!(end("{", model, "{}").unwrap_err().contains("tokenizer_config.json: EOF"));
     }

@@ -98,26 +98,6 @@ impl ModelConfig {
         let raw: Value = serde_json::from_str(text).map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
         Fields { raw: &raw }.config().map_err(|why| Error::file(path, why))
     }
-
-    /// The paths of all linear layers but the head, in the order of the forward pass.
-    pub fn linear_paths(&self) -> impl Iterator<Item = String> {
-        (0..self.layers).flat_map(|layer| {
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
-                .map(|name| format!("model.layers.{layer}.{name}"))
-        })
-    }
-
-    /// Parameters of the whole model, a tied head counted once.
-    pub fn parameters(&self) -> usize {
-        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let attention = self.width * (2 * q + 2 * kv)
-            + if self.qkv_bias { q + 2 * kv } else { 0 }
-            + if self.output_bias { self.width } else { 0 }
-            + if self.qk_norm { 2 * self.head_dim } else { 0 };
-        let mlp = 3 * self.width * self.feed_forward + if self.mlp_bias { 2 * self.feed_forward + self.width } else { 0 };
-        let table = self.vocab * self.width;
-        self.layers * (attention + mlp + 2 * self.width) + self.width + if self.tied { table } else { 2 * table }
-    }
 }
 
 /// The JSON object, with readers that say which field is wrong.
@@ -219,7 +199,10 @@ impl Fields<'_> {
     fn rope(&self) -> Result<(f64, Scaling), String> {
         let parameters = self.given("rope_parameters").or_else(|| self.given("rope_scaling")).unwrap_or(&Value::Null);
         let Some(base) = number(parameters, "rope_theta")?.or(self.number("rope_theta")?) else {
-            return Err("no rope_theta, neither at the top nor in rope_parameters: add the base the model was trained with".into());
+            return Err(
+                "no rope_theta, neither at the top nor in rope_parameters: add the base the model was trained with"
+                    .into(),
+            );
         };
         if !(base > 1.0 && base.is_finite()) {
             return Err(format!("rope_theta is {base}, expected a finite number above 1"));

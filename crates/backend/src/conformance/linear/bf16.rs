@@ -36,7 +36,7 @@ fn judge(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel) -> Verdi
         candidate.linear(&p, x.view(), &Weight::Dense(w.view()), None, None, y.view_mut())
     };
     unsupported(trial())
-        .unwrap_or_else(|| check(64, &cases(Compute::Bf16), |case| law(candidate, oracle, kernel, &case)))
+        .unwrap_or_else(|| check(256, &cases(Compute::Bf16), |case| law(candidate, oracle, kernel, &case)))
 }
 
 fn law(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel, case: &Case) -> TestCaseResult {
@@ -66,7 +66,11 @@ fn parted(oracle: &dyn Backend, kernel: Kernel, case: &Case, data: &Data) -> Tes
     let rank = case.rank();
     let abs_bf16 = |values: &[f32]| values.iter().map(|&value| to_bf16(value.into()).abs()).collect::<Vec<f64>>();
     let columns = |values: &[f32], factors: &[f32]| -> Vec<f32> {
-        values.iter().enumerate().map(|(i, v)| if factors.is_empty() { *v } else { v * factors[i % factors.len()] }).collect()
+        values
+            .iter()
+            .enumerate()
+            .map(|(i, v)| if factors.is_empty() { *v } else { v * factors[i % factors.len()] })
+            .collect()
     };
     let s = f64::from(data.s.abs());
     let dropped = dropped(case, &data.x);
@@ -128,8 +132,7 @@ fn dropped(case: &Case, x: &[f32]) -> Vec<f32> {
 /// For x [tokens, width] and w [rank, width]: how far two roundings to bf16 of x wᵀ may lie apart.
 fn spreads(oracle: &dyn Backend, case: &Case, width: usize, x: &[f32], w: &[f32]) -> TestCaseResult<Vec<f64>> {
     let rank = case.rank();
-    let inner =
-        Case { inputs: width, outputs: rank, storage: Storage::F32, update: None, bias: false, ..*case };
+    let inner = Case { inputs: width, outputs: rank, storage: Storage::F32, update: None, bias: false, ..*case };
     let none = || Vec::new();
     let data = Data {
         x: x.to_vec(),

@@ -76,16 +76,12 @@ fn updates(compute: Compute) -> impl Strategy<Value = Option<UpdateCase>> {
     // In bf16 the factor 1/(1 − p) has to be a power of two, for the reason that `powers` in `Data::draw` gives.
     let probabilities = if compute == Compute::Bf16 { vec![0.5, 0.75] } else { vec![0.1, 0.5, 0.9] };
     let parts = (select(vec![0, 1, 2, 3, 4, 8, 16, 17]), any::<bool>(), any::<bool>());
-    let update = (parts, option::of(select(probabilities))).prop_map(|((rank, per_rank, row_scale), dropout)| {
-        UpdateCase { rank, per_rank, row_scale, dropout }
-    });
+    let update = (parts, option::of(select(probabilities)))
+        .prop_map(|((rank, per_rank, row_scale), dropout)| UpdateCase { rank, per_rank, row_scale, dropout });
     option::weighted(0.75, update)
 }
 
-fn with_dims(
-    dims: impl Strategy<Value = (usize, usize, usize)>,
-    compute: Compute,
-) -> impl Strategy<Value = Case> {
+fn with_dims(dims: impl Strategy<Value = (usize, usize, usize)>, compute: Compute) -> impl Strategy<Value = Case> {
     let flags = (any::<bool>(), any::<bool>(), any::<u64>());
     (dims, storages(), updates(compute), flags).prop_map(
         move |((tokens, inputs, outputs), storage, update, (bias, accumulate, seed))| Case {

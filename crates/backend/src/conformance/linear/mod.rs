@@ -55,7 +55,7 @@ fn law(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel, case: &Cas
 }
 
 fn judge(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel) -> Verdict {
-    check(96, &cases(Compute::F32), |case| law(candidate, oracle, kernel, &case))
+    check(384, &cases(Compute::F32), |case| law(candidate, oracle, kernel, &case))
 }
 
 /// y, over every kind of weight, with and without each part of the update.
@@ -75,7 +75,7 @@ pub fn grad_weight(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
 
 /// All three on sizes beyond one block of any blocking.
 pub fn large(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(8, &large_cases(), |case| {
+    check(16, &large_cases(), |case| {
         [Kernel::Forward, Kernel::GradInput, Kernel::GradWeight]
             .into_iter()
             .try_for_each(|kernel| law(candidate, oracle, kernel, &case))

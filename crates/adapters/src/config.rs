@@ -1,0 +1,243 @@
+//! `adapter_config.json`, both ways.
+//!
+//! Read: every field is taken, or known to change nothing, or null, false or empty; any other is an error that
+//! names it, for it might change the mathematics. Written: the keys that PEFT 0.21.2 writes for LoRA, in its order.
+
+use crate::{Error, Init, LoraSpec, Names, Result, Targets};
+use serde_json::{Map, Value, json};
+use std::fs;
+use std::path::Path;
+
+/// The name of the file in an adapter's folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// Fields that say nothing about the mathematics, whatever their value: whence the file comes, how Megatron would
+/// split a layer, and the group size of a method whose own switch is checked.
+const IGNORED: [&str; 7] = [
+    "auto_mapping",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "runtime_config",
+];
+
+/// What an adapter is: where it goes, and its hyper-parameters.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterConfig {
+    /// r, α, the kind of scale and the dropout of layers that no pattern means.
+    pub spec: LoraSpec,
+    /// How A and B begin.
+    pub init: Init,
+    /// The layers that get an adapter,
+    pub targets: Targets,
+    /// but for these.
+    pub exclude: Option<Names>,
+    /// Ranks by pattern, in the file's order.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Alphas by pattern, in the file's order.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// The base that the adapter was made for.
+    pub base_model: Option<String>,
+    /// The base's version.
+    pub revision: Option<String>,
+    /// PEFT's name of the task.
+    pub task_type: Option<String>,
+}
+
+/// PEFT's defaults, for a causal language model.
+impl Default for AdapterConfig {
+    fn default() -> Self {
+        Self {
+            spec: LoraSpec { rank: 8, alpha: 8.0, rslora: false, dropout: 0.0 },
+            init: Init::default(),
+            targets: Targets::default(),
+            exclude: None,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            base_model: None,
+            revision: None,
+            task_type: Some("CAUSAL_LM".into()),
+        }
+    }
+}
+
+impl AdapterConfig {
+    /// Read a file.
+    ///
+    /// Errors, each with the file: it cannot be read; what [`AdapterConfig::from_json`] refuses.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        Self::from_json(&text).map_err(Error::within(path))
+    }
+
+    /// Read a text.
+    ///
+    /// Errors: no JSON object; another method; a field that is not supported or has an impossible value.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let fields: Map<String, Value> =
+            serde_json::from_str(text).map_err(|error| Error::Json { why: error.to_string() })?;
+        match fields.get("peft_type") {
+            Some(Value::String(method)) if method == "LORA" => {}
+            Some(Value::String(method)) => return Err(Error::Method { found: method.clone() }),
+            other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), "LORA")),
+        }
+        let mut config = Self { task_type: None, ..Self::default() };
+        for (field, value) in &fields {
+            config.take(field, value)?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+
+    fn take(&mut self, field: &str, value: &Value) -> Result<()> {
+        let unsupported = || Error::Unsupported { field: field.into(), value: value.to_string() };
+        match field {
+            "peft_type" => {}
+            "r" => self.spec.rank = rank(field, value)?,
+            "lora_alpha" => self.spec.alpha = number(field, value)?,
+            "lora_dropout" => self.spec.dropout = number(field, value)?,
+            "use_rslora" => {
+                self.spec.rslora = value.as_bool().ok_or_else(|| Error::field(field, value, "true or false"))?;
+            }
+            "init_lora_weights" => {
+                self.init = match value {
+                    Value::Bool(true) => Init::Kaiming,
+                    Value::Bool(false) => Init::Random,
+                    Value::String(name) if name.eq_ignore_ascii_case("gaussian") => Init::Gaussian,
+                    _ => return Err(unsupported()),
+                };
+            }
+            "target_modules" => self.targets = Targets::from_json(value)?,
+            "exclude_modules" if !is_empty(value) => self.exclude = Some(Names::from_json(field, value)?),
+            "rank_pattern" => self.rank_pattern = pattern(field, value, rank)?,
+            "alpha_pattern" => self.alpha_pattern = pattern(field, value, number)?,
+            "base_model_name_or_path" => self.base_model = text(field, value)?,
+            "revision" => self.revision = text(field, value)?,
+            "task_type" => self.task_type = text(field, value)?,
+            "bias" if value == "none" => {}
+            _ if IGNORED.contains(&field) || is_empty(value) => {}
+            _ => return Err(unsupported()),
+        }
+        Ok(())
+    }
+
+    /// Hyper-parameters in range, those of the patterns too.
+    pub fn check(&self) -> Result<()> {
+        self.spec.check()?;
+        for (key, rank) in &self.rank_pattern {
+            if *rank == 0 {
+                return Err(Error::field(format!("rank_pattern: {key}"), rank, "1 or more"));
+            }
+        }
+        for (key, alpha) in &self.alpha_pattern {
+            if !alpha.is_finite() {
+                return Err(Error::field(format!("alpha_pattern: {key}"), alpha, "a finite number"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The text of the file, as PEFT lays it out.
+    pub fn to_json(&self) -> String {
+        let fields = json!({
+            "alora_invocation_tokens": null,
+            "alpha_pattern": object(&self.alpha_pattern, |&alpha| json_number(alpha)),
+            "arrow_config": null,
+            "auto_mapping": null,
+            "base_model_name_or_path": self.base_model,
+            "bias": "none",
+            "corda_config": null,
+            "ensure_weight_tying": false,
+            "eva_config": null,
+            "exclude_modules": self.exclude.as_ref().map(Names::to_json),
+            "fan_in_fan_out": false,
+            "inference_mode": true,
+            "init_lora_weights": match self.init {
+                Init::Kaiming => json!(true),
+                Init::Random => json!(false),
+                Init::Gaussian => json!("gaussian"),
+            },
+            "kasa_config": null,
+            "layer_replication": null,
+            "layers_pattern": null,
+            "layers_to_transform": null,
+            "loftq_config": {},
+            "lora_alpha": json_number(self.spec.alpha),
+            "lora_bias": false,
+            "lora_dropout": self.spec.dropout,
+            "lora_ga_config": null,
+            "megatron_config": null,
+            "megatron_core": "megatron.core",
+            "modules_to_save": null,
+            "monteclora_config": null,
+            "peft_type": "LORA",
+            "peft_version": "0.21.2",
+            "qalora_group_size": 16,
+            "r": self.spec.rank,
+            "rank_pattern": object(&self.rank_pattern, |&rank| rank.into()),
+            "revision": self.revision,
+            "target_modules": self.targets.to_json(),
+            "target_parameters": null,
+            "task_type": self.task_type,
+            "trainable_token_indices": null,
+            "use_bdlora": null,
+            "use_dora": false,
+            "use_qalora": false,
+            "use_rslora": self.spec.rslora,
+            "velora_config": null,
+        });
+        format!("{fields:#}")
+    }
+}
+
+fn rank(field: &str, value: &Value) -> Result<usize> {
+    let rank = value.as_u64().and_then(|rank| usize::try_from(rank).ok());
+    rank.ok_or_else(|| Error::field(field, value, "a whole number, 1 or more"))
+}
+
+fn number(field: &str, value: &Value) -> Result<f64> {
+    value.as_f64().ok_or_else(|| Error::field(field, value, "a number"))
+}
+
+fn text(field: &str, value: &Value) -> Result<Option<String>> {
+    match value {
+        Value::Null => Ok(None),
+        Value::String(text) => Ok(Some(text.clone())),
+        _ => Err(Error::field(field, value, "a text or null")),
+    }
+}
+
+fn pattern<T>(field: &str, value: &Value, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(String, T)>> {
+    match value {
+        Value::Null => Ok(Vec::new()),
+        Value::Object(keys) => keys
+            .iter()
+            .map(|(key, value)| Ok((key.clone(), read(&format!("{field}: {key}"), value)?)))
+            .collect(),
+        _ => Err(Error::field(field, value, "an object of names and numbers")),
+    }
+}
+
+/// Null, false, or a text, list or object without content.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(flag) => !flag,
+        Value::Number(_) => false,
+        Value::String(text) => text.is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+    }
+}
+
+fn object<T>(pairs: &[(String, T)], value: impl Fn(&T) -> Value) -> Value {
+    Value::Object(pairs.iter().map(|(key, item)| (key.clone(), value(item))).collect())
+}
+
+/// A whole number without a point, as PEFT's own type of alpha has it.
+fn json_number(x: f64) -> Value {
+    // Exact: a whole number below 2⁵³.
+    if x.fract() == 0.0 && x.abs() < 9e15 { json!(x as i64) } else { json!(x) }
+}

@@ -1,0 +1,95 @@
+//! Everything that can be wrong with an adapter, its configuration or its folder.
+
+use rankfold_backend::{DType, Shape};
+use std::fmt::Display;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// The result of anything done with adapters.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What is wrong, with which field, module or tensor, and what was expected.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // of the fields: each message names its own
+pub enum Error {
+    /// An operation on tensors refused.
+    #[error(transparent)]
+    Autograd(#[from] rankfold_autograd::Error),
+    /// A file of tensors could not be read or written.
+    #[error(transparent)]
+    Files(#[from] rankfold_files::Error),
+    /// A kernel refused.
+    #[error(transparent)]
+    Backend(#[from] rankfold_backend::Error),
+    /// The operating system refused.
+    #[error("{path}: cannot {doing}: {source}")]
+    Io { path: PathBuf, doing: &'static str, source: io::Error },
+    /// A configuration file with a wrong field.
+    #[error("{path}: {source}")]
+    In { path: PathBuf, source: Box<Error> },
+    /// A text that is no configuration at all.
+    #[error("not an adapter's configuration: {why}")]
+    Json { why: String },
+    /// Another method than LoRA.
+    #[error("peft_type '{found}' is not supported yet, expected LORA")]
+    Method { found: String },
+    /// A field that would change the mathematics in a way that is not built.
+    #[error("'{field}' is {value}: not supported yet")]
+    Unsupported { field: String, value: String },
+    /// A field with an impossible value.
+    #[error("'{field}' is {value}, expected {expected}")]
+    Field { field: String, value: String, expected: &'static str },
+    /// A regular expression that does not compile.
+    #[error("'{field}': '{pattern}' is not a regular expression: {why}")]
+    Pattern { field: &'static str, pattern: String, why: String },
+    /// A target that is no linear layer's name.
+    #[error("target '{target}' matches no linear layer of the model, which has {examples}")]
+    NoMatch { target: String, examples: String },
+    /// Every target is excluded.
+    #[error("'exclude_modules' leaves none of the {targeted} linear layers that 'target_modules' matches")]
+    AllExcluded { targeted: usize },
+    /// No targets given, and none known.
+    #[error("'target_modules' is not given, and architecture '{architecture}' has no default")]
+    NoDefault { architecture: String },
+    /// A part of a layer whose shape does not fit its matrix.
+    #[error("{module}: '{tensor}' has shape {found}, expected {expected}")]
+    Shape { module: String, tensor: &'static str, expected: String, found: Shape },
+    /// An adapter on a layer whose base is trained itself.
+    #[error("{module}: an adapter needs a frozen base, and this one is trained")]
+    TrainedBase { module: String },
+    /// A merged weight that its element type cannot hold.
+    #[error("{module}: merging gives values that are not finite in {dtype}")]
+    MergeOverflow { module: String, dtype: DType },
+    /// A tensor that the configuration promises.
+    #[error("{path}: no tensor '{tensor}', expected one because the configuration targets {module}")]
+    MissingTensor { path: PathBuf, tensor: String, module: String },
+    /// A tensor that the configuration does not explain.
+    #[error("{path}: tensor '{tensor}' belongs to no layer that the configuration targets in this model")]
+    ExtraTensor { path: PathBuf, tensor: String },
+    /// A tensor whose shape is not the layer's.
+    #[error("{path}: '{tensor}' has shape {found:?}, expected {expected:?} for {module}: an adapter for another base?")]
+    OtherBase { path: PathBuf, tensor: String, module: String, found: Vec<usize>, expected: [usize; 2] },
+    /// A tensor whose rank is not the configuration's.
+    #[error("{path}: '{tensor}' has rank {found}, expected {expected} by the configuration")]
+    OtherRank { path: PathBuf, tensor: String, found: usize, expected: usize },
+    /// A value that no training should have left.
+    #[error("{path}: element {index} of '{tensor}' is {value}, expected a finite number")]
+    NonFinite { path: PathBuf, tensor: String, index: usize, value: f32 },
+}
+
+impl Error {
+    /// A field whose value is not `expected`.
+    pub(crate) fn field(field: impl Into<String>, value: impl Display, expected: &'static str) -> Self {
+        Self::Field { field: field.into(), value: value.to_string(), expected }
+    }
+
+    /// For `map_err`: an I/O error with the file it met and what was being done to it.
+    pub(crate) fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { path: path.into(), doing, source }
+    }
+
+    /// For `map_err`: the file in which a wrong field stands.
+    pub(crate) fn within(path: &Path) -> impl FnOnce(Self) -> Self {
+        move |source| Self::In { path: path.into(), source: Box::new(source) }
+    }
+}

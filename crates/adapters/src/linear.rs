@@ -1,0 +1,217 @@
+//! The linear layer: y = x Wᵀ + s·(x̃ Aᵀ) Bᵀ + bias.
+//!
+//! x [tokens, inputs], y [tokens, outputs], W [outputs, inputs], x̃ = dropout(x) while training. W and the bias are
+//! frozen or trained, each for itself; the update is there where an adapter was attached.
+
+use crate::merge::Unmerged;
+use crate::streams::{self, LAYERS};
+use crate::{Error, Lora, Result};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor};
+use rankfold_backend::Compute;
+
+/// The matrix of a layer.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// As the file has it, or quantised: nothing asks for its gradient.
+    Frozen(Base),
+    /// Full finetuning.
+    Trained(Parameter),
+}
+
+/// The bias of a layer.
+#[derive(Clone, Debug)]
+pub enum Bias {
+    /// As the file has it.
+    Frozen(Tensor),
+    /// Full finetuning.
+    Trained(Parameter),
+}
+
+/// How a forward pass runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Forward {
+    /// Precision of the inputs of every product.
+    pub compute: Compute,
+    /// Which dropout to draw; none in evaluation.
+    pub dropout: Option<DropoutKey>,
+}
+
+impl Forward {
+    /// Without dropout.
+    pub fn evaluation(compute: Compute) -> Self {
+        Self { compute, dropout: None }
+    }
+}
+
+/// Names the dropout of one micro-batch of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropoutKey {
+    /// The run's seed.
+    pub seed: u64,
+    /// The micro-batch's number, counted over the whole run, below 2⁴³.
+    pub draw: u64,
+}
+
+/// One linear layer of a model.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    pub(crate) path: String,
+    index: u64,
+    is_head: bool,
+    pub(crate) weight: Weight,
+    bias: Option<Bias>,
+    outputs: usize,
+    inputs: usize,
+    pub(crate) adapter: Option<Lora>,
+    pub(crate) unmerged: Option<Unmerged>,
+}
+
+impl Linear {
+    /// A layer without an adapter.
+    ///
+    /// `path` is its name in the model ("model.layers.0.self_attn.q_proj"), `index` its number among the model's
+    /// linear layers: two layers of one number would drop out alike.
+    ///
+    /// Errors: a weight that is no matrix; a bias that is not of its outputs; an index that has no streams.
+    pub fn new(path: impl Into<String>, index: u64, weight: Weight, bias: Option<Bias>) -> Result<Self> {
+        let path = path.into();
+        if index >= LAYERS {
+            return Err(Error::field(format!("{path}: index"), index, "a number below 1048576"));
+        }
+        let weight = match weight {
+            Weight::Frozen(Base::Dense(tensor)) => Weight::Frozen(Base::Dense(tensor.detach())),
+            weight => weight,
+        };
+        let [outputs, inputs] = base(&weight).dims()?;
+        let found = match &bias {
+            None => None,
+            Some(Bias::Frozen(tensor)) => Some(tensor.shape()),
+            Some(Bias::Trained(parameter)) => Some(parameter.shape()),
+        };
+        if let Some(found) = found.filter(|found| found.elements() != outputs) {
+            let (expected, found) = (format!("[{outputs}]"), found.clone());
+            return Err(Error::Shape { module: path, tensor: "bias", expected, found });
+        }
+        Ok(Self { path, index, is_head: false, weight, bias, outputs, inputs, adapter: None, unmerged: None })
+    }
+
+    /// The same layer as the model's output head, which "all-linear" passes over.
+    pub fn into_head(self) -> Self {
+        Self { is_head: true, ..self }
+    }
+
+    /// Its name in the model.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Its number among the model's linear layers.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// Whether it is the model's output head.
+    pub fn is_head(&self) -> bool {
+        self.is_head
+    }
+
+    /// Columns of x.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// Columns of y.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// W, frozen or trained.
+    pub fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    /// W as the tape takes it.
+    pub fn base(&self) -> Base {
+        base(&self.weight)
+    }
+
+    /// The bias, if any.
+    pub fn bias(&self) -> Option<&Bias> {
+        self.bias.as_ref()
+    }
+
+    /// The update, where one is attached and not merged.
+    pub fn adapter(&self) -> Option<&Lora> {
+        self.adapter.as_ref()
+    }
+
+    /// Attach an update in place of the one there is, if any, merged or not.
+    ///
+    /// Errors: shapes that are not the layer's; a base that is trained itself.
+    pub fn set_adapter(&mut self, lora: Lora) -> Result<()> {
+        self.check_adapter(&lora)?;
+        self.unmerge();
+        self.adapter = Some(lora);
+        Ok(())
+    }
+
+    /// What [`Linear::set_adapter`] refuses.
+    pub(crate) fn check_adapter(&self, lora: &Lora) -> Result<()> {
+        let module = self.path.clone();
+        if matches!(self.weight, Weight::Trained(_)) {
+            return Err(Error::TrainedBase { module });
+        }
+        let rank = lora.spec().rank;
+        let [outputs, inputs] = lora.dims();
+        if inputs != self.inputs {
+            let (expected, found) = (format!("[{rank}, {}]", self.inputs), lora.a().shape().clone());
+            return Err(Error::Shape { module, tensor: "lora_A", expected, found });
+        }
+        if outputs != self.outputs {
+            let (expected, found) = (format!("[{}, {rank}]", self.outputs), lora.b().shape().clone());
+            return Err(Error::Shape { module, tensor: "lora_B", expected, found });
+        }
+        Ok(())
+    }
+
+    /// x [tokens, inputs] → y [tokens, outputs].
+    pub fn forward(&self, tape: &Tape, x: &Tensor, mode: &Forward) -> Result<Tensor> {
+        let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
+        let adapter = self.adapter.as_ref().map(|lora| lora.on_tape(dropout));
+        let bias = self.bias.as_ref().map(|bias| match bias {
+            Bias::Frozen(tensor) => tensor.detach(),
+            Bias::Trained(parameter) => parameter.tensor(),
+        });
+        Ok(tape.linear(x, &self.base(), bias.as_ref(), adapter.as_ref(), mode.compute)?)
+    }
+
+    /// What is trained, by the names that files give it: an adapter's are PEFT's, the base's the model's own.
+    ///
+    /// A weight shared with another layer (a tied head) is in both layers' lists.
+    pub fn parameters(&self) -> Vec<(String, Parameter)> {
+        let mut parameters = Vec::new();
+        if let Weight::Trained(weight) = &self.weight {
+            parameters.push((format!("{}.weight", self.path), weight.clone()));
+        }
+        if let Some(Bias::Trained(bias)) = &self.bias {
+            parameters.push((format!("{}.bias", self.path), bias.clone()));
+        }
+        if let Some(lora) = &self.adapter {
+            parameters.push((peft_name(&self.path, "lora_A"), lora.a().clone()));
+            parameters.push((peft_name(&self.path, "lora_B"), lora.b().clone()));
+        }
+        parameters
+    }
+}
+
+/// The name of a module's adapter tensor in a PEFT folder.
+pub fn peft_name(path: &str, part: &str) -> String {
+    format!("base_model.model.{path}.{part}.weight")
+}
+
+fn base(weight: &Weight) -> Base {
+    match weight {
+        Weight::Frozen(base) => base.clone(),
+        Weight::Trained(parameter) => Base::Dense(parameter.tensor()),
+    }
+}

@@ -1,0 +1,177 @@
+//! `adapter_config.json`: what is taken, what is passed over, what is refused.
+
+use proptest::prelude::*;
+use rankfold_adapters::{AdapterConfig, Error, Init, LoraSpec, Names, Targets};
+use serde_json::{Value, json};
+
+/// A configuration with some fields on top of the method's.
+fn read(fields: Value) -> Result<AdapterConfig, Error> {
+    let mut all = json!({ "peft_type": "LORA" });
+    for (field, value) in fields.as_object().unwrap() {
+        all[field] = value.clone();
+    }
+    AdapterConfig::from_json(&all.to_string())
+}
+
+fn refusal(fields: Value) -> String {
+    read(fields).unwrap_err().to_string()
+}
+
+#[test]
+fn what_is_not_there_is_pefts_default() {
+    let config = read(json!({})).unwrap();
+    assert_eq!(config, AdapterConfig { task_type: None, ..AdapterConfig::default() });
+    assert_eq!((config.spec.rank, config.spec.alpha, config.init), (8, 8.0, Init::Kaiming));
+}
+
+#[test]
+fn fields_that_would_change_the_mathematics_are_refused_by_name_and_value() {
+    for (field, value) in [
+        ("use_dora", json!(true)),
+        ("use_qalora", json!(true)),
+        ("fan_in_fan_out", json!(true)),
+        ("lora_bias", json!(true)),
+        ("ensure_weight_tying", json!(true)),
+        ("bias", json!("all")),
+        ("bias", json!("lora_only")),
+        ("modules_to_save", json!(["lm_head"])),
+        ("layer_replication", json!([[0, 4], [2, 5]])),
+        ("layers_to_transform", json!([0])),
+        ("layers_to_transform", json!(0)),
+        ("layers_pattern", json!("layers")),
+        ("trainable_token_indices", json!([1])),
+        ("target_parameters", json!(["experts"])),
+        ("alora_invocation_tokens", json!([5])),
+        ("loftq_config", json!({"loftq_bits": 4})),
+        ("corda_config", json!({"beta": 1})),
+        ("eva_config", json!({"rho": 2.0})),
+        ("arrow_config", json!({"top_k": 3})),
+        ("kasa_config", json!({"a": 1})),
+        ("use_bdlora", json!({"nblocks": 2})),
+        ("init_lora_weights", json!("pissa")),
+        ("init_lora_weights", json!("olora")),
+        ("init_lora_weights", json!(null)),
+        ("a_field_of_next_year", json!(0.5)),
+        ("a_field_of_next_year", json!(0)),
+    ] {
+        assert_eq!(refusal(json!({ field: value })), format!("'{field}' is {value}: not supported yet"));
+    }
+}
+
+#[test]
+fn fields_that_say_nothing_are_passed_over() {
+    for value in [json!(null), json!(false), json!([]), json!({}), json!("")] {
+        let fields = json!({ "a_field_of_next_year": value, "layers_to_transform": value, "exclude_modules": value });
+        if value != json!(false) {
+            assert_eq!(read(fields).unwrap().exclude, None, "{value}");
+        }
+    }
+    let fields = json!({
+        "peft_version": "9.9", "inference_mode": true, "megatron_core": "megatron.core", "megatron_config": {"a": 1},
+        "qalora_group_size": 32, "auto_mapping": {"base_model_class": "X"}, "runtime_config": {"x": true},
+        "bias": "none",
+    });
+    assert_eq!(read(fields).unwrap(), read(json!({})).unwrap());
+}
+
+#[test]
+fn fields_with_impossible_values_say_what_was_expected() {
+    for (field, value, expected) in [
+        ("r", json!(0), "1 or more"),
+        ("r", json!(-1), "a whole number, 1 or more"),
+        ("r", json!(1.5), "a whole number, 1 or more"),
+        ("r", json!(null), "a whole number, 1 or more"),
+        ("lora_alpha", json!("16"), "a number"),
+        ("lora_dropout", json!(1.0), "at least 0 and below 1"),
+        ("use_rslora", json!("yes"), "true or false"),
+        ("target_modules", json!(7), "a list of names or a regular expression"),
+        ("target_modules", json!(["q_proj", 7]), "a list of names or a regular expression"),
+        ("exclude_modules", json!([7]), "a list of names or a regular expression"),
+        ("rank_pattern", json!(["q_proj"]), "an object of names and numbers"),
+        ("task_type", json!(1), "a text or null"),
+    ] {
+        let shown = if field == "lora_dropout" { "1".into() } else { value.to_string() };
+        assert_eq!(refusal(json!({ field: value })), format!("'{field}' is {shown}, expected {expected}"));
+    }
+    let message = refusal(json!({ "rank_pattern": {"q_proj": 0} }));
+    assert_eq!(message, "'rank_pattern: q_proj' is 0, expected 1 or more");
+    let message = refusal(json!({ "rank_pattern": {"q_proj": [true]} }));
+    assert_eq!(message, "'rank_pattern: q_proj' is [true], expected a whole number, 1 or more");
+    let message = refusal(json!({ "alpha_pattern": {"q_proj": null} }));
+    assert_eq!(message, "'alpha_pattern: q_proj' is null, expected a number");
+}
+
+#[test]
+fn other_methods_and_other_texts_are_refused() {
+    let message = |text: &str| AdapterConfig::from_json(text).unwrap_err().to_string();
+    assert_eq!(message(r#"{"peft_type": "ADALORA"}"#), "peft_type 'ADALORA' is not supported yet, expected LORA");
+    assert_eq!(message("{}"), "'peft_type' is null, expected LORA");
+    assert_eq!(message(r#"{"peft_type": 3}"#), "'peft_type' is 3, expected LORA");
+    for text in ["", "[]", "{\"peft_type\": \"LORA\"", "{\"peft_type\": \"LORA\", \"lora_alpha\": NaN}", "{\"r\": 1e999}"] {
+        assert!(message(text).starts_with("not an adapter's configuration: "), "{text}");
+    }
+}
+
+#[test]
+fn a_file_is_named_in_its_errors() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("adapter_config.json");
+    let message = || AdapterConfig::read(&path).unwrap_err().to_string();
+    assert!(message().starts_with(&format!("{}: cannot read: ", path.display())));
+    std::fs::write(&path, r#"{"peft_type": "LORA", "use_dora": true}"#).unwrap();
+    assert_eq!(message(), format!("{}: 'use_dora' is true: not supported yet", path.display()));
+}
+
+#[test]
+fn keys_are_written_in_pefts_order() {
+    let text = AdapterConfig::default().to_json();
+    let Value::Object(fields) = serde_json::from_str(&text).unwrap() else { panic!("{text}") };
+    assert!(fields.keys().is_sorted(), "Python's sort_keys");
+}
+
+fn names() -> impl Strategy<Value = Names> {
+    prop_oneof![
+        // In order: writing sorts.
+        prop::collection::btree_set("[a-z_.]{1,8}", 1..5).prop_map(|names| Names::List(names.into_iter().collect())),
+        "[a-z.*|]{1,12}".prop_map(Names::Pattern),
+    ]
+}
+
+prop_compose! {
+    fn configs()(
+        rank in 1..100_000usize,
+        alpha in -4000..4000i32,
+        dropout in 0..1000u32,
+        rslora: bool,
+        init in prop::sample::select(vec![Init::Kaiming, Init::Gaussian, Init::Random]),
+        targets in prop_oneof![
+            Just(Targets::Default), Just(Targets::AllLinear), names().prop_map(Targets::Named),
+        ],
+        exclude in prop::option::of(names()),
+        rank_pattern in prop::collection::hash_map("[a-z.*]{1,8}", 1..64usize, 0..4),
+        alpha_pattern in prop::collection::hash_map("[a-z.*]{1,8}", -4000..4000i32, 0..4),
+        [base_model, revision, task_type] in prop::array::uniform3(prop::option::of("\\PC{0,12}")),
+    ) -> AdapterConfig {
+        let eighths = |alpha: i32| f64::from(alpha) / 8.0;
+        AdapterConfig {
+            spec: LoraSpec { rank, alpha: eighths(alpha), rslora, dropout: f64::from(dropout) / 1000.0 },
+            init, targets, exclude,
+            rank_pattern: rank_pattern.into_iter().collect(),
+            alpha_pattern: alpha_pattern.into_iter().map(|(key, alpha)| (key, eighths(alpha))).collect(),
+            base_model, revision, task_type,
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read_back(config in configs()) {
+        prop_assert_eq!(AdapterConfig::from_json(&config.to_json()).unwrap(), config);
+    }
+
+    #[test]
+    fn no_text_is_a_panic(text in "\\PC{0,64}", field in "[a-z_]{1,20}", value in "[\\[\\]{}\":,0-9a-z.-]{0,12}") {
+        let _ = AdapterConfig::from_json(&text);
+        let _ = AdapterConfig::from_json(&format!(r#"{{"peft_type": "LORA", "{field}": {value}}}"#));
+    }
+}

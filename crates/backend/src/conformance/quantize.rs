@@ -1,0 +1,240 @@
+//! Quantisation, in 4 and in 8 bits: equal to the bit, both ways.
+
+use super::draw::Draw;
+use super::harness::*;
+use crate::{Backend, DType, DynamicMap, Format, NESTED_BLOCK, Quantized, Scales};
+use half::{bf16, f16};
+use proptest::prelude::*;
+use proptest::sample::select;
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    format: Format,
+    block: usize,
+    len: usize,
+    dtype: DType,
+    seed: u64,
+}
+
+/// Whole blocks and ragged ones, none and a few.
+fn lengths() -> impl Strategy<Value = (usize, usize)> {
+    let blocks = select(vec![32, 64, 128, 256, 512, 1024, 2048, 4096]);
+    (blocks, 0..5usize, select(vec![0, 1, 2, 7, 8, 15, 17, 31]), any::<bool>()).prop_map(
+        |(block, whole, more, minus)| {
+            let len = whole * block;
+            (block, if minus { len.saturating_sub(more) } else { len + more })
+        },
+    )
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let formats = select(Format::ALL.to_vec());
+    let dtypes = select(vec![DType::F32, DType::F32, DType::Bf16, DType::F16]);
+    (formats, lengths(), dtypes, any::<u64>()).prop_map(|(format, (block, len), dtype, seed)| Case {
+        format,
+        block,
+        len,
+        dtype,
+        seed,
+    })
+}
+
+/// Blocks of every kind that is hard: an outlier, all zero, tiny, huge, an absmax whose reciprocal overflows, and
+/// values at, one ulp above and one ulp below each `threshold`, under an absmax that is a power of two.
+fn draw_blocks(draw: &mut Draw, len: usize, block: usize, thresholds: &[f32]) -> Vec<f32> {
+    let mut values = draw.normal(len, 0.02);
+    for block in values.chunks_mut(block) {
+        let outlier = draw.below(block.len());
+        match draw.below(8) {
+            0 => block.fill(0.0),
+            1 => block.fill(-0.0),
+            2 => block[outlier] = 30.0 * draw.sign(),
+            3 => block.iter_mut().for_each(|x| *x *= 1e-28),
+            4 => block.iter_mut().for_each(|x| *x *= 1e38),
+            5 => block.iter_mut().for_each(|x| *x *= 1e-37),
+            6 => {
+                let absmax = 2f32.powi(draw.below(9) as i32 - 4);
+                for x in &mut *block {
+                    let threshold = thresholds[draw.below(thresholds.len())];
+                    *x = absmax * [threshold, threshold.next_up(), threshold.next_down()][draw.below(3)];
+                }
+                block[outlier] = absmax * draw.sign();
+            }
+            _ => {}
+        }
+    }
+    values
+}
+
+fn put(desk: &Desk, dtype: DType, w: &[f32]) -> TestCaseResult<Placed> {
+    Ok(match dtype {
+        // Huge blocks overflow f16: they become as large as it goes.
+        DType::F16 => desk.put(&w.iter().map(|&w| f16::from_f32(w.clamp(-65_504.0, 65_504.0))).collect::<Vec<_>>())?,
+        DType::Bf16 => desk.put(&w.iter().map(|&w| bf16::from_f32(w)).collect::<Vec<_>>())?,
+        _ => desk.put(w)?,
+    })
+}
+
+/// Codes and absmax, for all formats, blocks and input types.
+pub fn quantize_4bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    fn call(backend: &dyn Backend, case: &Case, w: &[f32]) -> TestCaseResult<(Vec<u8>, Vec<f32>)> {
+        let desk = Desk::new(backend, case.seed);
+        let w = put(&desk, case.dtype, w)?;
+        let mut codes = desk.blank(DType::U8, case.len.div_ceil(2))?;
+        let mut absmax = desk.blank(DType::F32, case.len.div_ceil(case.block))?;
+        backend.quantize_4bit(case.format, case.block, w.view(), codes.view_mut(), absmax.view_mut())?;
+        Ok((desk.take(&codes)?, desk.take(&absmax)?))
+    }
+    check(256, &cases(), |case| {
+        let thresholds = case.format.thresholds();
+        let w = draw_blocks(&mut Draw::new(case.seed), case.len, case.block, &thresholds.between);
+        let (codes, absmax) = call(candidate, &case, &w)?;
+        let (expected_codes, expected_absmax) = call(oracle, &case, &w)?;
+        same("absmax", &absmax, &expected_absmax)?;
+        same("codes", &codes, &expected_codes)?;
+        prop_assert!((codes, absmax) == call(candidate, &case, &w)?, "the same call gave other bits");
+        Ok(())
+    })
+}
+
+/// |w − ŵ| ≤ absmax·(half the widest gap of the format's values) + absmax·2⁻²², the second for three roundings to
+/// f32: of the reciprocal, of v and of ŵ, each 2⁻²⁴ of at most absmax, and for absmax from 2⁻¹²⁶ to 2¹²⁶.
+pub fn half_a_gap(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
+    check(32, &cases(), |case| {
+        let w = Draw::new(case.seed).normal(case.len, 0.02);
+        let placed = candidate.upload(&w)?;
+        let q = Quantized::quantize(candidate, placed.view(), [1, case.len], case.format, case.block, false)?;
+        let mut out = candidate.alloc(DType::F32, case.len)?;
+        candidate.dequantize_4bit(&q, out.view_mut())?;
+        let back = candidate.download::<f32>(out.view())?;
+        let worst = f64::from(case.format.worst_error()) + 2f64.powi(-22);
+        for (w, back) in w.chunks(case.block).zip(back.chunks(case.block)) {
+            let absmax = w.iter().fold(0f32, |max, w| max.max(w.abs()));
+            for (w, back) in w.iter().zip(back) {
+                let error = (f64::from(*w) - f64::from(*back)).abs();
+                prop_assert!(error <= worst * f64::from(absmax), "{w} came back as {back}, absmax {absmax}");
+            }
+        }
+        Ok(())
+    })
+}
+
+/// From any codes and any scales, plain and nested, to each float type.
+pub fn dequantize_4bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    struct Stored {
+        codes: Vec<u8>,
+        absmax: Vec<f32>,
+        nested: Option<(Vec<u8>, f32)>,
+    }
+    fn call(backend: &dyn Backend, case: &Case, stored: &Stored) -> TestCaseResult<Vec<u16>> {
+        let desk = Desk::new(backend, case.seed);
+        let absmax = backend.upload(&stored.absmax)?;
+        let q = Quantized {
+            codes: backend.upload(&stored.codes)?,
+            scales: match &stored.nested {
+                None => Scales::Plain(absmax),
+                Some((codes, offset)) => Scales::Nested { codes: backend.upload(codes)?, absmax, offset: *offset },
+            },
+            format: case.format,
+            block: case.block,
+            shape: [1, case.len],
+        };
+        let mut out = desk.blank(case.dtype, case.len)?;
+        backend.dequantize_4bit(&q, out.view_mut())?;
+        Ok(match case.dtype {
+            DType::F32 => bytemuck::cast_slice(&desk.take::<f32>(&out)?).to_vec(),
+            DType::Bf16 => bytemuck::cast_slice(&desk.take::<bf16>(&out)?).to_vec(),
+            _ => bytemuck::cast_slice(&desk.take::<f16>(&out)?).to_vec(),
+        })
+    }
+    check(256, &(cases(), any::<bool>()), |(case, double)| {
+        let mut draw = Draw::new(case.seed);
+        let blocks = case.len.div_ceil(case.block);
+        let codes = draw.bytes(case.len.div_ceil(2));
+        let (absmax, nested) = if double {
+            let offset = 0.05 + 0.01 * draw.gauss() as f32;
+            (draw.normal(blocks.div_ceil(NESTED_BLOCK), 0.3), Some((draw.bytes(blocks), offset)))
+        } else {
+            (draw.normal(blocks, 0.05).iter().map(|absmax| absmax.abs()).collect(), None)
+        };
+        let stored = Stored { codes, absmax, nested };
+        let found = twice(|| Ok(vec![call(candidate, &case, &stored)?]))?;
+        same("the halves of out", &found[0], &call(oracle, &case, &stored)?)
+    })
+}
+
+/// Offset, codes and nested scales, over more than one nested block.
+pub fn quantize_scales(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    fn call(backend: &dyn Backend, seed: u64, absmax: &[f32]) -> TestCaseResult<(u32, Vec<u8>, Vec<f32>)> {
+        let desk = Desk::new(backend, seed);
+        let placed = desk.put(absmax)?;
+        let mut codes = desk.blank(DType::U8, absmax.len())?;
+        let mut nested = desk.blank(DType::F32, absmax.len().div_ceil(NESTED_BLOCK))?;
+        let offset = backend.quantize_scales(placed.view(), codes.view_mut(), nested.view_mut())?;
+        Ok((offset.to_bits(), desk.take(&codes)?, desk.take(&nested)?))
+    }
+    let lens = select(vec![0, 1, 2, 3, 31, 64, 255, 256, 257, 511, 512, 1000, 4097]);
+    check(128, &(lens, any::<u64>()), |(len, seed)| {
+        let mut draw = Draw::new(seed);
+        let scale = [1.0, 1e-20, 1e20][draw.below(3)];
+        let absmax: Vec<f32> = draw.normal(len, 0.1).iter().map(|absmax| absmax.abs() * scale).collect();
+        let found = call(candidate, seed, &absmax)?;
+        prop_assert!(found == call(candidate, seed, &absmax)?, "the same call gave other bits");
+        let expected = call(oracle, seed, &absmax)?;
+        prop_assert_eq!(f32::from_bits(found.0), f32::from_bits(expected.0), "offset");
+        same("nested", &found.2, &expected.2)?;
+        same("codes", &found.1, &expected.1)
+    })
+}
+
+fn maps() -> impl Strategy<Value = DynamicMap> {
+    select(vec![DynamicMap::Signed, DynamicMap::Unsigned])
+}
+
+/// Codes and absmax with both maps.
+pub fn quantize_8bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    fn call(backend: &dyn Backend, map: DynamicMap, case: &Case, x: &[f32]) -> TestCaseResult<(Vec<u8>, Vec<f32>)> {
+        let desk = Desk::new(backend, case.seed);
+        let placed = desk.put(x)?;
+        let mut codes = desk.blank(DType::U8, x.len())?;
+        let mut absmax = desk.blank(DType::F32, x.len().div_ceil(case.block))?;
+        backend.quantize_8bit(map, case.block, placed.view(), codes.view_mut(), absmax.view_mut())?;
+        Ok((desk.take(&codes)?, desk.take(&absmax)?))
+    }
+    check(256, &(maps(), cases()), |(map, case)| {
+        let midpoints: Vec<f32> = map.values().windows(2).map(|pair| (pair[0] + pair[1]) * 0.5).collect();
+        let mut x = draw_blocks(&mut Draw::new(case.seed), case.len, case.block, &midpoints);
+        if map == DynamicMap::Unsigned {
+            x.iter_mut().for_each(|x| *x = x.abs());
+        }
+        let (codes, absmax) = call(candidate, map, &case, &x)?;
+        let (expected_codes, expected_absmax) = call(oracle, map, &case, &x)?;
+        same("absmax", &absmax, &expected_absmax)?;
+        same("codes", &codes, &expected_codes)?;
+        prop_assert!((codes, absmax) == call(candidate, map, &case, &x)?, "the same call gave other bits");
+        Ok(())
+    })
+}
+
+/// From any codes and scales.
+pub fn dequantize_8bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    fn call(
+        backend: &dyn Backend,
+        map: DynamicMap,
+        case: &Case,
+        codes: &[u8],
+        absmax: &[f32],
+    ) -> TestCaseResult<Outputs<f32>> {
+        let desk = Desk::new(backend, case.seed);
+        let (codes, absmax) = (desk.put(codes)?, desk.put(absmax)?);
+        let mut out = desk.blank(DType::F32, case.len)?;
+        backend.dequantize_8bit(map, case.block, codes.view(), absmax.view(), out.view_mut())?;
+        Ok(vec![desk.take(&out)?])
+    }
+    check(128, &(maps(), cases()), |(map, case)| {
+        let mut draw = Draw::new(case.seed);
+        let (codes, absmax) = (draw.bytes(case.len), draw.scaled(case.len.div_ceil(case.block)));
+        let found = twice(|| call(candidate, map, &case, &codes, &absmax))?;
+        same("out", &found[0], &call(oracle, map, &case, &codes, &absmax)?[0])
+    })
+}

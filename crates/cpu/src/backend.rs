@@ -1,0 +1,510 @@
+//! The backend: each kernel checks its parameters, turns views into slices, and calls the file of its operation.
+
+use crate::attention::{self, Gradients};
+use crate::gemm::{Gemm, QuantSlice, WeightSlice};
+use crate::linear::{GradSlices, LowRankSlice};
+use crate::quantize4::{self, ScaleSlice};
+use crate::rms_norm::{self, Saved};
+use crate::rope::{self, Angles};
+use crate::simd::{Float, Isa};
+use crate::slices::{self, BACKEND, Slices};
+use crate::storage::{HostMemory, MemoryFigures, Pool};
+use crate::threads::Threads;
+use crate::{adamw, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
+use half::{bf16, f16};
+use rankfold_backend::params::*;
+use rankfold_backend::{
+    AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result, Scales, View,
+    ViewMut, check_block,
+};
+use std::sync::Arc;
+
+/// The CPU backend: an instruction set, threads, and a pool of memory.
+#[derive(Debug)]
+pub struct CpuBackend {
+    isa: Isa,
+    threads: Threads,
+    pool: Arc<Pool>,
+}
+
+impl CpuBackend {
+    /// On the fastest instruction set of this machine, with `threads` threads (all available cores where `None`).
+    pub fn new(threads: Option<usize>) -> Self {
+        // Portable is always there.
+        Self::with_isa(Isa::available().first().copied().unwrap_or(Isa::Portable), threads)
+    }
+
+    /// On one of [`Isa::available`].
+    ///
+    /// # Panics
+    /// Where this machine lacks the instruction set.
+    pub fn with_isa(isa: Isa, threads: Option<usize>) -> Self {
+        assert!(Isa::available().contains(&isa), "this machine has no {isa}");
+        Self { isa, threads: Threads::new(threads), pool: Arc::default() }
+    }
+
+    /// The instruction set that its kernels run on.
+    pub fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// How many threads work at once.
+    pub fn threads(&self) -> usize {
+        self.threads.count()
+    }
+
+    /// The bytes that its buffers, its pool and the kernels' working memory take.
+    pub fn memory(&self) -> MemoryFigures {
+        MemoryFigures { scratch: scratch::held(), ..self.pool.figures() }
+    }
+
+    /// Give the pool's memory back to the system.
+    pub fn trim(&self) {
+        self.pool.trim();
+    }
+
+    fn gemm(&self) -> Gemm<'_> {
+        Gemm { threads: &self.threads, isa: self.isa }
+    }
+}
+
+/// bf16 products wait for kernels that use bf16 units.
+fn check_compute(compute: Compute) -> Result<()> {
+    match compute {
+        Compute::F32 => Ok(()),
+        Compute::Bf16 => Err(Error::Unsupported { backend: BACKEND, what: "bf16 compute" }),
+    }
+}
+
+/// The scales of a weight whose lengths have been checked.
+fn scale_slice<'a>(s: Slices, scales: &'a Scales) -> Result<ScaleSlice<'a>> {
+    Ok(match scales {
+        Scales::Plain(absmax) => ScaleSlice::Plain(s.get("absmax", absmax.view())?),
+        Scales::Nested { codes, absmax, offset } => {
+            ScaleSlice::nested(s.get("scale codes", codes.view())?, s.get("nested absmax", absmax.view())?, *offset)
+        }
+    })
+}
+
+fn weight_slice<'a>(s: Slices, w: &Weight<'a>) -> Result<WeightSlice<'a>> {
+    Ok(match w {
+        Weight::Dense(w) => WeightSlice::Dense(s.floats("weight", *w)?),
+        Weight::Quantized(q) => WeightSlice::Quantized(QuantSlice {
+            codes: s.get("codes", q.codes.view())?,
+            scales: scale_slice(s, &q.scales)?,
+            format: q.format,
+            block: q.block,
+        }),
+    })
+}
+
+fn low_rank_slice<'a>(s: Slices, l: Option<&LowRank<'a>>) -> Result<Option<LowRankSlice<'a>>> {
+    let Some(l) = l else { return Ok(None) };
+    Ok(Some(LowRankSlice {
+        rank: l.rank,
+        a: s.get("a", l.a)?,
+        b: s.get("b", l.b)?,
+        scale: l.scale,
+        per_rank: l.per_rank.map(|x| s.get("per_rank", x)).transpose()?,
+        row_scale: l.row_scale.map(|x| s.get("row_scale", x)).transpose()?,
+        dropout: l.dropout,
+    }))
+}
+
+impl Backend for CpuBackend {
+    fn name(&self) -> String {
+        format!("cpu ({})", self.isa)
+    }
+
+    fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        if dtype == DType::F64 {
+            return Err(Error::Unsupported { backend: BACKEND, what: "f64" });
+        }
+        let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
+        Ok(Buffer::new(self.pool.take(bytes)?, dtype, len))
+    }
+
+    fn write(&self, bytes: &[u8], mut out: ViewMut) -> Result<()> {
+        let out = slices::bytes_mut(&mut out)?;
+        expect("write", "bytes", bytes.len(), out.len())?;
+        elementwise::copy(&self.threads, bytes, out);
+        Ok(())
+    }
+
+    fn read(&self, x: View, bytes: &mut [u8]) -> Result<()> {
+        let x = slices::bytes(x)?;
+        expect("read", "bytes", bytes.len(), x.len())?;
+        elementwise::copy(&self.threads, x, bytes);
+        Ok(())
+    }
+
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]> {
+        buffer.storage_mut(BACKEND).ok().map(HostMemory::bytes_mut)
+    }
+
+    fn fill(&self, value: f64, mut out: ViewMut) -> Result<()> {
+        let (s, out, threads) = (Slices("fill"), &mut out, &self.threads);
+        let integer = value.round_ties_even();
+        match out.dtype() {
+            DType::F32 => elementwise::fill(threads, value as f32, s.get_mut("out", out)?),
+            DType::Bf16 => elementwise::fill(threads, <bf16 as Float>::from_f64(value), s.get_mut("out", out)?),
+            DType::F16 => elementwise::fill(threads, <f16 as Float>::from_f64(value), s.get_mut("out", out)?),
+            DType::F64 => elementwise::fill(threads, value, s.get_mut("out", out)?),
+            DType::U8 => elementwise::fill(threads, integer as u8, s.get_mut("out", out)?),
+            DType::U32 => elementwise::fill(threads, integer as u32, s.get_mut("out", out)?),
+            DType::I64 => elementwise::fill(threads, integer as i64, s.get_mut("out", out)?),
+        }
+        Ok(())
+    }
+
+    fn copy(&self, x: View, mut out: ViewMut) -> Result<()> {
+        expect("copy", "out", out.len(), x.len())?;
+        if out.dtype() != x.dtype() {
+            let (expected, found) = (x.dtype().name(), out.dtype());
+            return Err(Error::DType { kernel: "copy", tensor: "out", expected, found });
+        }
+        elementwise::copy(&self.threads, slices::bytes(x)?, slices::bytes_mut(&mut out)?);
+        Ok(())
+    }
+
+    fn cast(&self, x: View, mut out: ViewMut) -> Result<()> {
+        let s = Slices("cast");
+        expect("cast", "out", out.len(), x.len())?;
+        elementwise::cast(&self.threads, self.isa, s.floats("x", x)?, s.floats_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn scale_in_place(&self, factor: f64, mut x: ViewMut) -> Result<()> {
+        let x = Slices("scale_in_place").get_mut("x", &mut x)?;
+        elementwise::scale_in_place(&self.threads, self.isa, factor as f32, x);
+        Ok(())
+    }
+
+    fn add(&self, a: View, b: View, mut out: ViewMut) -> Result<()> {
+        let s = Slices("add");
+        expect("add", "b", b.len(), a.len())?;
+        expect("add", "out", out.len(), a.len())?;
+        elementwise::add(&self.threads, self.isa, s.get("a", a)?, s.get("b", b)?, s.get_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn add_in_place(&self, x: View, mut out: ViewMut) -> Result<()> {
+        let s = Slices("add_in_place");
+        expect("add_in_place", "out", out.len(), x.len())?;
+        elementwise::add_in_place(&self.threads, self.isa, s.get("x", x)?, s.get_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn sum_squares(&self, x: View) -> Result<f64> {
+        Ok(elementwise::sum_squares(&self.threads, self.isa, Slices("sum_squares").get("x", x)?))
+    }
+
+    fn dropout(&self, p: &Dropout, x: View, mut y: ViewMut) -> Result<()> {
+        let s = Slices("dropout");
+        p.check(&x, &y)?;
+        dropout::dropout(&self.threads, self.isa, p, s.get("x", x)?, s.get_mut("y", &mut y)?);
+        Ok(())
+    }
+
+    fn matmul(&self, p: &MatMul, a: View, b: View, mut c: ViewMut) -> Result<()> {
+        let s = Slices("matmul");
+        p.check(&a, &b, &c)?;
+        check_compute(p.compute)?;
+        self.gemm().matmul(p, s.get("a", a)?, s.get("b", b)?, s.get_mut("c", &mut c)?);
+        Ok(())
+    }
+
+    fn quantize_4bit(
+        &self,
+        format: Format,
+        block: usize,
+        w: View,
+        mut codes: ViewMut,
+        mut absmax: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("quantize_4bit");
+        check_block(block)?;
+        expect(s.0, "codes", codes.len(), w.len().div_ceil(2))?;
+        expect(s.0, "absmax", absmax.len(), w.len().div_ceil(block))?;
+        let (codes, absmax) = (s.get_mut("codes", &mut codes)?, s.get_mut("absmax", &mut absmax)?);
+        quantize4::quantize_4bit(&self.threads, self.isa, format, block, s.floats("w", w)?, codes, absmax)
+    }
+
+    fn quantize_scales(&self, absmax: View, mut codes: ViewMut, mut nested: ViewMut) -> Result<f32> {
+        let s = Slices("quantize_scales");
+        expect(s.0, "codes", codes.len(), absmax.len())?;
+        expect(s.0, "nested", nested.len(), absmax.len().div_ceil(NESTED_BLOCK))?;
+        let (codes, nested) = (s.get_mut("codes", &mut codes)?, s.get_mut("nested", &mut nested)?);
+        quantize8::quantize_scales(&self.threads, s.get("absmax", absmax)?, codes, nested)
+    }
+
+    fn dequantize_4bit(&self, q: &Quantized, mut out: ViewMut) -> Result<()> {
+        let s = Slices("dequantize_4bit");
+        q.check()?;
+        expect(s.0, "out", out.len(), q.elements())?;
+        let (codes, scales) = (s.get("codes", q.codes.view())?, scale_slice(s, &q.scales)?);
+        let out = s.floats_mut("out", &mut out)?;
+        quantize4::dequantize_4bit(&self.threads, self.isa, q.format, q.block, codes, scales, out);
+        Ok(())
+    }
+
+    fn quantize_8bit(
+        &self,
+        map: DynamicMap,
+        block: usize,
+        x: View,
+        mut codes: ViewMut,
+        mut absmax: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("quantize_8bit");
+        check_block(block)?;
+        expect(s.0, "codes", codes.len(), x.len())?;
+        expect(s.0, "absmax", absmax.len(), x.len().div_ceil(block))?;
+        let (codes, absmax) = (s.get_mut("codes", &mut codes)?, s.get_mut("absmax", &mut absmax)?);
+        quantize8::quantize_8bit(&self.threads, map, block, s.get("x", x)?, codes, absmax)
+    }
+
+    fn dequantize_8bit(
+        &self,
+        map: DynamicMap,
+        block: usize,
+        codes: View,
+        absmax: View,
+        mut out: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("dequantize_8bit");
+        check_block(block)?;
+        expect(s.0, "absmax", absmax.len(), codes.len().div_ceil(block))?;
+        expect(s.0, "out", out.len(), codes.len())?;
+        let (codes, absmax) = (s.get("codes", codes)?, s.get("absmax", absmax)?);
+        quantize8::dequantize_8bit(&self.threads, map, block, codes, absmax, s.get_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn linear(
+        &self,
+        p: &Linear,
+        x: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        bias: Option<View>,
+        mut y: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("linear");
+        p.check(&x, w, low_rank, bias.as_ref(), &y)?;
+        check_compute(p.compute)?;
+        let (x, w, low_rank) = (s.get("x", x)?, weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let bias = bias.map(|bias| s.get("bias", bias)).transpose()?;
+        self.gemm().linear(p, x, w, low_rank.as_ref(), bias, s.get_mut("y", &mut y)?);
+        Ok(())
+    }
+
+    fn linear_grad_input(
+        &self,
+        p: &Linear,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        accumulate: bool,
+        mut dx: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("linear_grad_input");
+        p.check_grad_input(&dy, w, low_rank, &dx)?;
+        check_compute(p.compute)?;
+        let (dy, w, low_rank) = (s.get("dy", dy)?, weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let dx = s.get_mut("dx", &mut dx)?;
+        self.gemm().linear_grad_input(p, dy, w, low_rank.as_ref(), accumulate, dx);
+        Ok(())
+    }
+
+    fn linear_grad_weight(
+        &self,
+        p: &Linear,
+        x: View,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        mut grads: LinearGrads,
+    ) -> Result<()> {
+        let s = Slices("linear_grad_weight");
+        p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
+        check_compute(p.compute)?;
+        let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
+        let (w, low_rank) = (weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let grads = GradSlices {
+            weight: grads.weight.as_mut().map(|g| s.get_mut("d weight", g)).transpose()?,
+            bias: grads.bias.as_mut().map(|g| s.get_mut("d bias", g)).transpose()?,
+            a: grads.a.as_mut().map(|g| s.get_mut("d a", g)).transpose()?,
+            b: grads.b.as_mut().map(|g| s.get_mut("d b", g)).transpose()?,
+            per_rank: grads.per_rank.as_mut().map(|g| s.get_mut("d per_rank", g)).transpose()?,
+            row_scale: grads.row_scale.as_mut().map(|g| s.get_mut("d row_scale", g)).transpose()?,
+        };
+        self.gemm().linear_grad_weight(p, x, dy, w, low_rank.as_ref(), grads);
+        Ok(())
+    }
+
+    fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, mut y: ViewMut, mut inv_rms: ViewMut) -> Result<()> {
+        let s = Slices("rms_norm");
+        p.check(x.len(), &gain, y.len(), inv_rms.len())?;
+        let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
+        let (y, inv_rms) = (s.get_mut("y", &mut y)?, s.get_mut("inv_rms", &mut inv_rms)?);
+        rms_norm::rms_norm(&self.threads, self.isa, p, x, gain, y, inv_rms);
+        Ok(())
+    }
+
+    fn rms_norm_grad(
+        &self,
+        p: &RmsNorm,
+        x: View,
+        gain: View,
+        inv_rms: View,
+        dy: View,
+        accumulate: bool,
+        mut dx: ViewMut,
+        mut dgain: Option<ViewMut>,
+    ) -> Result<()> {
+        let s = Slices("rms_norm_grad");
+        p.check(x.len(), &gain, dx.len(), inv_rms.len())?;
+        expect(s.0, "dy", dy.len(), p.rows * p.width)?;
+        if let Some(dgain) = &dgain {
+            expect(s.0, "dgain", dgain.len(), p.width)?;
+        }
+        let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
+        let saved = Saved { x, gain, inv_rms: s.get("inv_rms", inv_rms)?, dy: s.get("dy", dy)? };
+        let dx = s.get_mut("dx", &mut dx)?;
+        let dgain = dgain.as_mut().map(|dgain| s.get_mut("dgain", dgain)).transpose()?;
+        rms_norm::rms_norm_grad(&self.threads, self.isa, p, saved, accumulate, dx, dgain);
+        Ok(())
+    }
+
+    fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, mut y: ViewMut) -> Result<()> {
+        let s = Slices("rope");
+        let known = p.check(&x, &positions, &cos, &sin, &y)?;
+        let angles =
+            Angles { positions: s.get("positions", positions)?, cos: s.get("cos", cos)?, sin: s.get("sin", sin)? };
+        rope::rope(&self.threads, self.isa, p, known, s.get("x", x)?, angles, s.get_mut("y", &mut y)?)
+    }
+
+    fn attention(
+        &self,
+        p: &Attention,
+        q: View,
+        k: View,
+        v: View,
+        starts: Option<View>,
+        mut out: ViewMut,
+        mut lse: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("attention");
+        p.check(&q, &k, &v, starts.as_ref())?;
+        expect(s.0, "out", out.len(), p.query_elements())?;
+        expect(s.0, "lse", lse.len(), p.lse_elements())?;
+        let inputs = [s.get("q", q)?, s.get("k", k)?, s.get("v", v)?];
+        let starts = starts.map(|starts| s.get("starts", starts)).transpose()?;
+        let (out, lse) = (s.get_mut("out", &mut out)?, s.get_mut("lse", &mut lse)?);
+        attention::attention(&self.threads, self.isa, p, inputs, starts, out, lse)
+    }
+
+    fn attention_grad(
+        &self,
+        p: &Attention,
+        saved: AttentionSaved,
+        dout: View,
+        mut dq: ViewMut,
+        mut dk: ViewMut,
+        mut dv: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("attention_grad");
+        let AttentionSaved { q, k, v, starts, out, lse } = saved;
+        p.check(&q, &k, &v, starts.as_ref())?;
+        expect(s.0, "out", out.len(), p.query_elements())?;
+        expect(s.0, "lse", lse.len(), p.lse_elements())?;
+        expect(s.0, "dout", dout.len(), p.query_elements())?;
+        expect(s.0, "dq", dq.len(), p.query_elements())?;
+        expect(s.0, "dk", dk.len(), p.key_elements())?;
+        expect(s.0, "dv", dv.len(), p.key_elements())?;
+        let saved = attention::Saved {
+            q: s.get("q", q)?,
+            k: s.get("k", k)?,
+            v: s.get("v", v)?,
+            starts: starts.map(|starts| s.get("starts", starts)).transpose()?,
+            out: s.get("out", out)?,
+            lse: s.get("lse", lse)?,
+            dout: s.get("dout", dout)?,
+        };
+        let gradients = Gradients {
+            dq: s.get_mut("dq", &mut dq)?,
+            dk: s.get_mut("dk", &mut dk)?,
+            dv: s.get_mut("dv", &mut dv)?,
+        };
+        attention::attention_grad(&self.threads, self.isa, p, saved, gradients)
+    }
+
+    fn silu_mul(&self, gate: View, up: View, mut out: ViewMut) -> Result<()> {
+        let s = Slices("silu_mul");
+        expect(s.0, "up", up.len(), gate.len())?;
+        expect(s.0, "out", out.len(), gate.len())?;
+        let (gate, up) = (s.get("gate", gate)?, s.get("up", up)?);
+        silu_mul::silu_mul(&self.threads, self.isa, gate, up, s.get_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn silu_mul_grad(&self, gate: View, up: View, dout: View, mut dgate: ViewMut, mut dup: ViewMut) -> Result<()> {
+        let (s, len) = (Slices("silu_mul_grad"), gate.len());
+        expect(s.0, "up", up.len(), len)?;
+        expect(s.0, "dout", dout.len(), len)?;
+        expect(s.0, "dgate", dgate.len(), len)?;
+        expect(s.0, "dup", dup.len(), len)?;
+        let inputs = [s.get("gate", gate)?, s.get("up", up)?, s.get("dout", dout)?];
+        let (dgate, dup) = (s.get_mut("dgate", &mut dgate)?, s.get_mut("dup", &mut dup)?);
+        silu_mul::silu_mul_grad(&self.threads, self.isa, inputs, dgate, dup);
+        Ok(())
+    }
+
+    fn embedding(&self, p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
+        let s = Slices("embedding");
+        p.check(&ids, table.len(), rows.len())?;
+        let (ids, table) = (s.get("ids", ids)?, s.floats("table", table)?);
+        embedding::embedding(&self.threads, self.isa, p, ids, table, s.floats_mut("rows", &mut rows)?)
+    }
+
+    fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, mut dtable: ViewMut) -> Result<()> {
+        let s = Slices("embedding_grad");
+        p.check(&ids, dtable.len(), drows.len())?;
+        let (ids, drows) = (s.get("ids", ids)?, s.get("drows", drows)?);
+        embedding::embedding_grad(&self.threads, self.isa, p, ids, drows, s.get_mut("dtable", &mut dtable)?)
+    }
+
+    fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, mut losses: ViewMut) -> Result<()> {
+        let s = Slices("cross_entropy");
+        p.check(logits.len(), &labels, &losses)?;
+        let (logits, labels) = (s.get("logits", logits)?, s.get("labels", labels)?);
+        let losses = s.get_mut("losses", &mut losses)?;
+        cross_entropy::cross_entropy(&self.threads, self.isa, p, logits, labels, losses)
+    }
+
+    fn cross_entropy_grad_in_place(
+        &self,
+        p: &CrossEntropy,
+        scale: f64,
+        mut logits: ViewMut,
+        labels: View,
+        mut losses: ViewMut,
+    ) -> Result<()> {
+        let s = Slices("cross_entropy_grad_in_place");
+        p.check(logits.len(), &labels, &losses)?;
+        let (logits, labels) = (s.get_mut("logits", &mut logits)?, s.get("labels", labels)?);
+        let losses = s.get_mut("losses", &mut losses)?;
+        cross_entropy::cross_entropy_grad_in_place(&self.threads, self.isa, p, scale, logits, labels, losses)
+    }
+
+    fn adamw(&self, p: &AdamW, grad: View, mut param: ViewMut, mut m: ViewMut, mut v: ViewMut) -> Result<()> {
+        let s = Slices("adamw");
+        p.check(&grad, &param, &m, &v)?;
+        let grad = s.get("grad", grad)?;
+        let (param, m) = (s.get_mut("param", &mut param)?, s.get_mut("m", &mut m)?);
+        let state = [param, m, s.get_mut("v", &mut v)?];
+        adamw::adamw(&self.threads, self.isa, p, grad, state);
+        Ok(())
+    }
+}

@@ -1,0 +1,85 @@
+//! Dropout (Srivastava et al. 2014), inverted: y_i = x_i / (1 − p) where kept, 0 where dropped.
+//!
+//! Element i is kept where the Philox word at position i of the stream is at least p·2³². The generator makes four
+//! words from one counter; here [`GROUPS`] counters go through the ten rounds side by side, each word in a 64-bit
+//! lane, so that the compiler finds the 32 × 32 → 64-bit multiplication of every instruction set.
+
+use crate::elementwise::CHUNK;
+use crate::simd::{Isa, Kernel, Simd};
+use crate::threads::{Disjoint, Threads};
+use rankfold_backend::params::Dropout;
+
+/// Counters in flight: 32 words.
+const GROUPS: usize = 8;
+
+const LOW: u64 = 0xFFFF_FFFF;
+
+/// y = dropout(x), elements numbered from 0.
+pub(crate) fn dropout(threads: &Threads, isa: Isa, p: &Dropout, x: &[f32], y: &mut [f32]) {
+    let (len, y) = (y.len(), Disjoint::new(y));
+    threads.run_chunks(len, CHUNK, |range| {
+        // SAFETY: the ranges of two tasks do not overlap.
+        isa.run(Drop { p, start: range.start, x: &x[range.clone()], y: unsafe { y.get(range) } });
+    });
+}
+
+/// Dropout of elements `start`, `start` + 1, …, `start` a multiple of 4.
+struct Drop<'a> {
+    p: &'a Dropout,
+    start: usize,
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl Kernel for Drop<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (threshold, keep_scale) = (u64::from(self.p.threshold()), self.p.keep_scale());
+        let parts = self.x.chunks(4 * GROUPS).zip(self.y.chunks_mut(4 * GROUPS));
+        for (part, (x, y)) in parts.enumerate() {
+            let words = words(self.p, (self.start / 4 + part * GROUPS) as u64);
+            for (i, (x, y)) in x.iter().zip(y).enumerate() {
+                *y = if words[i % 4][i / 4] >= threshold { x * keep_scale } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// Word j of group `first` + i, as `[j][i]`: Philox4x32-10, as `rankfold_backend::philox` has it.
+#[inline(always)]
+fn words(p: &Dropout, first: u64) -> [[u64; GROUPS]; 4] {
+    let mut c = [[0u64; GROUPS]; 4];
+    for i in 0..GROUPS {
+        let group = first + i as u64;
+        (c[0][i], c[1][i], c[2][i], c[3][i]) = (group & LOW, group >> 32, p.stream & LOW, p.stream >> 32);
+    }
+    let mut key = [p.seed & LOW, p.seed >> 32];
+    for _ in 0..10 {
+        for i in 0..GROUPS {
+            let (p0, p1) = (0xD251_1F53 * (c[0][i] & LOW), 0xCD9E_8D57 * (c[2][i] & LOW));
+            (c[0][i], c[2][i]) = (p1 >> 32 ^ c[1][i] ^ key[0], p0 >> 32 ^ c[3][i] ^ key[1]);
+            (c[1][i], c[3][i]) = (p1 & LOW, p0 & LOW);
+        }
+        key = [key[0] + 0x9E37_79B9 & LOW, key[1] + 0xBB67_AE85 & LOW];
+    }
+    c
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rankfold_backend::philox;
+
+    #[test]
+    fn words_are_philoxs() {
+        let p = Dropout { probability: 0.5, seed: 0xFEDC_BA98_7654_3210, stream: 0x0123_4567_89AB_CDEF };
+        for first in [0, 1, u64::from(u32::MAX) - 3, 1 << 40] {
+            let words = words(&p, first);
+            for i in 0..GROUPS {
+                let expected = philox::words(p.seed, p.stream, first + i as u64);
+                assert_eq!([0, 1, 2, 3].map(|j: usize| words[j][i] as u32), expected);
+            }
+        }
+    }
+}

@@ -1,0 +1,289 @@
+//! General matrix multiplication: C [m, n] = or += Σ_terms A·B, f32, on any stored right operand.
+//!
+//! The scheme of Goto & van de Geijn (2008, "Anatomy of high-performance matrix multiplication"), with the cores'
+//! private caches in its middle:
+//!
+//! ```text
+//! for rows of C, ROWS at a time
+//!   for k of all terms, GROUP at a time
+//!     pack A [rows, k] into panels, on all threads                 (shared; in L3)
+//!     tasks: columns of C, a few panels at a time, on all threads
+//!       for k of the group, DEPTH at a time
+//!         pack B [DEPTH, columns] into panels, decoding it         (the thread's own; in L2)
+//!         for rows, L2_ROWS at a time                              (A's block comes to L2)
+//!           for panels of B                                        (one in L1)
+//!             for panels of A: the microkernel                     (a tile of C in registers)
+//! ```
+//!
+//! So a weight is decoded once for every ROWS rows of activations, in a buffer that never leaves its core's L2. Where
+//! there are few columns, tasks take some of the rows each, and A is read as it lies, without packing.
+//!
+//! An element of C is the sum, in this order, of one chain of FMAs for every DEPTH of k; nothing else of the above
+//! touches its bits, neither tiles nor tasks nor threads.
+//!
+//! Read `operand.rs`, this file, `pack.rs` and `quantized.rs`, `tile.rs`.
+
+mod operand;
+mod pack;
+mod plan;
+mod quantized;
+mod tile;
+
+pub(crate) use operand::{Left, QuantSlice, Right, Term, WeightSlice};
+
+use crate::scratch;
+use crate::simd::{Isa, Kernel, Simd};
+use crate::threads::Threads;
+use plan::Segment;
+use std::ops::Range;
+use tile::Tile;
+
+/// k of one chain of FMAs: a panel of B (2·LANES columns) takes half of L1.
+static DEPTH: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_DEPTH").map_or(256, |v| v.parse().unwrap()));
+
+/// k that is packed at a time.
+static GROUP: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_GROUP").map_or(2048, |v| v.parse().unwrap()));
+
+/// Rows that are packed at a time: with GROUP, at most 8 MiB.
+static ROWS: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_ROWS").map_or(1024, |v| v.parse().unwrap()));
+
+/// Rows whose packed block of DEPTH takes about a third of L2.
+static L2_ROWS: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_L2_ROWS").map_or(168, |v| v.parse().unwrap()));
+
+/// Products on some threads with some instruction set.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gemm<'a> {
+    /// Who works.
+    pub threads: &'a Threads,
+    /// With which instructions.
+    pub isa: Isa,
+}
+
+/// Where a product goes: c ← scale ∘ (c + Σ) + bias, c taken as 0 without `accumulate`.
+#[derive(Debug)]
+pub(crate) struct Output<'a> {
+    /// [rows, columns]
+    pub c: &'a mut [f32],
+    /// Rows of c: m.
+    pub rows: usize,
+    /// Columns of c: n.
+    pub columns: usize,
+    /// Add to what c holds.
+    pub accumulate: bool,
+    /// A factor a column.
+    pub scale: Option<&'a [f32]>,
+    /// A summand a column.
+    pub bias: Option<&'a [f32]>,
+}
+
+impl<'a> Output<'a> {
+    /// c = Σ, nothing else.
+    pub(crate) fn new(c: &'a mut [f32], rows: usize, columns: usize) -> Self {
+        Self { c, rows, columns, accumulate: false, scale: None, bias: None }
+    }
+}
+
+impl Gemm<'_> {
+    /// c ← scale ∘ (c + Σ_terms left·right) + bias
+    ///
+    /// # Panics
+    /// Where a slice's length is not what the dimensions say.
+    pub(crate) fn product(&self, terms: &[Term], output: Output) {
+        let Output { c, rows, columns, accumulate, scale, bias } = output;
+        assert_eq!(c.len(), rows * columns, "c of the product");
+        assert!(scale.is_none_or(|s| s.len() == columns) && bias.is_none_or(|b| b.len() == columns));
+        terms.iter().for_each(|term| term.assert_lengths(rows, columns));
+        if c.is_empty() {
+            return;
+        }
+        let lanes = self.isa.lanes();
+        let segments = plan::segments(terms, rows, columns, lanes);
+        if segments.is_empty() && !accumulate {
+            c.fill(0.0);
+        }
+        let c = Shared(c.as_mut_ptr());
+        let plan = plan::Plan::new(rows.min(*ROWS), columns, terms, lanes, self.threads.count());
+        for first_row in (0..rows).step_by(*ROWS) {
+            let rows = first_row..rows.min(first_row + *ROWS);
+            let mut done = 0;
+            loop {
+                let group = plan::group(&segments[done..]);
+                let packed: usize = group.iter().filter(|s| s.packed).map(|s| s.ks.len()).sum();
+                let block = Block {
+                    rows: rows.clone(),
+                    columns: 0..columns,
+                    segments: group,
+                    accumulate: accumulate || done > 0,
+                    c,
+                    c_stride: columns,
+                    finish: (done + group.len() == segments.len()).then_some((scale, bias)),
+                };
+                scratch::with(packed * rows.len(), |a| self.group(&plan, block, a));
+                done += group.len();
+                if done == segments.len() {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Pack the left operand's rows, then run the tasks.
+    fn group(&self, plan: &plan::Plan, block: Block, a: &mut [f32]) {
+        let (lanes, rows) = (self.isa.lanes(), block.rows.clone());
+        let panels = plan::Panels::new(rows.len(), lanes).count;
+        let packed = Shared(a.as_mut_ptr());
+        if !a.is_empty() {
+            plan.run(self.threads, panels.div_ceil(plan::PACKED_PANELS), |task| {
+                let panels = task * plan::PACKED_PANELS..panels.min((task + 1) * plan::PACKED_PANELS);
+                self.isa.run(PackLeft { block: block.clone(), panels, out: packed });
+            });
+        }
+        let width = plan.panels * tile::columns(lanes);
+        let column_tasks = block.columns.len().div_ceil(width);
+        plan.run(self.threads, column_tasks * plan.row_tasks, |task| {
+            let (row_task, column_task) = (task / column_tasks, task % column_tasks);
+            let panels = plan::part(panels, plan.row_tasks, row_task);
+            let columns = column_task * width..block.columns.end.min((column_task + 1) * width);
+            let block = Block { columns, ..block.clone() };
+            scratch::with(width * *DEPTH, |b| {
+                self.isa.run(Multiply { block, panels, packed, b });
+            });
+        });
+    }
+}
+
+/// A pointer that tasks share; each writes its own elements.
+#[derive(Clone, Copy)]
+struct Shared(*mut f32);
+
+// SAFETY: it is used within `product` alone, which borrows the memory; tasks of one run write disjoint elements, and
+// read what an earlier run wrote.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+/// What is done to a tile of c when its sums are complete: its scale and its bias.
+type Finish<'a> = (Option<&'a [f32]>, Option<&'a [f32]>);
+
+/// A part of c, and the part of its sums that one group of segments makes.
+#[derive(Clone)]
+struct Block<'a> {
+    rows: Range<usize>,
+    columns: Range<usize>,
+    segments: &'a [Segment<'a>],
+    accumulate: bool,
+    c: Shared,
+    c_stride: usize,
+    finish: Option<Finish<'a>>,
+}
+
+
+/// Packs panels of the left operand: those of a segment lie one after the other, segments too.
+struct PackLeft<'a> {
+    block: Block<'a>,
+    panels: Range<usize>,
+    out: Shared,
+}
+
+impl Kernel for PackLeft<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let cut = plan::Panels::new(self.block.rows.len(), S::LANES);
+        let mut offset = 0;
+        for segment in self.block.segments.iter().filter(|segment| segment.packed) {
+            let depth = segment.ks.len();
+            for panel in self.panels.clone() {
+                let rows = cut.rows(panel);
+                // SAFETY: the buffer holds rows · depth elements of every packed segment, each panel its own part.
+                unsafe {
+                    let out = self.out.0.add(offset + rows.start * depth);
+                    let first = self.block.rows.start;
+                    let rows = first + rows.start..first + rows.end;
+                    pack::left::<S>(segment.term.left, rows, segment.ks.clone(), out);
+                }
+            }
+            offset += depth * self.block.rows.len();
+        }
+    }
+}
+
+/// One task: some panels of rows by some columns, over all segments of a group.
+struct Multiply<'a> {
+    block: Block<'a>,
+    panels: Range<usize>,
+    packed: Shared,
+    b: &'a mut [f32],
+}
+
+impl Kernel for Multiply<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let (block, width) = (&self.block, tile::columns(S::LANES));
+        let cut = plan::Panels::new(block.rows.len(), S::LANES);
+        let at_once = *L2_ROWS / tile::rows(S::LANES);
+        let mut offset = 0;
+        for (i, segment) in block.segments.iter().enumerate() {
+            let depth = segment.ks.len();
+            let left = segment.term.left;
+            // SAFETY: the buffers hold the panels as they were packed; `product` checked the operands' lengths; this
+            // task alone writes its tiles of c.
+            unsafe {
+                let b = self.b.as_mut_ptr();
+                pack::right::<S>(segment.term.right, segment.ks.clone(), block.columns.clone(), b);
+                for first in self.panels.clone().step_by(at_once) {
+                    let panels = first..self.panels.end.min(first + at_once);
+                    for column in block.columns.clone().step_by(width) {
+                        for panel in panels.clone() {
+                            let rows = cut.rows(panel);
+                            let row = block.rows.start + rows.start;
+                            let tile = Tile {
+                                k: depth,
+                                a: if segment.packed {
+                                    self.packed.0.add(offset + rows.start * depth)
+                                } else {
+                                    left.data.as_ptr().add(row * left.stride + segment.ks.start)
+                                },
+                                stride: (!segment.packed).then_some(left.stride),
+                                b: b.add((column - block.columns.start) * depth),
+                                c: block.c.0.add(row * block.c_stride + column),
+                                c_stride: block.c_stride,
+                                columns: width.min(block.columns.end - column),
+                                accumulate: block.accumulate || i > 0,
+                            };
+                            tile.run::<S>(rows.len());
+                        }
+                    }
+                }
+            }
+            if segment.packed {
+                offset += depth * block.rows.len();
+            }
+        }
+        let Some((scale, bias)) = block.finish else { return };
+        if (scale.is_none() && bias.is_none()) || self.panels.is_empty() {
+            return;
+        }
+        let first = cut.rows(self.panels.start).start;
+        let end = cut.rows(self.panels.end - 1).end;
+        for row in block.rows.start + first..block.rows.start + end {
+            // SAFETY: this task's own part of the row.
+            let c = unsafe {
+                let start = block.c.0.add(row * block.c_stride + block.columns.start);
+                std::slice::from_raw_parts_mut(start, block.columns.len())
+            };
+            if let Some(scale) = scale {
+                c.iter_mut().zip(&scale[block.columns.clone()]).for_each(|(c, scale)| *c *= scale);
+            }
+            if let Some(bias) = bias {
+                c.iter_mut().zip(&bias[block.columns.clone()]).for_each(|(c, bias)| *c += bias);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,28 @@
+//! The embedded base model and text: what `rankfold train` runs on when it is given nothing.
+//!
+//! `assets/README.md` holds the commands that made the model.
+
+use crate::error::{Error, Result};
+use std::path::Path;
+
+const FILES: [(&str, &[u8]); 4] = [
+    ("config.json", include_bytes!("../assets/base/config.json")),
+    ("model.safetensors", include_bytes!("../assets/base/model.safetensors")),
+    ("tokenizer.json", include_bytes!("../assets/base/tokenizer.json")),
+    ("tokenizer_config.json", include_bytes!("../assets/base/tokenizer_config.json")),
+];
+
+/// The text to finetune on: Psalms to Song of Solomon in the King James version, public domain.
+pub const TEXT: &str = include_str!("../assets/poetry.txt");
+
+/// Its name in messages.
+pub const TEXT_NAME: &str = "built-in text";
+
+/// Write the model's Hugging Face folder.
+pub fn export(folder: &Path) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    for (name, bytes) in FILES {
+        rankfold_files::write_atomically(&folder.join(name), bytes)?;
+    }
+    Ok(())
+}

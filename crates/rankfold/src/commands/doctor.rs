@@ -1,0 +1,68 @@
+//! `rankfold doctor`: what the machine can do, measured.
+
+use crate::error::Result;
+use crate::show::bytes;
+use clap::Args;
+use rankfold_backend::params::{Layout, MatMul};
+use rankfold_backend::{Backend, Compute, DType};
+use rankfold_cpu::CpuBackend;
+use rankfold_cpu::simd::Isa;
+use std::time::Instant;
+
+/// Measure the machine's read, write and f32 rates, and name the instruction set chosen.
+#[derive(Debug, Args)]
+pub struct Doctor {
+    /// Threads; all cores if not given.
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
+}
+
+/// Elements of the buffers that memory is measured on: 256 MiB, beyond any cache.
+const ELEMENTS: usize = 64 << 20;
+/// Edge of the product that arithmetic is measured on.
+const EDGE: usize = 1024;
+
+impl Doctor {
+    pub fn run(self) -> Result<()> {
+        let backend = CpuBackend::new(self.threads);
+        let known: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
+        println!("instruction set   {} (this machine has: {})", backend.isa(), known.join(", "));
+        println!("threads           {}", backend.threads());
+        if let Some(memory) = total_memory() {
+            println!("memory            {}", bytes(memory));
+        }
+        let buffer = |value| (&backend as &dyn Backend).filled(DType::F32, ELEMENTS, value);
+        let mut x = buffer(1.0)?;
+        let size = (4 * ELEMENTS) as f64;
+        let read = best(|| backend.sum_squares(x.view()).map(drop))?;
+        let write = best(|| backend.fill(0.5, x.view_mut()))?;
+        println!("read              {:.1} GB/s", size / read / 1e9);
+        println!("write             {:.1} GB/s", size / write / 1e9);
+
+        let p = MatMul { m: EDGE, n: EDGE, k: EDGE, layout: Layout::Nn, accumulate: false, compute: Compute::F32 };
+        let square = || (&backend as &dyn Backend).filled(DType::F32, EDGE * EDGE, 1.0);
+        let (a, b, mut c) = (square()?, square()?, square()?);
+        let product = best(|| backend.matmul(&p, a.view(), b.view(), c.view_mut()))?;
+        println!("f32 products      {:.1} GFLOP/s", 2.0 * (EDGE * EDGE * EDGE) as f64 / product / 1e9);
+        println!("this machine runs Rankfold on {} threads with {}", backend.threads(), backend.isa());
+        Ok(())
+    }
+}
+
+/// The shortest of several runs, in seconds.
+fn best(mut f: impl FnMut() -> rankfold_backend::Result<()>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    for _ in 0..7 {
+        let begun = Instant::now();
+        f()?;
+        best = best.min(begun.elapsed().as_secs_f64());
+    }
+    Ok(best)
+}
+
+/// The machine's memory in bytes, where the system tells.
+fn total_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

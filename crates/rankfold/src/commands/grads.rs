@@ -1,0 +1,65 @@
+//! `rankfold grads`: the loss's gradient by each adapter tensor, to compare with another program's.
+
+use crate::device::DeviceArgs;
+use crate::error::Result;
+use crate::open::{BUILTIN, Folder};
+use clap::Args;
+use rankfold_adapters::Forward;
+use rankfold_autograd::{Gradients, Tape};
+use rankfold_backend::DType;
+use rankfold_files::{Spec, Writer};
+use rankfold_trainer::data::tokens;
+use rankfold_trainer::model::DeviceBatch;
+use std::path::PathBuf;
+
+/// Write the gradient of the loss by each of an adapter's tensors, under its PEFT name, and the loss.
+#[derive(Debug, Args)]
+pub struct Grads {
+    /// `builtin`, or the folder of a Hugging Face model.
+    #[arg(long, default_value = BUILTIN)]
+    model: String,
+    /// A PEFT adapter on it.
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// safetensors with `ids` and `labels`, i64 [N, T], −100 ignored.
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+    /// The safetensors file to write.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl Grads {
+    pub fn run(self) -> Result<()> {
+        super::parent_exists(&self.out)?;
+        let backend = self.device.open()?;
+        let folder = Folder::open(&self.model)?;
+        let batch = tokens::read(&self.tokens, folder.config.vocab)?;
+        let model = folder.load_with(backend.clone(), folder.default_precision(), Some(&self.adapter))?;
+        let tape = Tape::new(backend.clone());
+        let device = DeviceBatch::new(backend.as_ref(), &batch)?;
+        // No dropout: a gradient to compare is that of a function.
+        let mode = Forward::evaluation(self.device.compute.into());
+        let (root, loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
+        let mut gradients = Gradients::new(backend.clone());
+        tape.backward_from_loss(&root, &mut gradients)?;
+
+        let named = model.parameters();
+        let mut specs = vec![Spec::new("loss", DType::F32, [1])];
+        specs.extend(named.iter().map(|n| Spec::new(&*n.name, DType::F32, n.parameter.shape().dims())));
+        let mut writer = Writer::create(&self.out, specs)?;
+        writer.write("loss", &(loss as f32).to_le_bytes())?;
+        for n in &named {
+            match gradients.of(&n.parameter) {
+                Some(grad) => writer.write_view(&n.name, backend.as_ref(), grad.view())?,
+                // No loss reached it: a gradient of zeros.
+                None => writer.write(&n.name, &vec![0; 4 * n.parameter.shape().elements()])?,
+            }
+        }
+        writer.finish()?;
+        println!("loss {loss:.6}; {} gradients are in {}", named.len(), self.out.display());
+        Ok(())
+    }
+}

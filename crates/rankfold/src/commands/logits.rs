@@ -1,0 +1,53 @@
+//! `rankfold logits`: a model's logits for given token ids, to compare with another program's.
+
+use crate::device::DeviceArgs;
+use crate::error::Result;
+use crate::open::{BUILTIN, Folder};
+use clap::Args;
+use rankfold_backend::DType;
+use rankfold_files::{Spec, Writer};
+use rankfold_trainer::data::tokens;
+use rankfold_trainer::model::DeviceBatch;
+use rankfold_trainer::step::evaluate;
+use std::path::PathBuf;
+
+/// Write the logits [N, T, V] (f32) and the loss of given token ids.
+#[derive(Debug, Args)]
+pub struct Logits {
+    /// `builtin`, or the folder of a Hugging Face model.
+    #[arg(long, default_value = BUILTIN)]
+    model: String,
+    /// A PEFT adapter on it.
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// safetensors with `ids` and `labels`, i64 [N, T], −100 ignored.
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+    /// The safetensors file to write: `logits`, `loss`.
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    #[command(flatten)]
+    device: DeviceArgs,
+}
+
+impl Logits {
+    pub fn run(self) -> Result<()> {
+        super::parent_exists(&self.out)?;
+        let backend = self.device.open()?;
+        let folder = Folder::open(&self.model)?;
+        let batch = tokens::read(&self.tokens, folder.config.vocab)?;
+        let model = folder.load_with(backend.clone(), folder.default_precision(), self.adapter.as_deref())?;
+        let compute = self.device.compute.into();
+        let logits = model.logits(&DeviceBatch::new(backend.as_ref(), &batch)?, compute)?;
+        let (loss, _) = evaluate(&model, [batch.clone()], compute)?;
+
+        let shape = [batch.rows, batch.seq, folder.config.vocab];
+        let specs = vec![Spec::new("logits", DType::F32, shape), Spec::new("loss", DType::F32, [1])];
+        let mut writer = Writer::create(&self.out, specs)?;
+        writer.write_view("logits", backend.as_ref(), logits.view())?;
+        writer.write("loss", &(loss as f32).to_le_bytes())?;
+        writer.finish()?;
+        println!("loss {loss:.6}; logits {shape:?} are in {}", self.out.display());
+        Ok(())
+    }
+}

@@ -1,0 +1,48 @@
+//! The commands, one a file.
+
+pub mod dequantize;
+pub mod doctor;
+pub mod eval;
+pub mod export;
+pub mod generate;
+pub mod grads;
+pub mod inspect;
+pub mod logits;
+pub mod merge;
+pub mod new;
+pub mod quantize;
+pub mod train;
+
+use crate::error::{Error, Result};
+use crate::open::Folder;
+use std::path::Path;
+
+/// Make a folder to write into; one that holds anything is an error.
+fn new_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(Error::io(path))?;
+    match std::fs::read_dir(path).map_err(Error::io(path))?.next() {
+        None => Ok(()),
+        Some(_) => Err(Error::Path { path: path.to_owned(), why: "it is not empty: expected a new folder for --out".into() }),
+    }
+}
+
+/// That a file can be written where `path` says: its folder exists.
+fn parent_exists(path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
+            Err(Error::Path { path: parent.to_owned(), why: "no such folder, for --out".into() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The tokenizer's files along with a model's, where it has any.
+fn copy_tokenizer(folder: &Folder, out: &Path) -> Result<()> {
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
+        let from = folder.path.join(name);
+        if from.exists() {
+            rankfold_files::write_atomically(&out.join(name), &std::fs::read(&from).map_err(Error::io(from))?)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,46 @@
+//! `rankfold quantize`: a model's linear layers in 4 bits, as bitsandbytes stores them.
+
+use crate::error::Result;
+use crate::open::{BUILTIN, Folder};
+use crate::options::Quantize as Format;
+use crate::show::bytes;
+use clap::Args;
+use rankfold_cpu::CpuBackend;
+use rankfold_trainer::convert;
+use rankfold_trainer::model::Quantization;
+use std::path::PathBuf;
+
+/// Write a model with its linear layers in 4 bits: a checkpoint that transformers and bitsandbytes load.
+#[derive(Debug, Args)]
+pub struct Quantize {
+    /// `builtin`, or the folder of a Hugging Face model.
+    #[arg(long, default_value = BUILTIN)]
+    model: String,
+    /// The folder to write: new or empty.
+    #[arg(long)]
+    out: PathBuf,
+    /// The 4-bit format (int4 is Rankfold's own).
+    #[arg(long, value_enum, default_value = "nf4")]
+    format: Format,
+    /// Weights that share a scale: a power of two from 32 to 4096.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    block: usize,
+    /// Quantise the scales too.
+    #[arg(long)]
+    double_quant: bool,
+}
+
+impl Quantize {
+    pub fn run(self) -> Result<()> {
+        let how = Quantization { format: self.format.format()?, block: self.block, double: self.double_quant };
+        how.check()?;
+        super::new_folder(&self.out)?;
+        let folder = Folder::open(&self.model)?;
+        let backend = CpuBackend::new(None);
+        let done = convert::quantize(&backend, &folder.checkpoint, &folder.config, how, &self.out)?;
+        super::copy_tokenizer(&folder, &self.out)?;
+        let (before, after) = (bytes(done.before), bytes(done.after));
+        println!("{} linear layers in {}, {before} to {after}, in {}", done.layers, how.format, self.out.display());
+        Ok(())
+    }
+}

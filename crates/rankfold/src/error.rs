@@ -1,0 +1,41 @@
+//! What the user is told.
+
+use std::path::PathBuf;
+
+/// The result of a command.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Anything that ends a command.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // of the fields: each message names its own
+pub enum Error {
+    #[error(transparent)]
+    Trainer(#[from] rankfold_trainer::Error),
+    #[error(transparent)]
+    Adapters(#[from] rankfold_adapters::Error),
+    #[error(transparent)]
+    Autograd(#[from] rankfold_autograd::Error),
+    #[error(transparent)]
+    Kernel(#[from] rankfold_backend::Error),
+    #[error(transparent)]
+    Files(#[from] rankfold_files::Error),
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {why}", path.display())]
+    Path { path: PathBuf, why: String },
+    #[error("{0}")]
+    Usage(String),
+}
+
+impl Error {
+    /// An [`Error::Io`] of `path`, for `map_err`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// The message without line ends: libraries' own messages may have several.
+    pub fn one_line(&self) -> String {
+        self.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+    }
+}

@@ -1,0 +1,94 @@
+//! The folder of a run: whose it is, and what may be done with it.
+
+use crate::error::{Error, Result};
+use crate::options::Options;
+use std::path::{Path, PathBuf};
+
+/// What a run writes at its folder's top; nothing else is ever removed.
+const OWN: [&str; 9] = [
+    "run.toml",
+    "metrics.jsonl",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "checkpoints",
+];
+
+/// `runs/001` or the first that is not there.
+pub fn first_free(runs: &Path) -> Result<PathBuf> {
+    (1..)
+        .map(|n| runs.join(format!("{n:03}")))
+        .find(|path| !path.exists())
+        .ok_or_else(|| Error::Usage("no free number is left in runs".into()))
+}
+
+/// Whether the run's product is there: it appears at the end.
+pub fn is_finished(folder: &Path) -> bool {
+    folder.join("adapter_config.json").exists() || folder.join("config.json").exists()
+}
+
+/// Make the folder ours: new or empty, or the run to resume, or a run to remove.
+pub fn claim(folder: &Path, resume: bool, overwrite: bool) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let mut entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    if resume || entries.next().is_none() {
+        return Ok(());
+    }
+    if !overwrite {
+        let why = "it holds another run: expected an empty folder, --resume or --overwrite".into();
+        return Err(Error::Path { path: folder.to_owned(), why });
+    }
+    if !folder.join("run.toml").exists() {
+        let why = "it holds something that is no run: --overwrite removes runs only".into();
+        return Err(Error::Path { path: folder.to_owned(), why });
+    }
+    for name in OWN {
+        let path = folder.join(name);
+        let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(Error::io(path)(error)),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The options of the run in `folder`, which those given must not contradict; the given ones where there is no run.
+pub fn options_to_resume(folder: &Path, given: &Options) -> Result<Options> {
+    let path = folder.join("run.toml");
+    if !path.exists() {
+        return given.clone().or(given.defaults());
+    }
+    let kept = Options::read(&path)?;
+    match given.first_difference(&kept)? {
+        None => Ok(kept),
+        Some((key, now, then)) => {
+            let why = format!("--{key} is {now}, but the run to resume has {then}: expected the run's own options");
+            Err(Error::Path { path, why })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_with_anything_in_it_is_only_taken_with_a_word_for_it() {
+        let root = tempfile::tempdir().unwrap();
+        let run = root.path().join("run");
+        claim(&run, false, false).unwrap();
+        std::fs::write(run.join("notes.txt"), "mine").unwrap();
+        assert!(claim(&run, false, false).is_err());
+        assert!(claim(&run, false, true).unwrap_err().to_string().contains("no run"));
+        std::fs::write(run.join("run.toml"), "").unwrap();
+        std::fs::create_dir(run.join("checkpoints")).unwrap();
+        claim(&run, true, false).unwrap();
+        assert!(run.join("checkpoints").exists());
+        claim(&run, false, true).unwrap();
+        assert!(!run.join("checkpoints").exists() && run.join("notes.txt").exists());
+    }
+}

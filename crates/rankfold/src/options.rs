@@ -1,0 +1,319 @@
+//! The options of a run: one struct, whose fields are flags of `rankfold train` and keys of a TOML file alike.
+//!
+//! What is given on the command line wins over the file, the file over the defaults; the resolved options are
+//! written to the run's `run.toml`, from which `--resume` takes them.
+
+use crate::device::{ComputeType, Device};
+use crate::error::{Error, Result};
+use crate::open::BUILTIN;
+use clap::{Args, ValueEnum};
+use rankfold_backend::Format;
+use rankfold_trainer::schedule::Decay;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Low-rank adapters.
+    Lora,
+    /// The whole model.
+    Full,
+}
+
+/// What the linear layers of the base are stored as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Quantize {
+    /// 4-bit NormalFloat.
+    Nf4,
+    /// 4-bit floating point.
+    Fp4,
+    /// 4-bit integers.
+    Int4,
+    /// As the file has them.
+    None,
+}
+
+impl Quantize {
+    /// The format, which `none` is not.
+    pub fn format(self) -> Result<Format> {
+        match self {
+            Self::Nf4 => Ok(Format::Nf4),
+            Self::Fp4 => Ok(Format::Fp4),
+            Self::Int4 => Ok(Format::Int4),
+            Self::None => Err(Error::Usage("format none: expected nf4, fp4 or int4".into())),
+        }
+    }
+}
+
+/// How the learning rate goes after the warm-up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schedule {
+    /// The full rate to the end.
+    Constant,
+    /// Straight to zero.
+    Linear,
+    /// Half a cosine to zero.
+    Cosine,
+}
+
+impl From<Schedule> for Decay {
+    fn from(schedule: Schedule) -> Self {
+        match schedule {
+            Schedule::Constant => Self::Constant,
+            Schedule::Linear => Self::Linear,
+            Schedule::Cosine => Self::Cosine,
+        }
+    }
+}
+
+/// Optimisers by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Optimizer {
+    /// AdamW with moments in f32.
+    Adamw,
+}
+
+/// Options of a run, each absent where nobody gave it.
+#[derive(Clone, Debug, Default, PartialEq, Args, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Options {
+    /// `builtin`, or the folder of a Hugging Face model [default: builtin].
+    #[arg(long, value_name = "builtin|DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Text files, or JSONL with `text`, `prompt` and `completion`, or `messages` [default: the built-in text].
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<PathBuf>,
+    /// One batch of token ids (safetensors with `ids` and `labels`, i64 [N, T]), used every step.
+    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<PathBuf>,
+    /// Held-out data [default: the last tenth of the data].
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub eval_data: Vec<PathBuf>,
+    /// What is trained [default: lora].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<Method>,
+    /// Format of the frozen linear layers [default: nf4 for builtin, else none].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantize>,
+    /// Quantise the scales too [default: true for builtin, else false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub double_quant: Option<bool>,
+    /// Weights that share a scale: a power of two from 32 to 4096 [default: 64].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block: Option<usize>,
+    /// Rank of the adapters [default: 16].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
+    /// The adapters are scaled by alpha / rank [default: 2 · rank].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// Dropout on the adapters' input [default: 0].
+    #[arg(long, value_name = "P")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
+    /// Scale by alpha / √rank instead [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rslora: Option<bool>,
+    /// Layers to adapt: names, comma-separated; `all-linear`; or a regular expression for whole paths
+    /// [default: all-linear].
+    #[arg(long, value_name = "q_proj,…|all-linear|REGEX")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub targets: Option<String>,
+    /// Start from this PEFT adapter; the method and its hyper-parameters are the folder's.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "rank", "alpha", "dropout", "rslora", "targets"])]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_adapter: Option<PathBuf>,
+    /// Optimiser steps [default: 120].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// Rows of a micro-batch [default: 8].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch: Option<usize>,
+    /// Tokens a row [default: 128].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seq: Option<usize>,
+    /// Micro-batches a step [default: 1].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub accumulate: Option<usize>,
+    /// Learning rate [default: 2e-3 for builtin, else 2e-4].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// What follows the warm-up [default: cosine].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
+    /// Steps of warm-up [default: a twentieth of the steps].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup: Option<usize>,
+    /// Decoupled weight decay of matrices; 0 for none [default: 0].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// The gradient's largest norm; 0 for none [default: 1].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f64>,
+    /// Of the adapters' start, the data's order and dropout [default: 0].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// The optimiser [default: adamw].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<Optimizer>,
+    /// AdamW's β2 [default: 0.999].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub beta2: Option<f64>,
+    /// Keep only each block's input and compute the rest again: less memory, a third more time [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpointing: Option<bool>,
+    /// Steps between held-out evaluations; 0 for only the first and the last [default: 0].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<usize>,
+    /// Steps between checkpoints; 0 for none [default: 50].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint_every: Option<usize>,
+    /// Checkpoints to keep [default: 2].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep: Option<usize>,
+    /// Where to compute [default: cpu].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Device>,
+    /// Precision of the products' inputs [default: f32].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compute: Option<ComputeType>,
+}
+
+impl Options {
+    /// Read a TOML file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        toml::from_str(&text).map_err(|e| Error::Path { path: path.to_owned(), why: e.to_string() })
+    }
+
+    /// As TOML.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| Error::Usage(format!("the options cannot be written: {e}")))
+    }
+
+    /// These options, and the other's where these say nothing.
+    pub fn or(self, other: Self) -> Result<Self> {
+        let (mut given, other) = (self.table()?, other.table()?);
+        for (key, value) in other {
+            given.entry(key).or_insert(value);
+        }
+        given.try_into().map_err(|e: toml::de::Error| Error::Usage(e.to_string()))
+    }
+
+    /// The first option that is given here and differs in `other`: (name, here, there).
+    pub fn first_difference(&self, other: &Self) -> Result<Option<(String, String, String)>> {
+        let there = other.table()?;
+        let different = |(key, here): (String, toml::Value)| {
+            let there = there.get(&key);
+            (there != Some(&here)).then(|| (key, here.to_string(), there.map_or("not set".into(), ToString::to_string)))
+        };
+        Ok(self.table()?.into_iter().find_map(different))
+    }
+
+    fn table(&self) -> Result<toml::Table> {
+        toml::Table::try_from(self).map_err(|e| Error::Usage(format!("the options cannot be written: {e}")))
+    }
+
+    /// The defaults for these options: of a model and a method as they say.
+    pub fn defaults(&self) -> Self {
+        let model = self.model.clone().unwrap_or_else(|| BUILTIN.into());
+        let builtin = model == BUILTIN;
+        let full = self.method == Some(Method::Full);
+        let own = self.init_adapter.is_none() && !full;
+        let steps = self.steps.unwrap_or(120);
+        let rank = self.rank.unwrap_or(16);
+        Self {
+            quantize: Some(if builtin && !full { Quantize::Nf4 } else { Quantize::None }),
+            double_quant: Some(builtin && !full),
+            block: Some(64),
+            method: self.init_adapter.is_none().then_some(Method::Lora),
+            rank: own.then_some(rank),
+            alpha: own.then_some(2.0 * rank as f64),
+            dropout: own.then_some(0.0),
+            rslora: own.then_some(false),
+            targets: own.then(|| "all-linear".into()),
+            steps: Some(steps),
+            batch: self.tokens.is_none().then_some(8),
+            seq: self.tokens.is_none().then_some(128),
+            accumulate: Some(1),
+            lr: Some(if builtin { 2e-3 } else { 2e-4 }),
+            schedule: Some(Schedule::Cosine),
+            warmup: Some(steps / 20),
+            weight_decay: Some(0.0),
+            clip: Some(1.0),
+            seed: Some(0),
+            optimizer: Some(Optimizer::Adamw),
+            beta2: Some(0.999),
+            checkpointing: Some(false),
+            eval_every: Some(0),
+            checkpoint_every: Some(50),
+            keep: Some(2),
+            device: Some(Device::default()),
+            compute: Some(ComputeType::default()),
+            model: Some(model),
+            data: Vec::new(),
+            eval_data: Vec::new(),
+            tokens: None,
+            init_adapter: None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_wins_and_resolved_options_survive_their_file() {
+        let given = Options { lr: Some(0.5), data: vec!["a.txt".into()], ..Options::default() };
+        let file: Options = toml::from_str("lr = 0.1\nsteps = 7\nmethod = \"lora\"").unwrap();
+        let resolved = given.or(file).unwrap();
+        let resolved = resolved.clone().or(resolved.defaults()).unwrap();
+        assert_eq!((resolved.lr, resolved.steps, resolved.rank), (Some(0.5), Some(7), Some(16)));
+        let again: Options = toml::from_str(&resolved.to_toml().unwrap()).unwrap();
+        assert_eq!(again, resolved);
+        let other = Options { steps: Some(8), ..Options::default() };
+        let difference = other.first_difference(&resolved).unwrap();
+        assert_eq!(difference, Some(("steps".into(), "8".into(), "7".into())));
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = toml::from_str::<Options>("stepz = 3").unwrap_err();
+        assert!(error.to_string().contains("stepz"), "{error}");
+    }
+}

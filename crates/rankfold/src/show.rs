@@ -1,0 +1,83 @@
+//! Numbers as people read them, and the progress of a run.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use rankfold_trainer::metrics::EvalMetrics;
+use rankfold_trainer::run::Progress;
+use rankfold_trainer::step::StepMetrics;
+
+/// 1536 → "1.5 KiB".
+pub fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    for unit in ["B", "KiB", "MiB", "GiB"] {
+        if value < 1024.0 {
+            return if unit == "B" { format!("{n} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1024.0;
+    }
+    format!("{value:.1} TiB")
+}
+
+/// 1234567 → "1,234,567".
+pub fn count(n: usize) -> String {
+    let digits = n.to_string();
+    let groups: Vec<&str> = digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
+    groups.join(",")
+}
+
+/// The progress bar of a run, on standard error; remembers the held-out losses.
+pub struct Bar {
+    bar: ProgressBar,
+    /// The first evaluation and the last.
+    pub evals: Option<(EvalMetrics, EvalMetrics)>,
+    /// The process's peak resident memory, as the last step saw it.
+    pub peak_rss: Option<u64>,
+}
+
+impl Bar {
+    /// A bar of `steps`.
+    pub fn new(steps: usize) -> Self {
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        Self { bar: ProgressBar::new(steps as u64).with_style(style), evals: None, peak_rss: None }
+    }
+
+    /// Leave the bar as it is.
+    pub fn finish(&self) {
+        self.bar.abandon();
+    }
+}
+
+impl Progress for Bar {
+    fn step(&mut self, m: &StepMetrics) {
+        self.peak_rss = m.peak_rss;
+        self.bar.set_message(format!("loss {:.3}  {:.0} tokens/s", m.loss, m.tokens_per_second));
+        self.bar.set_position(m.step as u64);
+        // Where standard error is no terminal the bar is hidden: a line now and then instead.
+        if self.bar.is_hidden() && (m.step.is_multiple_of(20) || m.step == 1) {
+            eprintln!("step {}  loss {:.4}  {:.0} tokens/s", m.step, m.loss, m.tokens_per_second);
+        }
+    }
+
+    fn eval(&mut self, m: &EvalMetrics) {
+        let first = self.evals.map_or(*m, |(first, _)| first);
+        self.evals = Some((first, *m));
+        let line = format!("held-out loss {:.4} nat a token after step {}", m.eval_loss, m.step);
+        self.bar.suspend(|| eprintln!("{line}"));
+    }
+
+    fn resumed(&mut self, step: usize) {
+        self.bar.set_position(step as u64);
+        self.bar.suspend(|| eprintln!("resuming after step {step}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_grouped_and_sizes_named() {
+        assert_eq!([count(0), count(999), count(1000), count(1_234_567)], ["0", "999", "1,000", "1,234,567"]);
+        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(5 << 30)], ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]);
+    }
+}

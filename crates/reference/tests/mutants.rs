@@ -1,0 +1,571 @@
+//! That the conformance suite can fail: the oracle with one fault, in one kernel, at a time, and the law that has to
+//! find it.
+
+use rankfold_backend::conformance::*;
+use rankfold_backend::params::*;
+use rankfold_backend::{
+    AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Format, LinearGrads, LowRank, Quantized, Result, View,
+    ViewMut, Weight,
+};
+use rankfold_reference::ReferenceBackend;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const ORACLE: ReferenceBackend = ReferenceBackend::new();
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Fault {
+    Harmless,
+    /// One element of an output is off by that part of itself; a code by one.
+    Nudge(&'static str, usize, f64),
+    /// Every other call is: the result is right, but not the same twice.
+    Unsteady(&'static str, usize),
+    /// The element beyond the output is written.
+    Spill(&'static str, usize),
+    /// The output's last element is not.
+    Skip(&'static str, usize),
+    /// A parameter is not listened to.
+    Deaf(&'static str),
+    /// An error is not reported.
+    Lenient(&'static str),
+}
+use Fault::*;
+
+#[derive(Debug)]
+struct Mutant {
+    fault: Fault,
+    odd: AtomicBool,
+}
+
+impl Mutant {
+    fn new(fault: Fault) -> Self {
+        Self { fault, odd: AtomicBool::new(false) }
+    }
+
+    fn deaf(&self, parameter: &'static str) -> bool {
+        self.fault == Deaf(parameter)
+    }
+
+    /// Runs a kernel on its outputs, and spoils what the fault says.
+    fn run<const N: usize>(
+        &self,
+        kernel: &'static str,
+        mut outputs: [ViewMut; N],
+        call: impl FnOnce([ViewMut; N]) -> Result<()>,
+    ) -> Result<()> {
+        let skipped = match self.fault {
+            Skip(name, output) if name == kernel => Some((output, bytes(&outputs[output])?)),
+            _ => None,
+        };
+        let answer = call(outputs.each_mut().map(|output| output.reborrow()));
+        if self.fault == Lenient(kernel) {
+            return Ok(());
+        }
+        answer?;
+        if let Some((output, before)) = skipped {
+            let (size, out) = (outputs[output].dtype().size(), &mut outputs[output]);
+            if let Some(last) = out.len().checked_sub(1) {
+                ORACLE.write(&before[last * size..], out.slice_mut(last, 1)?)?;
+            }
+        }
+        match self.fault {
+            Nudge(name, output, by) if name == kernel => nudge(&mut outputs[output], by),
+            Unsteady(name, output) if name == kernel && self.odd.fetch_xor(true, Ordering::Relaxed) => {
+                nudge(&mut outputs[output], f64::from(f32::EPSILON))
+            }
+            Spill(name, output) if name == kernel => {
+                let out = &mut outputs[output];
+                let end = out.offset() + out.len();
+                if end < out.buffer_mut().len() {
+                    ORACLE.fill(0.0, out.buffer_mut().slice_mut(end, 1)?)?;
+                }
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn bytes(x: &ViewMut) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; x.len() * x.dtype().size()];
+    ORACLE.read(x.as_view(), &mut bytes)?;
+    Ok(bytes)
+}
+
+/// Off by `by` of itself, in the middle of the output: a float rounded to its type again, a code off by one.
+fn nudge(out: &mut ViewMut, by: f64) -> Result<()> {
+    if out.is_empty() {
+        return Ok(());
+    }
+    let middle = out.len() / 2;
+    let mut one = out.slice_mut(middle, 1)?;
+    if one.dtype().is_float() {
+        ORACLE.scale_in_place(1.0 + by, one)
+    } else {
+        let mut code = bytes(&one)?;
+        code[0] ^= 1;
+        ORACLE.write(&code, one.reborrow())
+    }
+}
+
+impl Backend for Mutant {
+    fn name(&self) -> String {
+        format!("{:?}", self.fault)
+    }
+
+    fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        ORACLE.alloc(dtype, len)
+    }
+
+    fn write(&self, bytes: &[u8], out: ViewMut) -> Result<()> {
+        self.run("write", [out], |[out]| ORACLE.write(bytes, out))
+    }
+
+    fn read(&self, x: View, bytes: &mut [u8]) -> Result<()> {
+        let answer = ORACLE.read(x, bytes);
+        if self.fault == Lenient("read") { Ok(()) } else { answer }
+    }
+
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]> {
+        let len = buffer.bytes();
+        let bytes = ORACLE.host_bytes_mut(buffer)?;
+        Some(if self.deaf("host bytes") { &mut bytes[..len / 2] } else { bytes })
+    }
+
+    fn fill(&self, value: f64, out: ViewMut) -> Result<()> {
+        let value = if self.deaf("f64 of fill") { f64::from(value as f32) } else { value };
+        self.run("fill", [out], |[out]| ORACLE.fill(value, out))
+    }
+
+    fn copy(&self, x: View, out: ViewMut) -> Result<()> {
+        self.run("copy", [out], |[out]| ORACLE.copy(x, out))
+    }
+
+    fn cast(&self, x: View, out: ViewMut) -> Result<()> {
+        self.run("cast", [out], |[out]| ORACLE.cast(x, out))
+    }
+
+    fn scale_in_place(&self, factor: f64, x: ViewMut) -> Result<()> {
+        self.run("scale_in_place", [x], |[x]| ORACLE.scale_in_place(factor, x))
+    }
+
+    fn add(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        self.run("add", [out], |[out]| ORACLE.add(a, b, out))
+    }
+
+    fn add_in_place(&self, x: View, out: ViewMut) -> Result<()> {
+        self.run("add_in_place", [out], |[out]| ORACLE.add_in_place(x, out))
+    }
+
+    fn sum_squares(&self, x: View) -> Result<f64> {
+        let sum = ORACLE.sum_squares(x)?;
+        Ok(if self.deaf("f64 of sum_squares") { f64::from(sum as f32) } else { sum })
+    }
+
+    fn dropout(&self, p: &Dropout, x: View, y: ViewMut) -> Result<()> {
+        let p = if self.deaf("stream") { Dropout { stream: 0, ..*p } } else { *p };
+        self.run("dropout", [y], |[y]| ORACLE.dropout(&p, x, y))
+    }
+
+    fn matmul(&self, p: &MatMul, a: View, b: View, c: ViewMut) -> Result<()> {
+        let mut p = *p;
+        p.accumulate &= !self.deaf("accumulate of matmul");
+        if self.deaf("compute") {
+            p.compute = Compute::F32;
+        }
+        self.run("matmul", [c], |[c]| ORACLE.matmul(&p, a, b, c))
+    }
+
+    fn quantize_4bit(&self, format: Format, block: usize, w: View, codes: ViewMut, absmax: ViewMut) -> Result<()> {
+        self.run("quantize_4bit", [codes, absmax], |[codes, absmax]| {
+            ORACLE.quantize_4bit(format, block, w, codes, absmax)
+        })
+    }
+
+    fn quantize_scales(&self, absmax: View, codes: ViewMut, nested: ViewMut) -> Result<f32> {
+        let mut offset = 0.0;
+        self.run("quantize_scales", [codes, nested], |[codes, nested]| {
+            offset = ORACLE.quantize_scales(absmax, codes, nested)?;
+            Ok(())
+        })?;
+        Ok(if self.deaf("offset") { offset.next_up() } else { offset })
+    }
+
+    fn dequantize_4bit(&self, q: &Quantized, out: ViewMut) -> Result<()> {
+        self.run("dequantize_4bit", [out], |[out]| ORACLE.dequantize_4bit(q, out))
+    }
+
+    fn quantize_8bit(&self, map: DynamicMap, block: usize, x: View, codes: ViewMut, absmax: ViewMut) -> Result<()> {
+        self.run("quantize_8bit", [codes, absmax], |[codes, absmax]| ORACLE.quantize_8bit(map, block, x, codes, absmax))
+    }
+
+    fn dequantize_8bit(&self, map: DynamicMap, block: usize, codes: View, absmax: View, out: ViewMut) -> Result<()> {
+        self.run("dequantize_8bit", [out], |[out]| ORACLE.dequantize_8bit(map, block, codes, absmax, out))
+    }
+
+    fn linear(
+        &self,
+        p: &Linear,
+        x: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        bias: Option<View>,
+        y: ViewMut,
+    ) -> Result<()> {
+        let low_rank = self.update(low_rank);
+        let bias = bias.filter(|_| !self.deaf("bias"));
+        self.run("linear", [y], |[y]| ORACLE.linear(&self.precision(p), x, w, low_rank.as_ref(), bias, y))
+    }
+
+    fn linear_grad_input(
+        &self,
+        p: &Linear,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        accumulate: bool,
+        dx: ViewMut,
+    ) -> Result<()> {
+        let low_rank = self.update(low_rank);
+        let accumulate = accumulate && !self.deaf("accumulate of dx");
+        self.run("linear_grad_input", [dx], |[dx]| {
+            ORACLE.linear_grad_input(&self.precision(p), dy, w, low_rank.as_ref(), accumulate, dx)
+        })
+    }
+
+    fn linear_grad_weight(
+        &self,
+        p: &Linear,
+        x: View,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        mut grads: LinearGrads,
+    ) -> Result<()> {
+        let low_rank = self.update(low_rank);
+        let LinearGrads { weight, bias, a, b, per_rank, row_scale } = &mut grads;
+        let copy = LinearGrads {
+            weight: weight.as_mut().map(ViewMut::reborrow),
+            bias: bias.as_mut().map(ViewMut::reborrow),
+            a: a.as_mut().map(ViewMut::reborrow),
+            b: b.as_mut().map(ViewMut::reborrow),
+            per_rank: per_rank.as_mut().map(ViewMut::reborrow),
+            row_scale: row_scale.as_mut().map(ViewMut::reborrow),
+        };
+        ORACLE.linear_grad_weight(&self.precision(p), x, dy, w, low_rank.as_ref(), copy)?;
+        let each = [weight, bias, a, b, per_rank, row_scale];
+        for (grad, name) in each.into_iter().zip(["dW", "d bias", "dA", "dB", "de", "dg"]) {
+            if let Some(grad) = grad {
+                self.run(name, [grad.reborrow()], |_| Ok(()))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, y: ViewMut, inv_rms: ViewMut) -> Result<()> {
+        let p = if self.deaf("eps") { RmsNorm { eps: 0.0, ..*p } } else { *p };
+        self.run("rms_norm", [y, inv_rms], |[y, inv_rms]| ORACLE.rms_norm(&p, x, gain, y, inv_rms))
+    }
+
+    fn rms_norm_grad(
+        &self,
+        p: &RmsNorm,
+        x: View,
+        gain: View,
+        inv_rms: View,
+        dy: View,
+        accumulate: bool,
+        dx: ViewMut,
+        mut dgain: Option<ViewMut>,
+    ) -> Result<()> {
+        let accumulate = accumulate && !self.deaf("accumulate of rms_norm");
+        let into = dgain.as_mut().map(ViewMut::reborrow);
+        self.run("rms_norm_grad", [dx], |[dx]| ORACLE.rms_norm_grad(p, x, gain, inv_rms, dy, accumulate, dx, into))?;
+        dgain.map_or(Ok(()), |dgain| self.run("dgain", [dgain], |_| Ok(())))
+    }
+
+    fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, y: ViewMut) -> Result<()> {
+        let p = Rope { inverse: p.inverse && !self.deaf("inverse"), ..*p };
+        self.run("rope", [y], |[y]| ORACLE.rope(&p, x, positions, cos, sin, y))
+    }
+
+    fn attention(
+        &self,
+        p: &Attention,
+        q: View,
+        k: View,
+        v: View,
+        starts: Option<View>,
+        out: ViewMut,
+        lse: ViewMut,
+    ) -> Result<()> {
+        let (p, starts) = self.heard(p, starts);
+        self.run("attention", [out, lse], |[out, lse]| ORACLE.attention(&p, q, k, v, starts, out, lse))
+    }
+
+    fn attention_grad(
+        &self,
+        p: &Attention,
+        saved: AttentionSaved,
+        dout: View,
+        dq: ViewMut,
+        dk: ViewMut,
+        dv: ViewMut,
+    ) -> Result<()> {
+        let (p, starts) = self.heard(p, saved.starts);
+        self.run("attention_grad", [dq, dk, dv], |[dq, dk, dv]| {
+            ORACLE.attention_grad(&p, AttentionSaved { starts, ..saved }, dout, dq, dk, dv)
+        })
+    }
+
+    fn silu_mul(&self, gate: View, up: View, out: ViewMut) -> Result<()> {
+        self.run("silu_mul", [out], |[out]| ORACLE.silu_mul(gate, up, out))
+    }
+
+    fn silu_mul_grad(&self, gate: View, up: View, dout: View, dgate: ViewMut, dup: ViewMut) -> Result<()> {
+        self.run("silu_mul_grad", [dgate, dup], |[dgate, dup]| ORACLE.silu_mul_grad(gate, up, dout, dgate, dup))
+    }
+
+    fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
+        self.run("embedding", [rows], |[rows]| ORACLE.embedding(p, ids, table, rows))
+    }
+
+    fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, dtable: ViewMut) -> Result<()> {
+        self.run("embedding_grad", [dtable], |[dtable]| ORACLE.embedding_grad(p, ids, drows, dtable))
+    }
+
+    fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, losses: ViewMut) -> Result<()> {
+        self.run("cross_entropy", [losses], |[losses]| ORACLE.cross_entropy(p, logits, labels, losses))
+    }
+
+    fn cross_entropy_grad_in_place(
+        &self,
+        p: &CrossEntropy,
+        scale: f64,
+        logits: ViewMut,
+        labels: View,
+        losses: ViewMut,
+    ) -> Result<()> {
+        let scale = if self.deaf("scale") { 1.0 } else { scale };
+        self.run("cross_entropy_grad", [logits, losses], |[logits, losses]| {
+            ORACLE.cross_entropy_grad_in_place(p, scale, logits, labels, losses)
+        })
+    }
+
+    fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()> {
+        let mut p = *p;
+        if self.deaf("step") {
+            p.step += 1;
+        }
+        if self.deaf("weight_decay") {
+            p.weight_decay = 0.0;
+        }
+        self.run("adamw", [param, m, v], |[param, m, v]| ORACLE.adamw(&p, grad, param, m, v))
+    }
+}
+
+impl Mutant {
+    fn precision(&self, p: &Linear) -> Linear {
+        Linear { compute: if self.deaf("compute") { Compute::F32 } else { p.compute }, ..*p }
+    }
+
+    fn update<'a>(&self, low_rank: Option<&LowRank<'a>>) -> Option<LowRank<'a>> {
+        let mut low_rank = *low_rank.filter(|_| !self.deaf("low_rank"))?;
+        low_rank.per_rank = low_rank.per_rank.filter(|_| !self.deaf("per_rank"));
+        low_rank.row_scale = low_rank.row_scale.filter(|_| !self.deaf("row_scale"));
+        low_rank.dropout = low_rank.dropout.filter(|_| !self.deaf("dropout"));
+        if self.deaf("scale of the update") {
+            low_rank.scale = 1.0;
+        }
+        Some(low_rank)
+    }
+
+    fn heard<'a>(&self, p: &Attention, starts: Option<View<'a>>) -> (Attention, Option<View<'a>>) {
+        let window = p.window.filter(|_| !self.deaf("window"));
+        (Attention { window, ..*p }, starts.filter(|_| !self.deaf("starts")))
+    }
+}
+
+type Law = fn(&dyn Backend, &dyn Backend) -> Verdict;
+
+/// Every fault is found by its law, and the law holds without it.
+fn caught(faults: &[(Fault, Law)]) {
+    let breaks = |fault, law: Law| matches!(law(&Mutant::new(fault), &ORACLE), Verdict::Broken(_));
+    let survivors: Vec<Fault> =
+        faults.iter().filter(|&&(fault, law)| !breaks(fault, law)).map(|&(fault, _)| fault).collect();
+    assert!(survivors.is_empty(), "not caught: {survivors:?}");
+    let mut laws: Vec<Law> = faults.iter().map(|&(_, law)| law).collect();
+    laws.dedup_by(|a, b| std::ptr::fn_addr_eq(*a, *b));
+    assert!(laws.into_iter().all(|law| !breaks(Harmless, law)), "a law is broken without a fault");
+}
+
+/// What is caught tells how sharp the bounds are: an ulp or two (1.2e-7) where a kernel rounds once or twice, and
+/// where sums are long about their length in units of 2⁻²⁴.
+#[test]
+fn a_wrong_element_is_caught() {
+    caught(&[
+        (Nudge("fill", 0, 1e-2), memory::fill),
+        (Nudge("copy", 0, 1e-2), memory::copy),
+        (Nudge("cast", 0, 1e-2), memory::cast),
+        (Nudge("scale_in_place", 0, 3e-7), elementwise::scale_in_place),
+        (Nudge("add", 0, 2e-7), elementwise::add),
+        (Nudge("add_in_place", 0, 2e-7), elementwise::add_in_place),
+        (Nudge("dropout", 0, 2e-7), elementwise::dropout),
+        (Nudge("silu_mul", 0, 1e-6), elementwise::silu_mul),
+        (Nudge("silu_mul_grad", 0, 1e-6), elementwise::silu_mul_grad),
+        (Nudge("silu_mul_grad", 1, 1e-6), elementwise::silu_mul_grad),
+        (Nudge("matmul", 0, 1e-6), matmul::agrees),
+        (Nudge("matmul", 0, 1e-4), matmul::large),
+        (Nudge("matmul", 0, 1e-6), matmul::bf16),
+        (Nudge("linear", 0, 2e-6), linear::forward),
+        (Nudge("linear_grad_input", 0, 2e-6), linear::grad_input),
+        (Nudge("dW", 0, 2e-6), linear::grad_weight),
+        (Nudge("d bias", 0, 2e-6), linear::grad_weight),
+        (Nudge("dA", 0, 1e-5), linear::grad_weight),
+        (Nudge("dB", 0, 1e-5), linear::grad_weight),
+        (Nudge("de", 0, 1e-5), linear::grad_weight),
+        (Nudge("dg", 0, 1e-5), linear::grad_weight),
+        (Nudge("linear", 0, 1e-3), linear::large),
+        (Nudge("linear", 0, 1e-5), linear::forward_bf16),
+        (Nudge("linear_grad_input", 0, 1e-5), linear::grad_input_bf16),
+        (Nudge("dA", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("dB", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("dg", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("quantize_4bit", 0, 0.0), quantize::quantize_4bit),
+        (Nudge("quantize_4bit", 1, 2e-7), quantize::quantize_4bit),
+        (Nudge("dequantize_4bit", 0, 0.25), quantize::half_a_gap),
+        (Nudge("dequantize_4bit", 0, 2e-7), quantize::dequantize_4bit),
+        (Nudge("quantize_scales", 0, 0.0), quantize::quantize_scales),
+        (Nudge("quantize_scales", 1, 2e-7), quantize::quantize_scales),
+        (Deaf("offset"), quantize::quantize_scales),
+        (Nudge("quantize_8bit", 0, 0.0), quantize::quantize_8bit),
+        (Nudge("quantize_8bit", 1, 2e-7), quantize::quantize_8bit),
+        (Nudge("dequantize_8bit", 0, 2e-7), quantize::dequantize_8bit),
+        (Nudge("rms_norm", 0, 1e-6), rms_norm::forward),
+        (Nudge("rms_norm", 1, 1e-6), rms_norm::forward),
+        (Nudge("rms_norm_grad", 0, 2e-6), rms_norm::backward),
+        (Nudge("dgain", 0, 2e-6), rms_norm::backward),
+        (Nudge("rope", 0, 4e-7), rope::agrees),
+        (Nudge("attention", 0, 2e-6), attention::forward),
+        (Nudge("attention", 1, 2e-6), attention::forward),
+        (Nudge("attention_grad", 0, 1e-5), attention::backward),
+        (Nudge("attention_grad", 1, 1e-5), attention::backward),
+        (Nudge("attention_grad", 2, 1e-5), attention::backward),
+        (Nudge("embedding", 0, 2e-7), embedding::forward),
+        (Nudge("embedding_grad", 0, 4e-7), embedding::backward),
+        (Nudge("cross_entropy", 0, 2e-6), cross_entropy::forward),
+        (Nudge("cross_entropy_grad", 0, 5e-6), cross_entropy::backward),
+        (Nudge("cross_entropy_grad", 1, 2e-6), cross_entropy::backward),
+        (Nudge("adamw", 0, 5e-7), adamw::steps),
+        (Nudge("adamw", 1, 1e-6), adamw::steps),
+        (Nudge("adamw", 2, 1e-6), adamw::steps),
+        (Deaf("f64 of fill"), memory::fill),
+        (Deaf("f64 of sum_squares"), elementwise::sum_squares),
+        (Deaf("host bytes"), memory::host_bytes),
+    ]);
+}
+
+#[test]
+fn a_parameter_that_is_not_listened_to_is_caught() {
+    caught(&[
+        (Deaf("stream"), elementwise::dropout),
+        (Deaf("accumulate of matmul"), matmul::agrees),
+        (Deaf("compute"), matmul::bf16),
+        (Deaf("compute"), linear::forward_bf16),
+        (Deaf("compute"), linear::grad_input_bf16),
+        (Deaf("compute"), linear::grad_weight_bf16),
+        (Deaf("bias"), linear::forward),
+        (Deaf("low_rank"), linear::forward),
+        (Deaf("per_rank"), linear::forward),
+        (Deaf("row_scale"), linear::forward),
+        (Deaf("dropout"), linear::forward),
+        (Deaf("scale of the update"), linear::forward),
+        (Deaf("low_rank"), linear::grad_input),
+        (Deaf("per_rank"), linear::grad_input),
+        (Deaf("row_scale"), linear::grad_input),
+        (Deaf("dropout"), linear::grad_input),
+        (Deaf("accumulate of dx"), linear::grad_input),
+        (Deaf("dropout"), linear::grad_weight),
+        (Deaf("scale of the update"), linear::grad_weight),
+        (Deaf("eps"), rms_norm::forward),
+        (Deaf("accumulate of rms_norm"), rms_norm::backward),
+        (Deaf("inverse"), rope::agrees),
+        (Deaf("window"), attention::forward),
+        (Deaf("starts"), attention::forward),
+        (Deaf("window"), attention::backward),
+        (Deaf("starts"), attention::backward),
+        (Deaf("scale"), cross_entropy::backward),
+        (Deaf("step"), adamw::steps),
+        (Deaf("weight_decay"), adamw::steps),
+    ]);
+}
+
+/// Each kernel's first output, or the one named: kernel, output, law.
+const WRITES: [(&str, usize, Law); 30] = [
+    ("fill", 0, memory::fill),
+    ("copy", 0, memory::copy),
+    ("cast", 0, memory::cast),
+    ("scale_in_place", 0, elementwise::scale_in_place),
+    ("add", 0, elementwise::add),
+    ("add_in_place", 0, elementwise::add_in_place),
+    ("dropout", 0, elementwise::dropout),
+    ("silu_mul", 0, elementwise::silu_mul),
+    ("silu_mul_grad", 1, elementwise::silu_mul_grad),
+    ("matmul", 0, matmul::agrees),
+    ("linear", 0, linear::forward),
+    ("linear_grad_input", 0, linear::grad_input),
+    ("dA", 0, linear::grad_weight),
+    ("dg", 0, linear::grad_weight),
+    ("quantize_4bit", 0, quantize::quantize_4bit),
+    ("quantize_4bit", 1, quantize::quantize_4bit),
+    ("quantize_scales", 1, quantize::quantize_scales),
+    ("dequantize_4bit", 0, quantize::dequantize_4bit),
+    ("quantize_8bit", 0, quantize::quantize_8bit),
+    ("dequantize_8bit", 0, quantize::dequantize_8bit),
+    ("rms_norm", 0, rms_norm::forward),
+    ("rms_norm_grad", 0, rms_norm::backward),
+    ("rope", 0, rope::agrees),
+    ("attention", 0, attention::forward),
+    ("attention_grad", 1, attention::backward),
+    ("embedding", 0, embedding::forward),
+    ("embedding_grad", 0, embedding::backward),
+    ("cross_entropy", 0, cross_entropy::forward),
+    ("cross_entropy_grad", 1, cross_entropy::backward),
+    ("adamw", 2, adamw::steps),
+];
+
+#[test]
+fn a_write_beyond_the_output_is_caught() {
+    caught(&WRITES.map(|(kernel, output, law)| (Spill(kernel, output), law)));
+}
+
+#[test]
+fn an_element_that_is_not_written_is_caught() {
+    // dA and dg are added to, and spoiled after the one call that forms all gradients.
+    let faults = WRITES.iter().filter(|(kernel, ..)| !["dA", "dg"].contains(kernel));
+    caught(&faults.map(|&(kernel, output, law)| (Skip(kernel, output), law)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_result_that_is_not_the_same_twice_is_caught() {
+    caught(&WRITES.map(|(kernel, output, law)| (Unsteady(kernel, output), law))[3..]);
+}
+
+#[test]
+fn an_error_that_is_not_reported_is_caught() {
+    let laws: [Law; 3] = [errors::lengths, errors::dtypes, errors::foreign];
+    for kernel in ["copy", "add", "matmul", "linear", "rms_norm_grad", "attention", "quantize_8bit", "adamw", "cast"] {
+        caught(&laws.map(|law| (Lenient(kernel), law)));
+    }
+    caught(&[
+        (Lenient("read"), errors::lengths),
+        (Lenient("write"), errors::lengths),
+        (Lenient("embedding"), errors::values),
+        (Lenient("cross_entropy"), errors::values),
+        (Lenient("rope"), errors::values),
+        (Lenient("quantize_4bit"), errors::values),
+        (Lenient("quantize_4bit"), errors::parameters),
+        (Lenient("dropout"), errors::parameters),
+        (Lenient("adamw"), errors::parameters),
+        (Lenient("attention"), errors::parameters),
+    ]);
+}

@@ -1,0 +1,116 @@
+//! A run's checkpoints: `checkpoints/step-000010/`, each whole or not there.
+//!
+//! A checkpoint is the product as it then was (an adapter folder, or the whole model's in f32), the optimiser's
+//! moments in `optimizer.safetensors` and `state.json`. It is written into a temporary folder that is given its name
+//! when everything in it is on the disk, so that a name is a promise.
+
+use crate::optimizer::{AdamW, Named};
+use crate::product::Product;
+use crate::{Error, Result};
+use rankfold_backend::{Backend, Buffer, DType};
+use rankfold_files::{Checkpoint, Spec, StagedFolder, Writer, write_atomically};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+const STATE: &str = "state.json";
+const OPTIMIZER: &str = "optimizer.safetensors";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    step: usize,
+}
+
+/// The folder of a run's checkpoints.
+#[derive(Debug)]
+pub struct Checkpoints {
+    folder: PathBuf,
+}
+
+impl Checkpoints {
+    /// Those of the run in `run`.
+    pub fn of(run: &Path) -> Self {
+        Self { folder: run.join("checkpoints") }
+    }
+
+    /// Whole checkpoints by step, ascending.
+    pub fn list(&self) -> Result<Vec<(usize, PathBuf)>> {
+        if !self.folder.exists() {
+            return Ok(Vec::new());
+        }
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&self.folder).map_err(Error::io(&self.folder))? {
+            let path = entry.map_err(Error::io(&self.folder))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            if let Some(step) = name.strip_prefix("step-").and_then(|step| step.parse().ok()) {
+                found.push((step, path));
+            }
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// Write a checkpoint of step `step`, and drop the oldest so that `keep` remain.
+    pub fn save(&self, step: usize, product: &Product, optimizer: &AdamW, backend: &dyn Backend, keep: usize) -> Result<PathBuf> {
+        std::fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
+        let path = self.folder.join(format!("step-{step:06}"));
+        if path.exists() {
+            // Of a run that was killed between this step's checkpoint and the next: the same bits.
+            std::fs::remove_dir_all(&path).map_err(Error::io(&path))?;
+        }
+        let staged = StagedFolder::create(&path)?;
+        product.save(staged.path(), true)?;
+        write_moments(&staged.path().join(OPTIMIZER), optimizer, backend)?;
+        let state = serde_json::to_vec(&State { step }).map_err(|e| Error::file(&path, e.to_string()))?;
+        write_atomically(&staged.path().join(STATE), &state)?;
+        staged.commit()?;
+        let list = self.list()?;
+        for (_, old) in &list[..list.len().saturating_sub(keep.max(1))] {
+            std::fs::remove_dir_all(old).map_err(Error::io(old))?;
+        }
+        Ok(path)
+    }
+
+    /// Put the last whole checkpoint back into the parameters and the optimiser: its step, or 0 where there is none.
+    pub fn restore(&self, product: &Product, optimizer: &mut AdamW, backend: &dyn Backend) -> Result<usize> {
+        let Some((_, path)) = self.list()?.pop() else { return Ok(0) };
+        let state_path = path.join(STATE);
+        let state = std::fs::read(&state_path).map_err(Error::io(&state_path))?;
+        let state: State = serde_json::from_slice(&state).map_err(|e| Error::file(&state_path, e.to_string()))?;
+        let moments = Checkpoint::open(&path.join(OPTIMIZER))?;
+        let weights = Checkpoint::open(&product.weights(&path))?;
+        for slot in &mut optimizer.slots {
+            let Named { name, parameter } = &slot.named;
+            let shape = parameter.shape().dims().to_vec();
+            let read = |file: &Checkpoint, name: &str, into: &mut Buffer| -> Result<()> {
+                file.expect(name, &[DType::F32], &shape)?;
+                let mut bytes = vec![0; into.bytes()];
+                file.read_into(name, &mut bytes)?;
+                Ok(backend.write(&bytes, into.view_mut())?)
+            };
+            read(&moments, &format!("{name}.m"), &mut slot.m)?;
+            read(&moments, &format!("{name}.v"), &mut slot.v)?;
+            let mut value = backend.alloc(DType::F32, parameter.shape().elements())?;
+            read(&weights, name, &mut value)?;
+            parameter.update(|buffer| Ok(backend.copy(value.view(), buffer.view_mut())?))?;
+        }
+        optimizer.step = state.step as u64;
+        Ok(state.step)
+    }
+}
+
+fn write_moments(path: &Path, optimizer: &AdamW, backend: &dyn Backend) -> Result<()> {
+    let moments = || {
+        optimizer.slots.iter().flat_map(|slot| {
+            let name = &slot.named.name;
+            [(format!("{name}.m"), &slot.m, slot), (format!("{name}.v"), &slot.v, slot)]
+        })
+    };
+    let spec = |(name, _, slot): (String, _, &crate::optimizer::Slot)| {
+        Spec::new(name, DType::F32, slot.named.parameter.shape().dims())
+    };
+    let mut writer = Writer::create(path, moments().map(spec).collect())?;
+    for (name, buffer, _) in moments() {
+        writer.write_view(&name, backend, buffer.view())?;
+    }
+    Ok(writer.finish()?)
+}

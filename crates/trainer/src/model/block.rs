@@ -1,0 +1,117 @@
+//! One transformer block.
+
+use super::Cache;
+use crate::Result;
+use rankfold_adapters::{Forward, Linear};
+use rankfold_autograd::{AttentionShape, Tape, Tensor, Value};
+use rankfold_backend::{Buffer, params};
+use std::sync::Arc;
+
+/// The seven linear layers and the norms of a block.
+#[derive(Debug)]
+pub struct Block {
+    /// ε of every norm.
+    pub eps: f64,
+    /// How attention sees its tensors; `batch` is the call's own.
+    pub shape: AttentionShape,
+    /// Gain of the norm before attention [width].
+    pub input_norm: Value,
+    /// [heads · head_dim, width]
+    pub q: Linear,
+    /// [kv_heads · head_dim, width]
+    pub k: Linear,
+    /// [kv_heads · head_dim, width]
+    pub v: Linear,
+    /// [width, heads · head_dim]
+    pub o: Linear,
+    /// Gains of the norms of each head of q and k [head_dim], where the architecture has them.
+    pub qk_norm: Option<[Value; 2]>,
+    /// Gain of the norm before the feed-forward [width].
+    pub post_norm: Value,
+    /// [feed_forward, width]
+    pub gate: Linear,
+    /// [feed_forward, width]
+    pub up: Linear,
+    /// [width, feed_forward]
+    pub down: Linear,
+}
+
+/// Where the tokens of a call stand: shared by all blocks.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// Sequences.
+    pub batch: usize,
+    /// u32 [tokens]: the position of each within its document.
+    pub positions: Arc<Buffer>,
+    /// u32 [tokens]: the first token of each one's document, within its row; `None` where rows are one document.
+    pub starts: Option<Arc<Buffer>>,
+    /// The rotary tables [positions, head_dim / 2].
+    pub cos: Tensor,
+    /// The same, of sines.
+    pub sin: Tensor,
+}
+
+impl Block {
+    /// h [tokens, width] → h [tokens, width]. With a cache: its layer, and keys of the tokens before.
+    pub fn forward(
+        &self,
+        tape: &Tape,
+        h: &Tensor,
+        place: &Place,
+        mode: &Forward,
+        cache: Option<(&mut Cache, usize)>,
+    ) -> Result<Tensor> {
+        let n = tape.rms_norm(h, &self.input_norm.tensor(), self.eps)?;
+        let mut q = self.q.forward(tape, &n, mode)?;
+        let mut k = self.k.forward(tape, &n, mode)?;
+        let v = self.v.forward(tape, &n, mode)?;
+        if let Some([q_gain, k_gain]) = &self.qk_norm {
+            q = tape.rms_norm(&q, &q_gain.tensor(), self.eps)?;
+            k = tape.rms_norm(&k, &k_gain.tensor(), self.eps)?;
+        }
+        let q = tape.rope(&q, &place.positions, &place.cos, &place.sin)?;
+        let k = tape.rope(&k, &place.positions, &place.cos, &place.sin)?;
+        let mixed = match cache {
+            Some((cache, layer)) => cache.attend(layer, &self.one_sequence(q.shape().rows()), [&q, &k, &v])?,
+            None => {
+                let shape = AttentionShape { batch: place.batch, ..self.shape };
+                tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?
+            }
+        };
+        let h = tape.add(h, &self.o.forward(tape, &mixed, mode)?)?;
+
+        let n = tape.rms_norm(&h, &self.post_norm.tensor(), self.eps)?;
+        let gate = self.gate.forward(tape, &n, mode)?;
+        let up = self.up.forward(tape, &n, mode)?;
+        let inner = tape.silu_mul(&gate, &up)?;
+        Ok(tape.add(&h, &self.down.forward(tape, &inner, mode)?)?)
+    }
+
+    /// The kernel's parameters for new tokens of one sequence; the cache knows how many keys there are.
+    fn one_sequence(&self, queries: usize) -> params::Attention {
+        let AttentionShape { heads, kv_heads, head_dim, window, .. } = self.shape;
+        let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
+        params::Attention {
+            batch: 1,
+            queries,
+            keys: queries,
+            heads,
+            kv_heads,
+            head_dim,
+            scale,
+            query_offset: 0,
+            window,
+        }
+    }
+
+    /// The linear layers in the order of the forward pass.
+    pub fn linears(&self) -> [&Linear; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+
+    /// The same, to attach adapters to.
+    pub fn linears_mut(&mut self) -> [&mut Linear; 7] {
+        let Self { q, k, v, o, gate, up, down, .. } = self;
+        [q, k, v, o, gate, up, down]
+    }
+}

@@ -1,0 +1,213 @@
+//! The whole model: embedding, blocks, head; its loss, its logits.
+
+use super::block::{Block, Place};
+use super::{Cache, ModelConfig};
+use crate::data::Batch;
+use crate::optimizer::Named;
+use crate::{Error, Result};
+use rankfold_adapters::{Forward, Linear};
+use rankfold_autograd::{Base, Tape, Tensor, Value};
+use rankfold_backend::params::IGNORED;
+use rankfold_backend::{Backend, Buffer, Compute, DType, rope};
+use std::sync::{Arc, Mutex};
+
+/// A language model on some backend.
+#[derive(Debug)]
+pub struct Model {
+    /// Its dimensions.
+    pub config: ModelConfig,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) embedding: Value,
+    pub(super) blocks: Vec<Arc<Block>>,
+    pub(super) norm: Value,
+    /// `None` where the head is the embedding.
+    pub(super) head: Option<Value>,
+    /// The rotary tables (cos, sin) so far made: [positions, head_dim / 2], grown on demand.
+    pub(super) tables: Mutex<Option<(usize, Tensor, Tensor)>>,
+}
+
+/// A batch in the backend's memory.
+#[derive(Debug)]
+pub struct DeviceBatch {
+    ids: Arc<Buffer>,
+    positions: Arc<Buffer>,
+    starts: Option<Arc<Buffer>>,
+    /// Labels shifted by one: what each position is to predict.
+    targets: Buffer,
+    rows: usize,
+    /// One more than the largest position.
+    reach: usize,
+    /// Positions that predict something.
+    pub kept: usize,
+}
+
+impl DeviceBatch {
+    /// Upload a batch; labels are shifted within each row, so that position t predicts token t + 1.
+    pub fn new(backend: &dyn Backend, batch: &Batch) -> Result<Self> {
+        let mut targets = vec![IGNORED; batch.labels.len()];
+        for (targets, labels) in targets.chunks_mut(batch.seq.max(1)).zip(batch.labels.chunks(batch.seq.max(1))) {
+            let last = targets.len() - 1;
+            targets[..last].copy_from_slice(&labels[1..]);
+        }
+        let packed = batch.starts.iter().any(|start| *start != 0);
+        Ok(Self {
+            ids: Arc::new(backend.upload(&batch.ids)?),
+            positions: Arc::new(backend.upload(&batch.positions)?),
+            starts: if packed { Some(Arc::new(backend.upload(&batch.starts)?)) } else { None },
+            rows: batch.rows,
+            reach: batch.positions.iter().max().map_or(0, |p| *p as usize + 1),
+            kept: targets.iter().filter(|target| **target != IGNORED).count(),
+            targets: backend.upload(&targets)?,
+        })
+    }
+}
+
+impl Model {
+    /// Where it runs.
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.backend
+    }
+
+    /// Final hidden states [tokens, width] of a batch, normalised, ready for the head.
+    fn hidden(&self, tape: &Tape, batch: &DeviceBatch, mode: &Forward, checkpointing: bool) -> Result<Tensor> {
+        let (cos, sin) = self.rotary(batch.reach)?;
+        let place =
+            Place { batch: batch.rows, positions: batch.positions.clone(), starts: batch.starts.clone(), cos, sin };
+        let mut h = tape.embedding(&batch.ids, &self.embedding.tensor(), DType::F32)?;
+        for block in &self.blocks {
+            h = if checkpointing {
+                let (block, place, mode) = (block.clone(), place.clone(), *mode);
+                tape.checkpoint(&h, true, move |tape, h| {
+                    block.forward(tape, h, &place, &mode, None).map_err(Error::into_autograd)
+                })?
+            } else {
+                block.forward(tape, &h, &place, mode, None)?
+            };
+        }
+        Ok(tape.rms_norm(&h, &self.norm.tensor(), self.config.eps)?)
+    }
+
+    /// The summed loss of a batch over `normalizer` targets: the scalar to walk back from, and its value.
+    pub fn loss(
+        &self,
+        tape: &Tape,
+        batch: &DeviceBatch,
+        normalizer: f64,
+        mode: &Forward,
+        checkpointing: bool,
+    ) -> Result<(Tensor, f64)> {
+        let h = self.hidden(tape, batch, mode, checkpointing)?;
+        Ok(tape.linear_cross_entropy(&h, &self.head(), &batch.targets, normalizer, mode.compute)?)
+    }
+
+    /// All logits [tokens, vocab] of a batch, without dropout.
+    pub fn logits(&self, batch: &DeviceBatch, compute: Compute) -> Result<Tensor> {
+        let tape = Tape::inference(self.backend.clone());
+        let h = self.hidden(&tape, batch, &Forward::evaluation(compute), false)?;
+        Ok(tape.linear(&h, &self.head(), None, None, compute)?)
+    }
+
+    /// An empty KV cache for `tokens`.
+    pub fn cache(&self, tokens: usize) -> Result<Cache> {
+        let width = self.config.kv_heads * self.config.head_dim;
+        Cache::new(self.backend.clone(), self.blocks.len(), tokens, width)
+    }
+
+    /// Append `ids` to the cache's sequence; the logits [vocab] of the token that follows.
+    pub fn next_logits(&self, ids: &[u32], cache: &mut Cache, compute: Compute) -> Result<Vec<f32>> {
+        let (first, end) = (cache.len, cache.len + ids.len());
+        if ids.is_empty() || ids.len() > cache.free() {
+            let found = format!("{} tokens", ids.len());
+            return Err(Error::Setting { setting: "prompt", found, expected: "at least one, and no more than fit" });
+        }
+        let tape = Tape::inference(self.backend.clone());
+        let (cos, sin) = self.rotary(end)?;
+        let positions: Vec<u32> = (first as u32..end as u32).collect();
+        let positions = Arc::new(self.backend.upload(&positions)?);
+        let place = Place { batch: 1, positions, starts: None, cos, sin };
+        let ids = Arc::new(self.backend.upload(ids)?);
+        let mut h = tape.embedding(&ids, &self.embedding.tensor(), DType::F32)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            h = block.forward(&tape, &h, &place, &Forward::evaluation(compute), Some((cache, layer)))?;
+        }
+        cache.len = end;
+        let width = self.config.width;
+        let mut last = self.backend.alloc(DType::F32, width)?;
+        self.backend.copy(h.view().slice((ids.len() - 1) * width, width)?, last.view_mut())?;
+        let last = tape.rms_norm(&Tensor::constant(last, [1, width])?, &self.norm.tensor(), self.config.eps)?;
+        let logits = tape.linear(&last, &self.head(), None, None, compute)?;
+        Ok(self.backend.download(logits.view())?)
+    }
+
+    /// The head [vocab, width].
+    fn head(&self) -> Base {
+        Base::Dense(self.head.as_ref().unwrap_or(&self.embedding).tensor())
+    }
+
+    /// The rotary tables for at least `positions` positions.
+    fn rotary(&self, positions: usize) -> Result<(Tensor, Tensor)> {
+        // The tables are replaced whole: a panic elsewhere cannot leave half of one.
+        let mut tables = self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match &*tables {
+            Some((made, cos, sin)) if *made >= positions => Ok((cos.clone(), sin.clone())),
+            _ => {
+                let made = positions.next_power_of_two().max(64);
+                let ModelConfig { rope_base, rope_scaling, head_dim, .. } = self.config;
+                let (cos, sin) = rope::tables(&rope::frequencies(rope_base, head_dim, rope_scaling), made);
+                let tensor = |values: &[f32]| Tensor::constant(self.backend.upload(values)?, [made, head_dim / 2]);
+                let (cos, sin) = (tensor(&cos)?, tensor(&sin)?);
+                *tables = Some((made, cos.clone(), sin.clone()));
+                Ok((cos, sin))
+            }
+        }
+    }
+
+    /// Bytes of the base's weights: everything but adapters.
+    pub fn base_bytes(&self) -> usize {
+        let dense = |value: &Value| value.tensor().buffer().bytes();
+        let linear = |linear: &Linear| match linear.base() {
+            Base::Dense(tensor) => tensor.buffer().bytes(),
+            Base::Quantized(quantized) => quantized.bytes(),
+        };
+        let tables = dense(&self.embedding) + self.head.as_ref().map_or(0, dense);
+        tables + self.linears().map(linear).sum::<usize>()
+    }
+
+    /// All linear layers but the head, in the order of the forward pass.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.blocks.iter().flat_map(|block| block.linears())
+    }
+
+    /// The same, to attach adapters to. Empty while a tape still holds a block.
+    pub fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        self.blocks.iter_mut().filter_map(Arc::get_mut).flat_map(Block::linears_mut).collect()
+    }
+
+    /// The trained parameters under the names of their files: an adapter's, or, with `--method full`, all.
+    pub fn parameters(&self) -> Vec<Named> {
+        let mut named = Vec::new();
+        let mut add = |name: String, value: &Value| {
+            if let Some(parameter) = value.parameter() {
+                named.push(Named { name, parameter: parameter.clone() });
+            }
+        };
+        add("model.embed_tokens.weight".into(), &self.embedding);
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let path = |name: &str| format!("model.layers.{layer}.{name}.weight");
+            add(path("input_layernorm"), &block.input_norm);
+            add(path("post_attention_layernorm"), &block.post_norm);
+            if let Some([q, k]) = &block.qk_norm {
+                add(path("self_attn.q_norm"), q);
+                add(path("self_attn.k_norm"), k);
+            }
+        }
+        add("model.norm.weight".into(), &self.norm);
+        if let Some(head) = &self.head {
+            add("lm_head.weight".into(), head);
+        }
+        for linear in self.linears() {
+            named.extend(linear.parameters().into_iter().map(|(name, parameter)| Named { name, parameter }));
+        }
+        named
+    }
+}

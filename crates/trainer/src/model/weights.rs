@@ -1,0 +1,270 @@
+//! A model's tensors from its files: read one at a time, straight into the buffers that keep them.
+
+use super::ModelConfig;
+use super::block::Block;
+use super::model::Model;
+use crate::{Error, Result};
+use rankfold_adapters::{Bias, Linear, Weight};
+use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
+use rankfold_backend::{Backend, Buffer, DType, Format, Quantized};
+use rankfold_files::{Checkpoint, quantized};
+use std::sync::{Arc, Mutex};
+
+/// How 4-bit weights are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Quantization {
+    /// The format of the codes.
+    pub format: Format,
+    /// Elements a block.
+    pub block: usize,
+    /// Whether the scales are quantised too.
+    pub double: bool,
+}
+
+impl Quantization {
+    /// That the block is one that the formats have.
+    pub fn check(&self) -> Result<()> {
+        Ok(rankfold_backend::check_block(self.block)?)
+    }
+}
+
+/// What the weights become as they are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// Frozen, in the file's own types; 4-bit weights stay so.
+    AsStored,
+    /// Frozen, every linear layer but the head in 4 bits; 4-bit weights stay as they are.
+    Quantized(Quantization),
+    /// Trained, all of it, in f32.
+    Trained,
+}
+
+/// The element types that a weight may be stored in.
+const FLOATS: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+
+impl ModelConfig {
+    /// The name and shape of every tensor of the model, in the order of the forward pass.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (width, q, kv) = (self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab, width])];
+        for layer in 0..self.layers {
+            let mut add =
+                |name: &str, shape: &[usize]| tensors.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
+            add("input_layernorm.weight", &[width]);
+            let linears = [
+                ("self_attn.q_proj", q, width, self.qkv_bias),
+                ("self_attn.k_proj", kv, width, self.qkv_bias),
+                ("self_attn.v_proj", kv, width, self.qkv_bias),
+                ("self_attn.o_proj", width, q, self.output_bias),
+                ("mlp.gate_proj", self.feed_forward, width, self.mlp_bias),
+                ("mlp.up_proj", self.feed_forward, width, self.mlp_bias),
+                ("mlp.down_proj", width, self.feed_forward, self.mlp_bias),
+            ];
+            for (name, outputs, inputs, bias) in linears {
+                add(&format!("{name}.weight"), &[outputs, inputs]);
+                if bias {
+                    add(&format!("{name}.bias"), &[outputs]);
+                }
+            }
+            if self.qk_norm {
+                add("self_attn.q_norm.weight", &[self.head_dim]);
+                add("self_attn.k_norm.weight", &[self.head_dim]);
+            }
+            add("post_attention_layernorm.weight", &[width]);
+        }
+        tensors.push(("model.norm.weight".into(), vec![width]));
+        if !self.tied {
+            tensors.push(("lm_head.weight".into(), vec![self.vocab, width]));
+        }
+        tensors
+    }
+
+    /// Parameters of the whole model, a tied head counted once.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+}
+
+impl Model {
+    /// Read a model.
+    ///
+    /// Errors: a tensor that is missing, or of another shape or element type than the config asks for; a value that
+    /// is not finite; `Precision::Trained` of a 4-bit checkpoint.
+    pub fn load(
+        backend: Arc<dyn Backend>,
+        checkpoint: &Checkpoint,
+        config: ModelConfig,
+        precision: Precision,
+    ) -> Result<Self> {
+        let reader = Reader { backend: backend.clone(), checkpoint, config: &config, precision };
+        let embedding = reader.table("model.embed_tokens.weight")?;
+        let blocks = (0..config.layers).map(|layer| Ok(Arc::new(reader.block(layer)?))).collect::<Result<_>>()?;
+        let norm = reader.vector("model.norm.weight", config.width)?;
+        let head = if config.tied { None } else { Some(reader.table("lm_head.weight")?) };
+        Ok(Self { config, backend, embedding, blocks, norm, head, tables: Mutex::new(None) })
+    }
+}
+
+struct Reader<'a> {
+    backend: Arc<dyn Backend>,
+    checkpoint: &'a Checkpoint,
+    config: &'a ModelConfig,
+    precision: Precision,
+}
+
+impl Reader<'_> {
+    fn block(&self, layer: usize) -> Result<Block> {
+        let c = self.config;
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let name = |name: &str| format!("model.layers.{layer}.{name}");
+        let norm = |n: &str, width| self.vector(&name(&format!("{n}.weight")), width);
+        let mut number = layer as u64 * 7;
+        let mut linear = |n: &str, outputs: usize, inputs: usize, bias: bool| {
+            number += 1;
+            self.linear(name(n), number - 1, [outputs, inputs], bias)
+        };
+        Ok(Block {
+            eps: c.eps,
+            shape: AttentionShape {
+                batch: 1,
+                heads: c.heads,
+                kv_heads: c.kv_heads,
+                head_dim: c.head_dim,
+                query_offset: 0,
+                window: c.windows[layer],
+            },
+            input_norm: norm("input_layernorm", c.width)?,
+            q: linear("self_attn.q_proj", q, c.width, c.qkv_bias)?,
+            k: linear("self_attn.k_proj", kv, c.width, c.qkv_bias)?,
+            v: linear("self_attn.v_proj", kv, c.width, c.qkv_bias)?,
+            o: linear("self_attn.o_proj", c.width, q, c.output_bias)?,
+            qk_norm: if c.qk_norm {
+                Some([norm("self_attn.q_norm", c.head_dim)?, norm("self_attn.k_norm", c.head_dim)?])
+            } else {
+                None
+            },
+            post_norm: norm("post_attention_layernorm", c.width)?,
+            gate: linear("mlp.gate_proj", c.feed_forward, c.width, c.mlp_bias)?,
+            up: linear("mlp.up_proj", c.feed_forward, c.width, c.mlp_bias)?,
+            down: linear("mlp.down_proj", c.width, c.feed_forward, c.mlp_bias)?,
+        })
+    }
+
+    fn linear(&self, path: String, index: u64, shape: [usize; 2], bias: bool) -> Result<Linear> {
+        let name = format!("{path}.weight");
+        let bias = if bias {
+            Some(match self.vector(&format!("{path}.bias"), shape[0])? {
+                Value::Frozen(tensor) => Bias::Frozen(tensor),
+                Value::Trained(parameter) => Bias::Trained(parameter),
+            })
+        } else {
+            None
+        };
+        if let Some(loaded) = quantized::load(self.checkpoint, &name, self.backend.as_ref())? {
+            if self.precision == Precision::Trained {
+                let why = format!("'{name}' is stored in 4 bits and cannot be trained: dequantise the model first");
+                return Err(Error::file(self.checkpoint.path(), why));
+            }
+            if loaded.weight.shape != shape {
+                let why = format!("'{name}' is {:?}, expected {shape:?}", loaded.weight.shape);
+                return Err(Error::file(self.checkpoint.file(&name), why));
+            }
+            let base = Base::Quantized(Arc::new(loaded.weight));
+            return Ok(Linear::new(path, index, Weight::Frozen(base), bias)?);
+        }
+        if let Precision::Quantized(Quantization { format, block, double }) = self.precision {
+            let dense = self.read(&name, &shape)?;
+            let made = Quantized::quantize(self.backend.as_ref(), dense.view(), shape, format, block, double)
+                .map_err(|e| Error::file(self.checkpoint.file(&name), format!("'{name}': {e}")))?;
+            let base = Base::Quantized(Arc::new(made));
+            return Ok(Linear::new(path, index, Weight::Frozen(base), bias)?);
+        }
+        let weight = match self.value(&name, &shape, false)? {
+            Value::Frozen(tensor) => Weight::Frozen(Base::Dense(tensor)),
+            Value::Trained(parameter) => Weight::Trained(parameter),
+        };
+        Ok(Linear::new(path, index, weight, bias)?)
+    }
+
+    /// A norm's gain or a bias: small, and kept in f32.
+    fn vector(&self, name: &str, width: usize) -> Result<Value> {
+        self.value(name, &[width], true)
+    }
+
+    /// The embedding or the head.
+    fn table(&self, name: &str) -> Result<Value> {
+        self.value(name, &[self.config.vocab, self.config.width], false)
+    }
+
+    fn value(&self, name: &str, shape: &[usize], widen: bool) -> Result<Value> {
+        let trained = self.precision == Precision::Trained;
+        let mut buffer = self.read(name, shape)?;
+        if (trained || widen) && buffer.dtype() != DType::F32 {
+            let mut wide = self.backend.alloc(DType::F32, buffer.len())?;
+            self.backend.cast(buffer.view(), wide.view_mut())?;
+            buffer = wide;
+        }
+        Ok(if trained {
+            Value::Trained(Parameter::new(buffer, shape)?)
+        } else {
+            Value::Frozen(Tensor::constant(buffer, shape)?)
+        })
+    }
+
+    /// A dense tensor, every value of which is finite.
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Buffer> {
+        let dtype = self.checkpoint.expect(name, &FLOATS, shape)?;
+        let mut buffer = self.backend.alloc(dtype, shape.iter().product())?;
+        let read = |bytes: &mut [u8]| -> Result<()> {
+            self.checkpoint.read_into(name, bytes)?;
+            match first_not_finite(dtype, bytes) {
+                None => Ok(()),
+                Some(index) => {
+                    let why = format!("'{name}': element {index} is NaN or infinite, expected finite weights");
+                    Err(Error::file(self.checkpoint.file(name), why))
+                }
+            }
+        };
+        match self.backend.host_bytes_mut(&mut buffer) {
+            Some(bytes) => read(bytes)?,
+            None => {
+                let mut bytes = vec![0; buffer.bytes()];
+                read(&mut bytes)?;
+                self.backend.write(&bytes, buffer.view_mut())?;
+            }
+        }
+        Ok(buffer)
+    }
+}
+
+/// The first element whose exponent is all ones.
+fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
+    // The top bytes of each little-endian element hold the exponent.
+    let (size, mask) = match dtype {
+        DType::F16 => (2, 0x7c00),
+        DType::Bf16 => (2, 0x7f80),
+        _ => (4, 0x7f80),
+    };
+    let top = |element: &[u8]| u16::from_le_bytes([element[size - 2], element[size - 1]]);
+    bytes.chunks_exact(size).position(|element| top(element) & mask == mask)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn infinities_and_nan_are_found_in_every_type_and_the_largest_number_is_not() {
+        let f32s = |x: f32| x.to_le_bytes().to_vec();
+        let bf16s = |x: f32| half::bf16::from_f32(x).to_le_bytes().to_vec();
+        let f16s = |x: f32| half::f16::from_f32(x).to_le_bytes().to_vec();
+        let cases: [(DType, &dyn Fn(f32) -> Vec<u8>, f32); 3] =
+            [(DType::F32, &f32s, f32::MAX), (DType::Bf16, &bf16s, 3.38e38), (DType::F16, &f16s, 65504.0)];
+        for (dtype, bytes, largest) in cases {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert_eq!(first_not_finite(dtype, &[bytes(largest), bytes(bad)].concat()), Some(1));
+            }
+            assert_eq!(first_not_finite(dtype, &[bytes(largest), bytes(-0.0)].concat()), None);
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! A whole run: steps, held-out evaluations, checkpoints, and at the end the product.
+
+use crate::checkpoint::Checkpoints;
+use crate::data::Batch;
+use crate::metrics::{EvalMetrics, Metrics};
+use crate::optimizer::AdamW;
+use crate::product::Product;
+use crate::step::{Batches, Recipe, StepMetrics, evaluate, step};
+use crate::{Error, Result};
+use std::path::Path;
+
+/// How often what is done beside the steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Cadence {
+    /// Steps of the run.
+    pub steps: usize,
+    /// Evaluate after every so many steps; 0 for only before the first and after the last.
+    pub eval_every: usize,
+    /// Checkpoint after every so many steps; 0 for none.
+    pub checkpoint_every: usize,
+    /// Checkpoints to keep.
+    pub keep: usize,
+}
+
+/// What a run tells while it goes.
+pub trait Progress {
+    /// A step is done.
+    fn step(&mut self, metrics: &StepMetrics);
+    /// The held-out loss was measured.
+    fn eval(&mut self, metrics: &EvalMetrics);
+    /// Steps up to `step` were done before.
+    fn resumed(&mut self, step: usize);
+}
+
+/// Everything a run needs.
+pub struct Run<'a> {
+    /// The model, and what is saved of it.
+    pub product: Product<'a>,
+    /// Training batches.
+    pub batches: Batches,
+    /// Held-out batches; may be empty.
+    pub held_out: Vec<Batch>,
+    /// How a step is made.
+    pub recipe: Recipe,
+    /// How often what.
+    pub cadence: Cadence,
+    /// Moments of the trained parameters.
+    pub optimizer: AdamW,
+}
+
+impl Run<'_> {
+    /// Run to the end in `folder`, from its last whole checkpoint if `resume`.
+    ///
+    /// The product appears in `folder` only at the end. Errors: a loss that is not finite (the last checkpoint
+    /// stays); anything that cannot be written (what was written stays whole).
+    pub fn to_end(mut self, folder: &Path, resume: bool, progress: &mut dyn Progress) -> Result<()> {
+        let model = self.product.model;
+        let backend = model.backend().as_ref();
+        let checkpoints = Checkpoints::of(folder);
+        let done = if resume { checkpoints.restore(&self.product, &mut self.optimizer, backend)? } else { 0 };
+        if done > self.cadence.steps {
+            let why = format!("its last checkpoint is of step {done}, beyond the run's {} steps", self.cadence.steps);
+            return Err(Error::file(folder, why));
+        }
+        let mut metrics = Metrics::open(&folder.join("metrics.jsonl"), done)?;
+        let eval = |step: usize, metrics: &mut Metrics, progress: &mut dyn Progress| -> Result<()> {
+            if self.held_out.is_empty() {
+                return Ok(());
+            }
+            let (eval_loss, eval_tokens) = evaluate(model, self.held_out.iter().cloned(), self.recipe.compute)?;
+            let line = EvalMetrics { step, eval_loss, eval_tokens };
+            metrics.eval(&line)?;
+            progress.eval(&line);
+            Ok(())
+        };
+        if done > 0 {
+            progress.resumed(done);
+        } else {
+            eval(0, &mut metrics, progress)?;
+        }
+        let Cadence { steps, eval_every, checkpoint_every, keep } = self.cadence;
+        let due = |every: usize, t: usize| every > 0 && t.is_multiple_of(every);
+        for t in done + 1..=steps {
+            let line = step(model, &mut self.batches, &self.recipe, &mut self.optimizer, t)?;
+            metrics.step(&line)?;
+            progress.step(&line);
+            if due(eval_every, t) || t == steps {
+                eval(t, &mut metrics, progress)?;
+            }
+            if due(checkpoint_every, t) {
+                checkpoints.save(t, &self.product, &self.optimizer, backend, keep)?;
+            }
+        }
+        self.product.save(folder, false)
+    }
+}

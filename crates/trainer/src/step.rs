@@ -1,0 +1,129 @@
+//! One optimiser step: micro-batches forward and backward, the clip, the update.
+//!
+//! The loss is Σ over the kept targets of the whole step, its micro-batches together, divided by their number; so
+//! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts.
+
+use crate::data::{Batch, Loader};
+use crate::model::{DeviceBatch, Model};
+use crate::optimizer::{AdamW, clip_scale};
+use crate::schedule::Schedule;
+use crate::{Error, Result};
+use rankfold_adapters::{DropoutKey, Forward};
+use rankfold_autograd::{Gradients, Tape};
+use rankfold_backend::Compute;
+use serde::Serialize;
+use std::time::Instant;
+
+/// Where a step's batches come from.
+#[derive(Debug)]
+pub enum Batches {
+    /// Examples, shuffled and packed.
+    Loader(Box<Loader>),
+    /// One batch, every step the same.
+    Fixed(Batch),
+}
+
+impl Batches {
+    fn batch(&mut self, step: usize, micro: usize) -> Batch {
+        match self {
+            Self::Loader(loader) => loader.batch(step as u64 - 1, micro),
+            Self::Fixed(batch) => batch.clone(),
+        }
+    }
+}
+
+/// What stays the same from step to step.
+#[derive(Clone, Copy, Debug)]
+pub struct Recipe {
+    /// Learning rates.
+    pub schedule: Schedule,
+    /// Micro-batches a step.
+    pub accumulate: usize,
+    /// The gradient's largest norm; 0 for none.
+    pub clip: f64,
+    /// Of dropout and data.
+    pub seed: u64,
+    /// Keep only each block's input, and compute the rest again in backward.
+    pub checkpointing: bool,
+    /// Precision of the products.
+    pub compute: Compute,
+}
+
+/// A line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepMetrics {
+    /// From 1.
+    pub step: usize,
+    /// The full objective before the step's update.
+    pub loss: f64,
+    /// The step's learning rate.
+    pub lr: f64,
+    /// ‖gradient‖ before the clip.
+    pub grad_norm: f64,
+    /// Tokens that went through the model, padding included.
+    pub tokens: usize,
+    /// Those over the step's time.
+    pub tokens_per_second: f64,
+    /// The process's largest resident memory so far, in bytes, where the system tells.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peak_rss: Option<u64>,
+}
+
+/// Run step `step` (from 1).
+///
+/// Errors: a loss or gradient that is not finite; nothing has been updated then.
+pub fn step(
+    model: &Model,
+    batches: &mut Batches,
+    recipe: &Recipe,
+    optimizer: &mut AdamW,
+    step: usize,
+) -> Result<StepMetrics> {
+    let begun = Instant::now();
+    let backend = model.backend();
+    let micro_batches: Vec<Batch> = (0..recipe.accumulate).map(|micro| batches.batch(step, micro)).collect();
+    let kept: usize = micro_batches.iter().map(Batch::targets).sum();
+    let tokens = micro_batches.iter().map(|batch| batch.ids.len()).sum();
+
+    let mut gradients = Gradients::new(backend.clone());
+    let mut loss = 0.0;
+    for (micro, batch) in micro_batches.iter().enumerate() {
+        let draw = ((step - 1) * recipe.accumulate + micro) as u64;
+        let mode = Forward { compute: recipe.compute, dropout: Some(DropoutKey { seed: recipe.seed, draw }) };
+        let device = DeviceBatch::new(backend.as_ref(), batch)?;
+        let tape = Tape::new(backend.clone());
+        let (root, value) = model.loss(&tape, &device, kept.max(1) as f64, &mode, recipe.checkpointing)?;
+        loss += value;
+        if !loss.is_finite() {
+            return Err(Error::NotFinite { step, what: "loss", value: loss });
+        }
+        tape.backward_from_loss(&root, &mut gradients)?;
+    }
+    let grad_norm = optimizer.grad_norm(&gradients)?;
+    if !grad_norm.is_finite() {
+        return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
+    }
+    let lr = recipe.schedule.at(step);
+    optimizer.update(&gradients, lr, clip_scale(grad_norm, recipe.clip))?;
+    let tokens_per_second = tokens as f64 / begun.elapsed().as_secs_f64();
+    Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss() })
+}
+
+/// Mean loss over batches, each target counted once: (loss, targets).
+pub fn evaluate(model: &Model, batches: impl IntoIterator<Item = Batch>, compute: Compute) -> Result<(f64, usize)> {
+    let (mut sum, mut kept) = (0.0, 0);
+    for batch in batches {
+        let device = DeviceBatch::new(model.backend().as_ref(), &batch)?;
+        let tape = Tape::inference(model.backend().clone());
+        sum += model.loss(&tape, &device, 1.0, &Forward::evaluation(compute), false)?.1;
+        kept += batch.targets();
+    }
+    Ok((sum / kept.max(1) as f64, kept))
+}
+
+/// The process's peak resident memory in bytes: the kernel's own figure, where there is one.
+pub fn peak_rss() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
