@@ -212,10 +212,9 @@ fn text(field: &str, value: &Value) -> Result<Option<String>> {
 fn pattern<T>(field: &str, value: &Value, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(String, T)>> {
     match value {
         Value::Null => Ok(Vec::new()),
-        Value::Object(keys) => keys
-            .iter()
-            .map(|(key, value)| Ok((key.clone(), read(&format!("{field}: {key}"), value)?)))
-            .collect(),
+        Value::Object(keys) => {
+            keys.iter().map(|(key, value)| Ok((key.clone(), read(&format!("{field}: {key}"), value)?))).collect()
+        }
         _ => Err(Error::field(field, value, "an object of names and numbers")),
     }
 }

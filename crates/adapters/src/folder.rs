@@ -89,7 +89,7 @@ impl AdapterFolder {
     }
 }
 
-/// Write the adapters of `layers`, those that have one, as a PEFT folder, made where it is missing.
+/// Write the adapters of `layers`, those that have one and have not merged it, as a PEFT folder, made where it is missing.
 ///
 /// Each of the two files appears whole or not at all, the configuration last: it is [`Attached::config`], which
 /// names the layers that have one.

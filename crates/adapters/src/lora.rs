@@ -155,9 +155,7 @@ impl Lora {
             scale: self.spec.scale(),
             per_rank: None,
             row_scale: None,
-            dropout: dropout
-                .filter(|_| probability > 0.0)
-                .map(|(seed, stream)| Dropout { probability, seed, stream }),
+            dropout: dropout.filter(|_| probability > 0.0).map(|(seed, stream)| Dropout { probability, seed, stream }),
         }
     }
 }

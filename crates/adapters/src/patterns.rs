@@ -16,11 +16,9 @@ pub struct Patterns<'a, T> {
 impl<'a, T: Copy> Patterns<'a, T> {
     /// Compile the keys of `field`, which is for the message.
     pub fn new(field: &'static str, keys: &'a [(String, T)]) -> Result<Self> {
-        let compiled = keys.iter().map(|(key, value)| {
-            // Compiled alone first, so that a key cannot close the group it is put in.
-            compile(field, key, key)?;
-            Ok((key.as_str(), compile(field, key, &format!(r"(.*\.)?({key})"))?, *value))
-        });
+        let compiled = keys
+            .iter()
+            .map(|(key, value)| Ok((key.as_str(), compile(field, key, &format!(r"(.*\.)?({key})"))?, *value)));
         Ok(Self { keys: compiled.collect::<Result<_>>()? })
     }
 

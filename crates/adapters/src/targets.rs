@@ -8,13 +8,14 @@
 use crate::{Error, Linear, Result};
 use regex::Regex;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt;
 
 /// Layers by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Names {
     /// Whole paths or their last parts.
-    List(Vec<String>),
+    List(BTreeSet<String>),
     /// A regular expression for the whole path.
     Pattern(String),
 }
@@ -81,16 +82,11 @@ impl Targets {
             },
             Self::AllLinear => {
                 let (heads, others): (Vec<&Linear>, Vec<&Linear>) = layers.iter().partition(|layer| layer.is_head());
-                let mut names: Vec<String> = others.iter().map(|layer| last_part(layer.path()).to_string()).collect();
+                let mut names: BTreeSet<String> = others.iter().map(|layer| last_part(layer.path()).into()).collect();
                 if heads.iter().any(|head| names.iter().any(|name| is_named(head.path(), name))) {
-                    names = others.iter().map(|layer| layer.path().to_string()).collect();
+                    names = others.iter().map(|layer| layer.path().into()).collect();
                 }
-                names.sort();
-                names.dedup();
-                if names.is_empty() {
-                    return Err(no_match(ALL_LINEAR, layers));
-                }
-                Ok(Names::List(names))
+                if names.is_empty() { Err(no_match(ALL_LINEAR, layers)) } else { Ok(Names::List(names)) }
             }
         }
     }
@@ -112,15 +108,11 @@ impl Names {
         }
     }
 
-    /// As a JSON value, a list in order.
+    /// As a JSON value, a list in alphabetical order.
     pub(crate) fn to_json(&self) -> Value {
         match self {
             Self::Pattern(pattern) => pattern.clone().into(),
-            Self::List(names) => {
-                let mut names = names.clone();
-                names.sort();
-                names.into()
-            }
+            Self::List(names) => names.iter().cloned().collect(),
         }
     }
 
@@ -128,7 +120,7 @@ impl Names {
     fn entries(&self, field: &'static str) -> Result<Vec<Entry<'_>>> {
         Ok(match self {
             Self::List(names) => names.iter().map(|name| Entry { text: name, whole: None }).collect(),
-            Self::Pattern(text) => vec![Entry { text, whole: Some(compile(field, text, &format!("(?:{text})"))?) }],
+            Self::Pattern(text) => vec![Entry { text, whole: Some(compile(field, text, text)?) }],
         })
     }
 }
@@ -136,7 +128,7 @@ impl Names {
 impl fmt::Display for Names {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::List(names) => f.write_str(&names.join(", ")),
+            Self::List(names) => f.write_str(&names.iter().map(String::as_str).collect::<Vec<_>>().join(", ")),
             Self::Pattern(pattern) => f.write_str(pattern),
         }
     }
@@ -184,9 +176,11 @@ pub(crate) fn unmatched(exclude: &Names, layers: &[&Linear]) -> Result<Vec<Strin
     Ok(entries.iter().map(|entry| entry.text.to_string()).collect())
 }
 
-/// `inner` anchored to the whole path. `field` and `pattern` are for the message.
+/// `inner`, which is made from `pattern`, anchored to the whole path. `field` is for the message.
 pub(crate) fn compile(field: &'static str, pattern: &str, inner: &str) -> Result<Regex> {
-    Regex::new(&format!(r"\A(?:{inner})\z")).map_err(|error| {
+    // Compiled alone first, so that a pattern cannot close the groups that it is put in.
+    let compiled = Regex::new(pattern).and_then(|_| Regex::new(&format!(r"\A(?:{inner})\z")));
+    compiled.map_err(|error| {
         // The last line says why; those before it draw the pattern.
         let why = error.to_string();
         let why = why.lines().last().unwrap_or_default().trim_start_matches("error: ").to_string();

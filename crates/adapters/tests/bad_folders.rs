@@ -49,10 +49,7 @@ fn a_sound_folder_is_attached() {
 #[test]
 fn a_missing_tensor_is_named_with_the_layer_that_needs_it() {
     let message = refusal(CONFIG, &[zeros(A, [2, 4])]);
-    assert_eq!(
-        message,
-        format!("no tensor '{B}', expected one because the configuration targets layers.0.q_proj")
-    );
+    assert_eq!(message, format!("no tensor '{B}', expected one because the configuration targets layers.0.q_proj"));
 }
 
 #[test]
@@ -65,7 +62,10 @@ fn an_extra_tensor_is_named() {
         "layers.0.q_proj.lora_A.weight",
     ] {
         let message = refusal(CONFIG, &[zeros(A, [2, 4]), zeros(B, [3, 2]), zeros(extra, [2, 4])]);
-        assert_eq!(message, format!("tensor '{extra}' belongs to no layer that the configuration targets in this model"));
+        assert_eq!(
+            message,
+            format!("tensor '{extra}' belongs to no layer that the configuration targets in this model")
+        );
     }
 }
 

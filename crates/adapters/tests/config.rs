@@ -62,9 +62,7 @@ fn fields_that_would_change_the_mathematics_are_refused_by_name_and_value() {
 fn fields_that_say_nothing_are_passed_over() {
     for value in [json!(null), json!(false), json!([]), json!({}), json!("")] {
         let fields = json!({ "a_field_of_next_year": value, "layers_to_transform": value, "exclude_modules": value });
-        if value != json!(false) {
-            assert_eq!(read(fields).unwrap().exclude, None, "{value}");
-        }
+        assert_eq!(read(fields).unwrap().exclude, None, "{value}");
     }
     let fields = json!({
         "peft_version": "9.9", "inference_mode": true, "megatron_core": "megatron.core", "megatron_config": {"a": 1},
@@ -107,7 +105,9 @@ fn other_methods_and_other_texts_are_refused() {
     assert_eq!(message(r#"{"peft_type": "ADALORA"}"#), "peft_type 'ADALORA' is not supported yet, expected LORA");
     assert_eq!(message("{}"), "'peft_type' is null, expected LORA");
     assert_eq!(message(r#"{"peft_type": 3}"#), "'peft_type' is 3, expected LORA");
-    for text in ["", "[]", "{\"peft_type\": \"LORA\"", "{\"peft_type\": \"LORA\", \"lora_alpha\": NaN}", "{\"r\": 1e999}"] {
+    for text in
+        ["", "[]", "{\"peft_type\": \"LORA\"", "{\"peft_type\": \"LORA\", \"lora_alpha\": NaN}", "{\"r\": 1e999}"]
+    {
         assert!(message(text).starts_with("not an adapter's configuration: "), "{text}");
     }
 }
@@ -131,8 +131,7 @@ fn keys_are_written_in_pefts_order() {
 
 fn names() -> impl Strategy<Value = Names> {
     prop_oneof![
-        // In order: writing sorts.
-        prop::collection::btree_set("[a-z_.]{1,8}", 1..5).prop_map(|names| Names::List(names.into_iter().collect())),
+        prop::collection::btree_set("[a-z_.]{1,8}", 1..5).prop_map(Names::List),
         "[a-z.*|]{1,12}".prop_map(Names::Pattern),
     ]
 }

@@ -99,7 +99,11 @@ fn golden_merged_model_is_the_base_with_the_adapter_folded_in() {
             let m = f64::from(base[i].abs()) + scale.abs() * (0..rank).map(|k| product(k).abs()).sum::<f64>();
             let bound = 2.0 * (rank as f64 + 4.0) * 2f64.powi(-24) * m;
             let difference = (f64::from(*ours) - f64::from(*theirs)).abs();
-            assert!(difference <= bound, "{} element {i}: {ours} and {theirs} differ by more than {bound:e}", layer.path());
+            assert!(
+                difference <= bound,
+                "{} element {i}: {ours} and {theirs} differ by more than {bound:e}",
+                layer.path()
+            );
         }
     }
 }

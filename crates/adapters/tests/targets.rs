@@ -199,7 +199,7 @@ proptest! {
         let expected: Vec<usize> = (0..paths.len()).filter(|&i| chosen(&paths[i])).collect();
         let unmatched = names.iter().find(|name| !paths.iter().any(|path| means(&[name.to_string()], path)));
         let borrowed: Vec<&str> = paths.iter().map(String::as_str).collect();
-        match selected(&borrowed, &Names::List(names.clone()), Some(&Names::List(exclude.clone()))) {
+        match selected(&borrowed, &Names::List(names.iter().cloned().collect()), Some(&Names::List(exclude.iter().cloned().collect()))) {
             Ok(found) => {
                 prop_assert!(unmatched.is_none());
                 prop_assert_eq!(found, expected);
@@ -214,7 +214,7 @@ proptest! {
     fn a_list_and_its_regular_expression_select_the_same(paths in paths(), names in paths()) {
         let regex = format!(r"(.*\.)?({})", names.iter().map(|n| n.replace('.', r"\.")).collect::<Vec<_>>().join("|"));
         let borrowed: Vec<&str> = paths.iter().map(String::as_str).collect();
-        if let Ok(by_name) = selected(&borrowed, &Names::List(names), None) {
+        if let Ok(by_name) = selected(&borrowed, &Names::List(names.into_iter().collect()), None) {
             prop_assert_eq!(by_name, selected(&borrowed, &Names::Pattern(regex), None).unwrap());
         }
     }

@@ -46,13 +46,7 @@ impl Constants {
 }
 
 /// One step, in place.
-pub(crate) fn adamw(
-    threads: &Threads,
-    isa: Isa,
-    p: &AdamW,
-    grad: &[f32],
-    [param, m, v]: [&mut [f32]; 3],
-) {
+pub(crate) fn adamw(threads: &Threads, isa: Isa, p: &AdamW, grad: &[f32], [param, m, v]: [&mut [f32]; 3]) {
     let constants = Constants::new(p);
     let state = [param, m, v].map(Disjoint::new);
     threads.run_chunks(grad.len(), CHUNK, |range| {

@@ -432,11 +432,8 @@ impl Backend for CpuBackend {
             lse: s.get("lse", lse)?,
             dout: s.get("dout", dout)?,
         };
-        let gradients = Gradients {
-            dq: s.get_mut("dq", &mut dq)?,
-            dk: s.get_mut("dk", &mut dk)?,
-            dv: s.get_mut("dv", &mut dv)?,
-        };
+        let gradients =
+            Gradients { dq: s.get_mut("dq", &mut dq)?, dk: s.get_mut("dk", &mut dk)?, dv: s.get_mut("dv", &mut dv)? };
         attention::attention_grad(&self.threads, self.isa, p, saved, gradients)
     }
 

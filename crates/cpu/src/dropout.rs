@@ -49,21 +49,19 @@ impl Kernel for Drop<'_> {
 /// Word j of group `first` + i, as `[j][i]`: Philox4x32-10, as `rankfold_backend::philox` has it.
 #[inline(always)]
 fn words(p: &Dropout, first: u64) -> [[u64; GROUPS]; 4] {
-    let mut c = [[0u64; GROUPS]; 4];
-    for i in 0..GROUPS {
-        let group = first + i as u64;
-        (c[0][i], c[1][i], c[2][i], c[3][i]) = (group & LOW, group >> 32, p.stream & LOW, p.stream >> 32);
-    }
+    let groups: [u64; GROUPS] = std::array::from_fn(|i| first + i as u64);
+    let (mut c0, mut c1) = (groups.map(|group| group & LOW), groups.map(|group| group >> 32));
+    let (mut c2, mut c3) = ([p.stream & LOW; GROUPS], [p.stream >> 32; GROUPS]);
     let mut key = [p.seed & LOW, p.seed >> 32];
     for _ in 0..10 {
-        for i in 0..GROUPS {
-            let (p0, p1) = (0xD251_1F53 * (c[0][i] & LOW), 0xCD9E_8D57 * (c[2][i] & LOW));
-            (c[0][i], c[2][i]) = (p1 >> 32 ^ c[1][i] ^ key[0], p0 >> 32 ^ c[3][i] ^ key[1]);
-            (c[1][i], c[3][i]) = (p1 & LOW, p0 & LOW);
+        for (((c0, c1), c2), c3) in c0.iter_mut().zip(&mut c1).zip(&mut c2).zip(&mut c3) {
+            let (p0, p1) = (0xD251_1F53 * (*c0 & LOW), 0xCD9E_8D57 * (*c2 & LOW));
+            (*c0, *c2) = ((p1 >> 32) ^ *c1 ^ key[0], (p0 >> 32) ^ *c3 ^ key[1]);
+            (*c1, *c3) = (p1 & LOW, p0 & LOW);
         }
-        key = [key[0] + 0x9E37_79B9 & LOW, key[1] + 0xBB67_AE85 & LOW];
+        key = [(key[0] + 0x9E37_79B9) & LOW, (key[1] + 0xBB67_AE85) & LOW];
     }
-    c
+    [c0, c1, c2, c3]
 }
 
 #[cfg(test)]
@@ -76,9 +74,8 @@ mod tests {
         let p = Dropout { probability: 0.5, seed: 0xFEDC_BA98_7654_3210, stream: 0x0123_4567_89AB_CDEF };
         for first in [0, 1, u64::from(u32::MAX) - 3, 1 << 40] {
             let words = words(&p, first);
-            for i in 0..GROUPS {
-                let expected = philox::words(p.seed, p.stream, first + i as u64);
-                assert_eq!([0, 1, 2, 3].map(|j: usize| words[j][i] as u32), expected);
+            for (i, group) in (first..).take(GROUPS).enumerate() {
+                assert_eq!(words.map(|word| word[i] as u32), philox::words(p.seed, p.stream, group));
             }
         }
     }

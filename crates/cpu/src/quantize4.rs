@@ -56,9 +56,8 @@ fn quantize<T: Float>(
     let found = threads.map(w.len().div_ceil(CHUNK), |task| {
         let (start, end) = (task * CHUNK, w.len().min((task + 1) * CHUNK));
         // SAFETY: CHUNK is even and a multiple of the block, so no two tasks share a byte or a scale.
-        let outputs = unsafe {
-            (codes.get(start / 2..end.div_ceil(2)), absmax.get(start / block..end.div_ceil(block)))
-        };
+        let outputs =
+            unsafe { (codes.get(start / 2..end.div_ceil(2)), absmax.get(start / block..end.div_ceil(block))) };
         let (codes, absmax) = outputs;
         isa.run(Encode { thresholds, order, block, w: &w[start..end], codes, absmax }).map(|i| start + i)
     });

@@ -70,12 +70,7 @@ pub(crate) fn quantize_8bit(
 }
 
 /// The mean of the scales, and what they differ from it by, quantised in 8 bits.
-pub(crate) fn quantize_scales(
-    threads: &Threads,
-    absmax: &[f32],
-    codes: &mut [u8],
-    nested: &mut [f32],
-) -> Result<f32> {
+pub(crate) fn quantize_scales(threads: &Threads, absmax: &[f32], codes: &mut [u8], nested: &mut [f32]) -> Result<f32> {
     check_finite(absmax)?;
     let sum: f64 = absmax.iter().map(|scale| f64::from(*scale)).sum();
     // A weight without elements has no scales and no mean: max(1) gives it 0.

@@ -94,9 +94,8 @@ pub(crate) fn rms_norm_grad(
             let elements = rows.start * width..rows.end * width;
             let part = rows.start / rows_a_task * width;
             // SAFETY: the rows of two tasks do not overlap, nor do their parts of dgain.
-            let (dx, dgain) = unsafe {
-                (dx.get(elements.clone()), dgain.is_some().then(|| all.get(part..part + width)))
-            };
+            let (dx, dgain) =
+                unsafe { (dx.get(elements.clone()), dgain.is_some().then(|| all.get(part..part + width))) };
             let (x, dy, inv_rms) = (&saved.x[elements.clone()], &saved.dy[elements], &saved.inv_rms[rows]);
             isa.run(Backward { width, saved: Saved { x, dy, inv_rms, ..saved }, accumulate, dx, dgain });
         });

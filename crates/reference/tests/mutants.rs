@@ -550,6 +550,17 @@ fn a_result_that_is_not_the_same_twice_is_caught() {
     caught(&WRITES.map(|(kernel, output, law)| (Unsteady(kernel, output), law))[3..]);
 }
 
+/// Two backends that agree within the bounds, but not to the bit, have two digests.
+#[test]
+fn other_bits_within_the_bounds_are_told_apart() {
+    let last_bit = Mutant::new(Nudge("matmul", 0, f64::from(f32::EPSILON)));
+    let law = |candidate: &dyn Backend| matmul::large(candidate, &ORACLE);
+    let (exact, nudged) = (law(&ORACLE), law(&last_bit));
+    assert!(matches!((&exact, &nudged), (Verdict::Holds { .. }, Verdict::Holds { .. })), "{nudged:?}");
+    assert_ne!(exact, nudged);
+    assert_eq!(exact, law(&ORACLE));
+}
+
 #[test]
 fn an_error_that_is_not_reported_is_caught() {
     let laws: [Law; 3] = [errors::lengths, errors::dtypes, errors::foreign];

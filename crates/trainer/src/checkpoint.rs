@@ -50,7 +50,14 @@ impl Checkpoints {
     }
 
     /// Write a checkpoint of step `step`, and drop the oldest so that `keep` remain.
-    pub fn save(&self, step: usize, product: &Product, optimizer: &AdamW, backend: &dyn Backend, keep: usize) -> Result<PathBuf> {
+    pub fn save(
+        &self,
+        step: usize,
+        product: &Product,
+        optimizer: &AdamW,
+        backend: &dyn Backend,
+        keep: usize,
+    ) -> Result<PathBuf> {
         std::fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
         let path = self.folder.join(format!("step-{step:06}"));
         if path.exists() {

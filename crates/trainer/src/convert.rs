@@ -101,7 +101,12 @@ fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Pa
 /// Write `checkpoint` with every 4-bit weight as the dense values that it stands for, in the type its state names.
 ///
 /// Errors: a model that has none.
-pub fn dequantize(backend: &dyn Backend, checkpoint: &Checkpoint, config: &ModelConfig, out: &Path) -> Result<Converted> {
+pub fn dequantize(
+    backend: &dyn Backend,
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    out: &Path,
+) -> Result<Converted> {
     let mut done = Converted::default();
     let mut specs = Vec::new();
     for (name, shape) in config.tensors() {

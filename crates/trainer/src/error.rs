@@ -49,7 +49,9 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] rankfold_backend::Error),
     /// A loss or gradient that is no number.
-    #[error("step {step}: the {what} is {value}, expected a finite number: nothing was updated, the last checkpoint is whole")]
+    #[error(
+        "step {step}: the {what} is {value}, expected a finite number: nothing was updated, the last checkpoint is whole"
+    )]
     NotFinite { step: usize, what: &'static str, value: f64 },
     /// A setting outside its range.
     #[error("{setting} {found}: expected {expected}")]

@@ -82,7 +82,8 @@ mod tests {
         let mut metrics = Metrics::open(&path, 4).unwrap();
         metrics.eval(&eval(5)).unwrap();
         let text = std::fs::read_to_string(&path).unwrap();
-        let steps: Vec<Value> = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].clone()).collect();
+        let steps: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["step"].clone()).collect();
         assert_eq!(steps, [0, 2, 4, 5]);
     }
 }

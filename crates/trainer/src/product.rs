@@ -35,8 +35,15 @@ impl Product<'_> {
     /// Write it into `folder`, which exists; the weights are exact in a checkpoint.
     pub fn save(&self, folder: &Path, checkpoint: bool) -> Result<()> {
         match &self.kind {
-            Kind::Adapter(config) => Ok(rankfold_adapters::write_folder(self.model.backend().as_ref(), folder, config, self.model.linears())?),
-            Kind::Full { tokenizer, dtype } => self.save_model(folder, *tokenizer, if checkpoint { DType::F32 } else { *dtype }),
+            Kind::Adapter(config) => Ok(rankfold_adapters::write_folder(
+                self.model.backend().as_ref(),
+                folder,
+                config,
+                self.model.linears(),
+            )?),
+            Kind::Full { tokenizer, dtype } => {
+                self.save_model(folder, *tokenizer, if checkpoint { DType::F32 } else { *dtype })
+            }
         }
     }
 

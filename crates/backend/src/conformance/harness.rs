@@ -7,12 +7,16 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestCaseError, TestRunner, contextualize_config};
 use std::cell::Cell;
 use std::fmt::{Debug, Display};
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// What a law says of a candidate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Every case agreed.
-    Holds,
+    Holds {
+        /// A digest of all that the candidate computed: the same for two backends that give the same bits.
+        bits: u64,
+    },
     /// The candidate does not serve what the law is about, and says so.
     Skipped(String),
     /// A case that disagrees: the smallest that was found, and how.
@@ -32,10 +36,16 @@ where
         max_shrink_time: 10_000,
         ..Config::default()
     });
+    BITS.set(0);
     match TestRunner::new(config).run(strategy, law) {
-        Ok(()) => Verdict::Holds,
+        Ok(()) => Verdict::Holds { bits: BITS.get() },
         Err(broken) => Verdict::Broken(broken.to_string()),
     }
+}
+
+thread_local! {
+    /// The digest of what [`twice`] has seen since [`check`] began; a law runs on one thread.
+    static BITS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// The outcome of one case.
@@ -43,7 +53,7 @@ pub type TestCaseResult<T = ()> = std::result::Result<T, TestCaseError>;
 
 /// A verdict on what needs no random cases.
 pub fn once(law: impl FnOnce() -> TestCaseResult) -> Verdict {
-    law().map_or_else(|broken| Verdict::Broken(broken.to_string()), |()| Verdict::Holds)
+    law().map_or_else(|broken| Verdict::Broken(broken.to_string()), |()| Verdict::Holds { bits: 0 })
 }
 
 /// A float type that the suite computes in: f32 on the candidate, f64 on the oracle.
@@ -149,13 +159,32 @@ impl Placed {
 /// A kernel's outputs.
 pub type Outputs<T> = Vec<Vec<T>>;
 
-/// Runs the candidate twice: the same call gives the same bits.
-pub fn twice<T: Pod>(run: impl Fn() -> TestCaseResult<Outputs<T>>) -> TestCaseResult<Outputs<T>> {
-    let (first, second) = (run()?, run()?);
-    for (output, (a, b)) in first.iter().zip(&second).enumerate() {
-        let same = bytemuck::cast_slice::<T, u8>(a) == bytemuck::cast_slice::<T, u8>(b);
-        prop_assert!(same, "the same call gave other bits in output {output}");
+/// Outputs as bytes, one after another.
+pub trait Bits {
+    /// The bytes.
+    fn bits(&self) -> Vec<u8>;
+}
+
+impl<T: Pod> Bits for Outputs<T> {
+    fn bits(&self) -> Vec<u8> {
+        self.iter().flat_map(|output| bytemuck::cast_slice(output)).copied().collect()
     }
+}
+
+impl Bits for (Vec<u8>, Vec<f32>) {
+    fn bits(&self) -> Vec<u8> {
+        [&self.0[..], bytemuck::cast_slice(&self.1)].concat()
+    }
+}
+
+/// Runs the candidate twice: the same call gives the same bits.
+pub fn twice<R: Bits>(run: impl Fn() -> TestCaseResult<R>) -> TestCaseResult<R> {
+    let (first, second) = (run()?, run()?);
+    let bits = first.bits();
+    prop_assert!(bits == second.bits(), "the same call gave other bits");
+    let mut hasher = DefaultHasher::new();
+    (BITS.get(), bits).hash(&mut hasher);
+    BITS.set(hasher.finish());
     Ok(first)
 }
 

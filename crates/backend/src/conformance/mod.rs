@@ -33,15 +33,20 @@ pub mod rope;
 pub use harness::Verdict;
 
 /// One `#[test]` a law, for the backend that `candidate` makes (anew for each), judged by the one that `oracle`
-/// makes.
+/// makes. A `twin` is judged too, and has to give the candidate's own bits: the same backend with another number of
+/// threads.
 ///
 /// ```ignore
-/// rankfold_backend::conformance!(candidate: CpuBackend::new(2), oracle: ReferenceBackend::new());
+/// rankfold_backend::conformance!(
+///     candidate: CpuBackend::new(Some(1)),
+///     oracle: ReferenceBackend::new(),
+///     twin: CpuBackend::new(Some(2)),
+/// );
 /// ```
 #[macro_export]
 macro_rules! conformance {
-    (candidate: $candidate:expr, oracle: $oracle:expr $(,)?) => {
-        $crate::conformance! { @tests $candidate, $oracle;
+    (candidate: $candidate:expr, oracle: $oracle:expr $(, twin: $twin:expr)? $(,)?) => {
+        $crate::conformance! { @tests $candidate, $oracle, [$($twin)?];
             bytes_survive_a_round_trip => memory::round_trip,
             host_bytes_are_the_buffers_own => memory::host_bytes,
             fill_agrees => memory::fill,
@@ -89,16 +94,20 @@ macro_rules! conformance {
             contradicting_parameters_are_errors => errors::parameters,
         }
     };
-    (@tests $candidate:expr, $oracle:expr; $($test:ident => $family:ident::$law:ident,)*) => {
+    (@tests $candidate:expr, $oracle:expr, $twin:tt; $($test:ident => $family:ident::$law:ident,)*) => {
         $(
             #[test]
             fn $test() {
-                $crate::conformance::judge(
-                    stringify!($test),
-                    $crate::conformance::$family::$law(&$candidate, &$oracle),
-                );
+                let (law, oracle) = ($crate::conformance::$family::$law, $oracle);
+                let verdict = law(&$candidate, &oracle);
+                $crate::conformance::judge(stringify!($test), &verdict);
+                $crate::conformance!(@twin $twin, law, oracle, verdict);
             }
         )*
+    };
+    (@twin [], $law:ident, $oracle:ident, $verdict:ident) => {};
+    (@twin [$twin:expr], $law:ident, $oracle:ident, $verdict:ident) => {
+        assert_eq!($law(&$twin, &$oracle), $verdict, "the twin's bits are not the candidate's");
     };
 }
 
@@ -106,9 +115,9 @@ macro_rules! conformance {
 ///
 /// # Panics
 /// Where the law is broken: that is how a test fails.
-pub fn judge(law: &str, verdict: Verdict) {
+pub fn judge(law: &str, verdict: &Verdict) {
     match verdict {
-        Verdict::Holds => {}
+        Verdict::Holds { .. } => {}
         Verdict::Skipped(why) => eprintln!("{law}: skipped, {why}"),
         Verdict::Broken(why) => panic!("{law}: {why}"),
     }

@@ -68,35 +68,44 @@ impl Head<'_> {
         let blocks = (span.end - first).div_ceil(KEYS);
         let (depth, stride) = (p.head_dim, p.kv_heads * p.head_dim);
         let g = self.h / self.shape.group();
-        scratch::with((blocks * KEYS + 2 * QUERIES) * width + blocks * KEYS * depth + 2 * QUERIES + ROWS * KEYS, |mut s| {
-            let (packed_k, packed_v) = (take(&mut s, blocks * KEYS * depth), take(&mut s, blocks * KEYS * width));
-            for (keys, out) in parts(first..span.end, KEYS).zip(packed_k.chunks_exact_mut((KEYS * depth).max(1))) {
-                let (first, rows) = (self.shape.key(self.b, keys.start, g).start, keys.len());
-                isa.run(Transpose { x: k, first, stride, rows, depth, columns: KEYS, out });
-            }
-            pack::rows(v, 1.0, width, (first..span.end).map(|j| self.shape.key(self.b, j, g)), packed_v);
-            let packed = Packed { first, k: packed_k, v: packed_v };
-            let mut block = Block {
-                q: take(&mut s, QUERIES * width),
-                sums: take(&mut s, QUERIES * width),
-                m: take(&mut s, QUERIES),
-                l: take(&mut s, QUERIES),
-                scores: take(&mut s, ROWS * KEYS),
-            };
-            for queries in parts(0..p.queries, QUERIES) {
-                pack::rows(q, p.scale, width, queries.clone().map(|i| self.shape.query(self.b, i, self.h)), block.q);
-                block.sums.fill(0.0);
-                block.m.fill(f32::NEG_INFINITY);
-                block.l.fill(0.0);
-                let span = self.shape.span(self.b, queries.clone());
-                for keys in (span.start / KEYS * KEYS..span.end).step_by(KEYS) {
-                    for rows in parts(queries.clone(), ROWS) {
-                        self.pass(&packed, &mut block, keys, rows.clone(), rows.start - queries.start);
-                    }
+        scratch::with(
+            (blocks * KEYS + 2 * QUERIES) * width + blocks * KEYS * depth + 2 * QUERIES + ROWS * KEYS,
+            |mut s| {
+                let (packed_k, packed_v) = (take(&mut s, blocks * KEYS * depth), take(&mut s, blocks * KEYS * width));
+                for (keys, out) in parts(first..span.end, KEYS).zip(packed_k.chunks_exact_mut((KEYS * depth).max(1))) {
+                    let (first, rows) = (self.shape.key(self.b, keys.start, g).start, keys.len());
+                    isa.run(Transpose { x: k, first, stride, rows, depth, columns: KEYS, out });
                 }
-                self.finish(&block, queries);
-            }
-        });
+                pack::rows(v, 1.0, width, (first..span.end).map(|j| self.shape.key(self.b, j, g)), packed_v);
+                let packed = Packed { first, k: packed_k, v: packed_v };
+                let mut block = Block {
+                    q: take(&mut s, QUERIES * width),
+                    sums: take(&mut s, QUERIES * width),
+                    m: take(&mut s, QUERIES),
+                    l: take(&mut s, QUERIES),
+                    scores: take(&mut s, ROWS * KEYS),
+                };
+                for queries in parts(0..p.queries, QUERIES) {
+                    pack::rows(
+                        q,
+                        p.scale,
+                        width,
+                        queries.clone().map(|i| self.shape.query(self.b, i, self.h)),
+                        block.q,
+                    );
+                    block.sums.fill(0.0);
+                    block.m.fill(f32::NEG_INFINITY);
+                    block.l.fill(0.0);
+                    let span = self.shape.span(self.b, queries.clone());
+                    for keys in (span.start / KEYS * KEYS..span.end).step_by(KEYS) {
+                        for rows in parts(queries.clone(), ROWS) {
+                            self.pass(&packed, &mut block, keys, rows.clone(), rows.start - queries.start);
+                        }
+                    }
+                    self.finish(&block, queries);
+                }
+            },
+        );
     }
 
     /// Up to ROWS queries, the first of which is row `row` of the block, through the block of keys from `keys`.

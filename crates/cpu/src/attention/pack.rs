@@ -4,13 +4,7 @@ use crate::simd::{Float, Kernel, Simd};
 use std::ops::Range;
 
 /// out row r = factor · x[rows(r)], padded with zeros to `width`.
-pub(super) fn rows(
-    x: &[f32],
-    factor: f32,
-    width: usize,
-    rows: impl Iterator<Item = Range<usize>>,
-    out: &mut [f32],
-) {
+pub(super) fn rows(x: &[f32], factor: f32, width: usize, rows: impl Iterator<Item = Range<usize>>, out: &mut [f32]) {
     for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
         let (out, padding) = out.split_at_mut(row.len());
         out.iter_mut().zip(&x[row]).for_each(|(out, x)| *out = factor * x);

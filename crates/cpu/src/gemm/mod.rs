@@ -39,16 +39,20 @@ use std::ops::Range;
 use tile::Tile;
 
 /// k of one chain of FMAs: a panel of B (2·LANES columns) takes half of L1.
-static DEPTH: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_DEPTH").map_or(256, |v| v.parse().unwrap()));
+static DEPTH: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("G_DEPTH").map_or(256, |v| v.parse().unwrap()));
 
 /// k that is packed at a time.
-static GROUP: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_GROUP").map_or(2048, |v| v.parse().unwrap()));
+static GROUP: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("G_GROUP").map_or(2048, |v| v.parse().unwrap()));
 
 /// Rows that are packed at a time: with GROUP, at most 8 MiB.
-static ROWS: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_ROWS").map_or(1024, |v| v.parse().unwrap()));
+static ROWS: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("G_ROWS").map_or(1024, |v| v.parse().unwrap()));
 
 /// Rows whose packed block of DEPTH takes about a third of L2.
-static L2_ROWS: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_L2_ROWS").map_or(168, |v| v.parse().unwrap()));
+static L2_ROWS: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("G_L2_ROWS").map_or(168, |v| v.parse().unwrap()));
 
 /// Products on some threads with some instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -176,7 +180,6 @@ struct Block<'a> {
     c_stride: usize,
     finish: Option<Finish<'a>>,
 }
-
 
 /// Packs panels of the left operand: those of a segment lie one after the other, segments too.
 struct PackLeft<'a> {

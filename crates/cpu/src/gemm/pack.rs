@@ -13,6 +13,12 @@ use std::ops::Range;
 /// The most lanes of any instruction set.
 pub(super) const MAX_LANES: usize = 16;
 
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
+/// Stored rows that are asked for ahead: rows longer than a page defeat the machine's own prefetching.
+const AHEAD: usize = 8;
+
 /// A panel of the left operand: `rows` by `ks`.
 ///
 /// # Safety
@@ -88,6 +94,12 @@ pub(super) trait Elements<S: Simd> {
     /// The machine has S; the elements exist; `first` is a multiple of LANES in a row for which `whole` holds.
     unsafe fn within(&self, first: usize, factor: S::V) -> S::V;
 
+    /// Ask for the cache lines of `n` elements that need not exist.
+    ///
+    /// # Safety
+    /// The machine has S.
+    unsafe fn prefetch(&self, first: usize, n: usize);
+
     /// Elements `first` … `first + n − 1`, wherever they lie, zeros in the other lanes.
     ///
     /// # Safety
@@ -113,6 +125,13 @@ impl<S: Simd, T: Float> Elements<S> for *const T {
     unsafe fn within(&self, first: usize, _: S::V) -> S::V {
         // SAFETY: the caller's.
         unsafe { T::load::<S>(self.add(first)) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(&self, first: usize, n: usize) {
+        for i in (first..first + n).step_by(LINE / size_of::<T>()) {
+            // SAFETY: the caller's.
+            unsafe { S::prefetch(self.wrapping_add(i).cast()) }
+        }
     }
     #[inline(always)]
     unsafe fn vector(&self, first: usize, n: usize) -> S::V {
@@ -176,6 +195,7 @@ unsafe fn by_rows<S: Simd, E: Elements<S>>(
         let first = k * stride + columns.start;
         // SAFETY: vector i of a row is half of panel i / 2's row; elements within the operand.
         unsafe {
+            elements.prefetch(first + AHEAD * stride, columns.len());
             let out = out.add(row * 2 * S::LANES);
             let mut i = 0;
             while i < whole {
@@ -230,6 +250,7 @@ unsafe fn by_tiles<S: Simd, E: Elements<S>>(
                         let mut tile = [S::splat(0.0); MAX_LANES];
                         for i in 0..S::LANES {
                             tile[i] = elements.within((first + i) * stride + k, factors[i]);
+                            elements.prefetch((first + S::LANES + i) * stride + k, 1);
                         }
                         S::transpose(&mut tile[..S::LANES]);
                         let out = out.add((k - ks.start) * 2 * S::LANES);

@@ -12,7 +12,8 @@ pub(super) const PACKED_PANELS: usize = 8;
 const ALONE: usize = 1 << 20;
 
 /// Panels of the right operand that a task packs at a time: with DEPTH, an eighth of L2.
-pub(super) static MOST_PANELS: std::sync::LazyLock<usize> = std::sync::LazyLock::new(|| std::env::var("G_PANELS").map_or(4, |v| v.parse().unwrap()));
+pub(super) static MOST_PANELS: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("G_PANELS").map_or(4, |v| v.parse().unwrap()));
 
 /// At most DEPTH of one term's k.
 #[derive(Clone, Debug)]

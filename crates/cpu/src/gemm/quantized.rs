@@ -5,7 +5,7 @@
 //! (blocks are). Otherwise some vectors are put together element by element.
 
 use super::operand::QuantSlice;
-use super::pack::{Elements, MAX_LANES};
+use super::pack::{Elements, LINE, MAX_LANES};
 use crate::simd::Simd;
 
 /// Reads vectors of a quantised weight.
@@ -60,6 +60,14 @@ impl<S: Simd> Elements<S> for Decoder<'_, S> {
     unsafe fn within(&self, first: usize, factor: S::V) -> S::V {
         // SAFETY: LANES elements from an even one on, LANES / 2 bytes.
         unsafe { S::mul(S::lookup_nibbles(self.table, self.data.codes.as_ptr().add(first / 2)), factor) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(&self, first: usize, n: usize) {
+        for i in (first..first + n).step_by(2 * LINE) {
+            // SAFETY: the caller's.
+            unsafe { S::prefetch(self.data.codes.as_ptr().wrapping_add(i / 2)) }
+        }
     }
 
     #[inline(always)]

@@ -160,7 +160,11 @@ impl Case {
                 // A chain of k FMAs rounds k times, `Portable`'s k products once more each; one more rounding to add
                 // to c, one for the scale, one for the bias, and one in place of the terms of second order.
                 let bound = (depth as f64 * 2.0 + 4.0) * 2f64.powi(-24) * magnitude;
-                let bound = if isa.lanes() == 8 && isa != Isa::Portable { bound / 2.0 + 2f64.powi(-23) * magnitude } else { bound };
+                let bound = if isa.lanes() == 8 && isa != Isa::Portable {
+                    bound / 2.0 + 2f64.powi(-23) * magnitude
+                } else {
+                    bound
+                };
                 assert!((f64::from(found[i]) - sum).abs() <= bound, "{isa} [{i}]: {} for {sum} ± {bound}", found[i]);
             }
             for threads in [2, 3] {

@@ -71,6 +71,12 @@ impl Tile {
     unsafe fn rows<S: Simd, const R: usize>(self) {
         // SAFETY: the caller's.
         unsafe {
+            // A tile of c comes from L3 or memory while its sums are formed.
+            for i in 0..R {
+                let row = self.c.add(i * self.c_stride).cast::<u8>();
+                S::prefetch(row);
+                S::prefetch(row.wrapping_add(4 * (2 * S::LANES - 1)));
+            }
             let sums = match self.stride {
                 None => self.sums::<S, R, true>(0),
                 Some(stride) => self.sums::<S, R, false>(stride),

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// AVX2 + FMA + F16C.
 #[derive(Clone, Copy)]
-pub struct Avx2;
+pub(crate) struct Avx2;
 
 /// A mask whose first `n` lanes are set.
 #[inline(always)]
@@ -166,8 +166,8 @@ unsafe impl Simd for Avx2 {
             // In each 64-bit lane the low byte becomes first · 16 + second; two bytes of each half are kept.
             let bytes = _mm256_or_si256(_mm256_slli_epi64::<4>(codes), _mm256_srli_epi64::<32>(codes));
             let order = _mm256_setr_epi8(
-                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1,
-                -1, -1, -1, -1,
+                0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1,
+                -1, -1, -1, -1, -1,
             );
             let bytes = _mm256_shuffle_epi8(bytes, order);
             let word = _mm_or_si128(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256::<1>(bytes));

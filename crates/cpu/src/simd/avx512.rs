@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 /// AVX-512 F, BW, DQ, VL.
 #[derive(Clone, Copy)]
-pub struct Avx512;
+pub(crate) struct Avx512;
 
 #[inline(always)]
 fn first(n: usize) -> __mmask16 {
@@ -61,7 +61,9 @@ unsafe impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut half::f16, v: __m512) {
-        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v)) }
+        unsafe {
+            _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v))
+        }
     }
     #[inline(always)]
     unsafe fn add(a: __m512, b: __m512) -> __m512 {

@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use rankfold_backend::Element;
 
 /// f32, bf16 or f16.
-pub trait Float: Element {
+pub(crate) trait Float: Element {
     /// The nearest value, ties to even.
     fn from_f64(x: f64) -> Self;
     /// The same value.

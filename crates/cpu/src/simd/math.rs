@@ -10,7 +10,7 @@ use super::Simd;
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
-pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
+pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
     // SAFETY: the caller's machine has S.
     unsafe {
         // The argument second: a NaN passes through.
@@ -33,7 +33,7 @@ pub unsafe fn exp<S: Simd>(x: S::V) -> S::V {
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
-pub unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
+pub(crate) unsafe fn sigmoid<S: Simd>(x: S::V) -> S::V {
     // SAFETY: the caller's machine has S.
     unsafe {
         let e = exp::<S>(S::sub(S::splat(0.0), x));

@@ -14,11 +14,11 @@ mod float;
 mod math;
 mod portable;
 
-pub use float::Float;
-pub use math::{exp, sigmoid};
-pub use portable::Portable;
+pub(crate) use float::Float;
+pub(crate) use math::{exp, sigmoid};
+pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
-pub use {avx2::Avx2, avx512::Avx512};
+pub(crate) use {avx2::Avx2, avx512::Avx512};
 
 use std::fmt;
 
@@ -28,7 +28,7 @@ use std::fmt;
 /// Every method may use the instruction set's instructions: it must only be called where they exist, which
 /// [`Isa::run`] guarantees. Pointers must be valid for the elements that the method's comment names; none need be
 /// aligned.
-pub unsafe trait Simd: Copy + Send + Sync + 'static {
+pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// The vector.
     type V: Copy;
     /// Sixteen f32 values, ready for lookups.
@@ -104,7 +104,7 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
 }
 
 /// Work that [`Isa::run`] runs on some instruction set.
-pub trait Kernel {
+pub(crate) trait Kernel {
     /// What it returns.
     type Output;
     /// Do it. Implementations are `#[inline(always)]`, and so is everything generic that they call.
@@ -171,7 +171,7 @@ impl Isa {
     /// # Panics
     /// Where this machine lacks it: values of [`Isa::available`] never do.
     #[inline]
-    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         debug_assert!(Self::available().contains(&self));
         match self {
             #[cfg(target_arch = "x86_64")]

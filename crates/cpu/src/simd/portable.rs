@@ -5,7 +5,7 @@ use super::Simd;
 /// N lanes as an array. `Portable<8>` is the fallback; tests also run `Portable<16>`, so that everything generic is
 /// tried at AVX-512's width on any machine.
 #[derive(Clone, Copy)]
-pub struct Portable<const N: usize>;
+pub(crate) struct Portable<const N: usize>;
 
 #[inline(always)]
 fn zip<const N: usize>(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
@@ -152,9 +152,7 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     unsafe fn transpose(rows: &mut [Self::V]) {
         for i in 0..N {
             for j in 0..i {
-                let lower = rows[i][j];
-                rows[i][j] = rows[j][i];
-                rows[j][i] = lower;
+                (rows[i][j], rows[j][i]) = (rows[j][i], rows[i][j]);
             }
         }
     }

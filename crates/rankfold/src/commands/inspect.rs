@@ -28,7 +28,14 @@ impl Inspect {
             let c = ModelConfig::open(&self.path)?;
             println!(
                 "{}: {} layers, {} wide, {} heads ({} for keys), head_dim {}, feed-forward {}, vocabulary {}, {} parameters",
-                c.architecture.model_type(), c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.feed_forward, c.vocab,
+                c.architecture.model_type(),
+                c.layers,
+                c.width,
+                c.heads,
+                c.kv_heads,
+                c.head_dim,
+                c.feed_forward,
+                c.vocab,
                 count(c.parameters()),
             );
         }

@@ -22,7 +22,9 @@ fn new_folder(path: &Path) -> Result<()> {
     std::fs::create_dir_all(path).map_err(Error::io(path))?;
     match std::fs::read_dir(path).map_err(Error::io(path))?.next() {
         None => Ok(()),
-        Some(_) => Err(Error::Path { path: path.to_owned(), why: "it is not empty: expected a new folder for --out".into() }),
+        Some(_) => {
+            Err(Error::Path { path: path.to_owned(), why: "it is not empty: expected a new folder for --out".into() })
+        }
     }
 }
 

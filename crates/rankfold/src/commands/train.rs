@@ -22,6 +22,7 @@ use std::time::Instant;
 
 /// Finetune a model. With no options: the built-in model on the built-in text, by QLoRA.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub struct Train {
     /// A TOML file of these options; flags win over it.
     #[arg(long, value_name = "run.toml")]
@@ -174,7 +175,14 @@ impl Job {
         let memory = bar.peak_rss.map_or(String::new(), |rss| format!(", {} of memory at the most", bytes(rss)));
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
         let (what, next) = match &adapter {
-            Some(_) => ("adapter", format!("rankfold generate --model {} --adapter {} --prompt …", options.model.as_deref().unwrap_or_default(), out.display())),
+            Some(_) => (
+                "adapter",
+                format!(
+                    "rankfold generate --model {} --adapter {} --prompt …",
+                    options.model.as_deref().unwrap_or_default(),
+                    out.display()
+                ),
+            ),
             None => ("model", format!("rankfold generate --model {} --prompt …", out.display())),
         };
         println!("the {what} is in {}; next: {next}", out.display());
@@ -189,7 +197,8 @@ fn data(options: &Options, folder: &Folder) -> Result<(Batches, Vec<Batch>, Opti
     }
     let tokenizer = folder.tokenizer()?;
     if tokenizer.vocab_size() > folder.config.vocab {
-        let why = format!("its tokenizer has {} tokens, its vocab_size is {}", tokenizer.vocab_size(), folder.config.vocab);
+        let why =
+            format!("its tokenizer has {} tokens, its vocab_size is {}", tokenizer.vocab_size(), folder.config.vocab);
         return Err(Error::Path { path: folder.path.clone(), why });
     }
     let held_out: Vec<Source> = options.eval_data.iter().cloned().map(Source::File).collect();
@@ -331,7 +340,11 @@ impl Memory {
 impl std::fmt::Display for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [weights, training, activations, sum] =
-            [self.weights, self.training, self.activations, self.weights + self.training + self.activations].map(|n| bytes(n as u64));
-        write!(f, "weights {weights}, trained values with gradients and moments {training}, activations {activations}: about {sum} and the program itself")
+            [self.weights, self.training, self.activations, self.weights + self.training + self.activations]
+                .map(|n| bytes(n as u64));
+        write!(
+            f,
+            "weights {weights}, trained values with gradients and moments {training}, activations {activations}: about {sum} and the program itself"
+        )
     }
 }

@@ -1,0 +1,279 @@
+//! The binary as a user meets it: runs that stop and go on, threads that change nothing, bad input in one line.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+fn rankfold(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).output().unwrap()
+}
+
+fn succeed(args: &[&str]) -> String {
+    let output = rankfold(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// That a command ends with exit code 2 and one line that holds every one of `words`.
+fn refuse(args: &[&str], words: &[&str]) {
+    let output = rankfold(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let error: Vec<&str> = stderr.lines().filter(|line| line.starts_with("rankfold: ")).collect();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+    assert_eq!(error.len(), 1, "{args:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    for word in words {
+        assert!(error[0].contains(word), "{args:?}: '{word}' is not in: {}", error[0]);
+    }
+}
+
+/// A folder for one test, and paths in it as text.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn text(&self, name: &str) -> String {
+        self.path(name).to_str().unwrap().to_owned()
+    }
+
+    /// A file with these bytes; its path.
+    fn file(&self, name: &str, bytes: impl AsRef<[u8]>) -> String {
+        std::fs::write(self.path(name), bytes).unwrap();
+        self.text(name)
+    }
+
+    /// The embedded model's folder.
+    fn base(&self) -> String {
+        let base = self.text("base");
+        succeed(&["export", "--out", &base]);
+        base
+    }
+}
+
+fn adapter(folder: &Path) -> Vec<u8> {
+    std::fs::read(folder.join("adapter_model.safetensors")).unwrap()
+}
+
+/// A short run of the main job; what differs is appended.
+fn run<'a>(out: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let common = ["train", "--steps", "6", "--batch", "2", "--seq", "32", "--dropout", "0.1", "--accumulate", "2"];
+    [&common[..], &["--checkpoint-every", "2", "--out", out], more].concat()
+}
+
+#[test]
+fn one_and_two_threads_give_the_same_bits_with_and_without_checkpointing() {
+    let place = Place::new();
+    let adapters =
+        [("one", "1", "false"), ("two", "2", "false"), ("three", "3", "true")].map(|(name, threads, again)| {
+            let out = place.text(name);
+            succeed(&run(&out, &["--threads", threads, "--checkpointing", again]));
+            adapter(&place.path(name))
+        });
+    assert!(adapters[0] == adapters[1] && adapters[0] == adapters[2]);
+}
+
+#[test]
+fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
+    let place = Place::new();
+    let (whole, killed) = (place.text("whole"), place.text("killed"));
+    let more = ["--steps", "40", "--eval-every", "10"];
+    let args = |out| run(out, &more);
+    succeed(&args(&whole));
+
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args(&killed)).spawn().unwrap();
+    let begun = Instant::now();
+    while !place.path("killed/checkpoints/step-000010").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(600) && child.try_wait().unwrap().is_none(), "killed too late");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!place.path("killed/adapter_model.safetensors").exists(), "the product appears only at the end");
+
+    refuse(&["train", "--out", &killed, "--resume", "--lr", "0.5"], &["lr", "0.5"]);
+    refuse(&args(&killed), &["another run", "--resume"]);
+    succeed(&["train", "--out", &killed, "--resume"]);
+    assert!(adapter(&place.path("whole")) == adapter(&place.path("killed")));
+    let losses = |name: &str| -> Vec<(serde_json::Value, serde_json::Value, serde_json::Value)> {
+        let text = std::fs::read_to_string(place.path(name).join("metrics.jsonl")).unwrap();
+        let line = |line: &str| {
+            let value: serde_json::Value = serde_json::from_str(line).unwrap();
+            (value["step"].clone(), value["loss"].clone(), value["eval_loss"].clone())
+        };
+        text.lines().map(line).collect()
+    };
+    assert_eq!(losses("whole"), losses("killed"));
+
+    let before = adapter(&place.path("killed"));
+    assert!(succeed(&["train", "--out", &killed, "--resume"]).contains("finished"));
+    assert!(before == adapter(&place.path("killed")));
+}
+
+#[test]
+fn a_run_learns_and_its_adapter_is_used_by_every_command() {
+    let place = Place::new();
+    let (out, base) = (place.text("run"), place.base());
+    succeed(&run(&out, &["--lr", "3e-3", "--rank", "4", "--targets", "q_proj,v_proj"]));
+    let tokens = |args: &[&str]| -> f64 {
+        let text = succeed(&[&["eval", "--seq", "64"], args].concat());
+        text.strip_prefix("loss ").unwrap().split(' ').next().unwrap().parse().unwrap()
+    };
+    let data = place.file("held.txt", "The LORD is my light and my salvation; whom shall I fear?\n".repeat(20));
+    let plain = tokens(&["--model", &base, "--data", &data]);
+    let adapted = tokens(&["--model", &base, "--data", &data, "--adapter", &out]);
+    assert!(adapted < plain, "{adapted} is not below {plain}");
+
+    let merged = place.text("merged");
+    succeed(&["merge", "--model", &base, "--adapter", &out, "--out", &merged]);
+    let in_one = tokens(&["--model", &merged, "--data", &data]);
+    // bf16 weights: each off by at most 2⁻⁹ of itself, and the loss with them by far less than what was learned.
+    assert!((in_one - adapted).abs() < 0.2 * (plain - adapted), "{in_one} is not near {adapted}");
+
+    let quantised = place.text("quantised");
+    succeed(&["quantize", "--model", &base, "--out", &quantised, "--double-quant"]);
+    let built_in = tokens(&["--data", &data]);
+    assert_eq!(tokens(&["--model", &quantised, "--data", &data]), built_in, "4 bits on the disk or made on reading");
+    let dense = place.text("dense");
+    succeed(&["dequantize", "--model", &quantised, "--out", &dense]);
+    assert!((tokens(&["--model", &dense, "--data", &data]) - built_in).abs() < 0.05);
+
+    let say = ["generate", "--adapter", &out, "--prompt", "The LORD", "--max-new", "12"];
+    assert_eq!(succeed(&say), succeed(&say));
+    assert!(succeed(&["inspect", &out]).contains("rank 4"));
+    assert!(succeed(&["inspect", &quantised]).contains("nf4"));
+}
+
+#[test]
+fn a_new_model_can_be_pretrained() {
+    let place = Place::new();
+    let text = place.file("text.txt", "to be or not to be, that is the question\n".repeat(50));
+    let config = place.file(
+        "config.json",
+        r#"{"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "intermediate_size": 48, "rms_norm_eps": 1e-5, "rope_theta": 10000, "dtype": "float32",
+            "tie_word_embeddings": true, "vocab_size": 1}"#,
+    );
+    let (fresh, out) = (place.text("fresh"), place.text("out"));
+    succeed(&["new", "--config", &config, "--vocab", "280", "--data", &text, "--out", &fresh]);
+    let train = ["train", "--model", &fresh, "--data", &text, "--method", "full", "--steps", "20", "--lr", "1e-2"];
+    succeed(&[&train[..], &["--batch", "4", "--seq", "32", "--out", &out]].concat());
+    let metrics = std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap();
+    let evals: Vec<f64> = metrics
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["eval_loss"].as_f64())
+        .collect();
+    assert!(evals.len() == 2 && evals[1] < 0.7 * evals[0], "{evals:?}");
+    succeed(&["generate", "--model", &out, "--prompt", "to be", "--max-new", "5"]);
+}
+
+#[test]
+fn bad_options_are_refused_in_one_line() {
+    let place = Place::new();
+    let out = place.text("out");
+    refuse(&run(&out, &["--rank", "0"]), &["rank 0", "at least 1"]);
+    refuse(&run(&out, &["--block", "48"]), &["block 48", "power of two"]);
+    refuse(&run(&out, &["--targets", "no_such_proj"]), &["no_such_proj", "matches no"]);
+    refuse(&run(&out, &["--lr", "0"]), &["lr 0"]);
+    refuse(&run(&out, &["--model", &place.text("nowhere")]), &["nowhere", "no such folder"]);
+    let config = place.file("run.toml", "stepz = 3\n");
+    refuse(&run(&out, &["--config", &config]), &["run.toml", "stepz"]);
+    assert!(!place.path("out").exists(), "nothing is written before the input is known to be good");
+    std::fs::create_dir(place.path("out")).unwrap();
+    place.file("out/mine.txt", "keep");
+    refuse(&run(&out, &[]), &["another run", "--overwrite"]);
+    refuse(&run(&out, &["--overwrite"]), &["no run"]);
+    assert!(place.path("out/mine.txt").exists());
+}
+
+#[test]
+fn bad_data_is_refused_with_its_file_and_line() {
+    let place = Place::new();
+    let out = place.text("out");
+    let refuse_data = |name: &str, bytes: &[u8], words: &[&str]| {
+        let data = place.file(name, bytes);
+        refuse(&run(&out, &["--data", &data]), &[&[name], words].concat());
+    };
+    refuse_data("empty.txt", b"", &[]);
+    refuse_data("bad.jsonl", b"{\"text\": \"a\"}\n{\"text\": \n", &["bad.jsonl:2"]);
+    refuse_data("keys.jsonl", b"{\"words\": \"a\"}\n", &["keys.jsonl:1", "prompt"]);
+    refuse_data("bytes.txt", b"abc\xff", &["UTF-8"]);
+    refuse(&run(&out, &["--data", &place.text("gone.txt")]), &["gone.txt"]);
+}
+
+/// A safetensors file of one tensor.
+fn safetensors(header: &str, data: &[u8]) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()
+}
+
+#[test]
+fn bad_model_files_are_refused_by_name() {
+    let place = Place::new();
+    let base = place.base();
+    let file = place.path("base/model.safetensors");
+    let whole = std::fs::read(&file).unwrap();
+    let evaluate = ["eval", "--model", &base];
+    let refuse_bytes = |bytes: &[u8], words: &[&str]| {
+        std::fs::write(&file, bytes).unwrap();
+        refuse(&evaluate, &[&["model.safetensors"], words].concat());
+    };
+    refuse_bytes(&whole[..whole.len() - 7], &[]);
+    refuse_bytes(&whole[..5], &[]);
+    refuse_bytes(
+        &safetensors(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, &[0; 4]),
+        &["model.embed_tokens.weight"],
+    );
+    let mut nan = whole.clone();
+    let last = nan.len() - 2;
+    nan[last..].copy_from_slice(&half_nan());
+    refuse_bytes(&nan, &["NaN"]);
+    std::fs::write(&file, &whole).unwrap();
+
+    let config = std::fs::read_to_string(place.path("base/config.json")).unwrap();
+    let with = |from: &str, to: &str, words: &[&str]| {
+        assert!(config.contains(from), "{from}");
+        std::fs::write(place.path("base/config.json"), config.replace(from, to)).unwrap();
+        refuse(&evaluate, &[&["config.json"], words].concat());
+    };
+    with("LlamaForCausalLM", "MambaForCausalLM", &["MambaForCausalLM"]);
+    with("rope_theta", "rope_phi", &["rope_theta"]);
+    std::fs::write(place.path("base/config.json"), config.replace("\"hidden_size\": 256", "\"hidden_size\": 128"))
+        .unwrap();
+    refuse(&evaluate, &["model.safetensors", "model.embed_tokens.weight"]);
+    std::fs::remove_file(place.path("base/config.json")).unwrap();
+    refuse(&evaluate, &["config.json"]);
+}
+
+/// A NaN in bf16.
+fn half_nan() -> [u8; 2] {
+    0x7fc0u16.to_le_bytes()
+}
+
+#[test]
+fn a_token_beyond_the_vocabulary_is_refused_with_its_place() {
+    let place = Place::new();
+    let header = r#"{"ids":{"dtype":"I64","shape":[1,2],"data_offsets":[0,16]},"labels":{"dtype":"I64","shape":[1,2],"data_offsets":[16,32]}}"#;
+    let data: Vec<u8> = [1i64, 99_999, 1, 2].iter().flat_map(|x| x.to_le_bytes()).collect();
+    let tokens = place.file("tokens.safetensors", safetensors(header, &data));
+    let out = place.text("out.safetensors");
+    refuse(&["logits", "--tokens", &tokens, "--out", &out], &["tokens.safetensors", "99999", "position 1"]);
+}
+
+#[test]
+fn a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_checkpoint() {
+    let place = Place::new();
+    let out = place.text("out");
+    // A rate at which the adapters overflow within a few steps.
+    let wild = ["--steps", "60", "--lr", "1e18", "--warmup", "0", "--clip", "0", "--checkpoint-every", "1"];
+    refuse(&run(&out, &wild), &["step", "expected a finite number"]);
+    assert!(!place.path("out/adapter_model.safetensors").exists());
+    let kept = std::fs::read_dir(place.path("out/checkpoints")).unwrap().count();
+    assert!(kept >= 1);
+}
