@@ -13,10 +13,13 @@ pub trait Op {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()>;
 }
 
+/// What a tensor on the tape came from: nothing, where it is a stand-in for a checkpointed part's input.
+type Node = Option<Box<dyn Op>>;
+
 /// Runs operations and, unless made by [`Tape::inference`], remembers them.
 pub struct Tape {
     backend: Arc<dyn Backend>,
-    nodes: Option<RefCell<Vec<Option<Box<dyn Op>>>>>,
+    nodes: Option<RefCell<Vec<Node>>>,
 }
 
 impl Tape {
@@ -101,7 +104,7 @@ impl Tape {
     }
 }
 
-fn push(nodes: &mut Vec<Option<Box<dyn Op>>>, tensor: Tensor, op: Option<Box<dyn Op>>) -> Tensor {
+fn push(nodes: &mut Vec<Node>, tensor: Tensor, op: Node) -> Tensor {
     nodes.push(op);
     Tensor::variable_of(tensor.buffer().clone(), tensor.shape().clone(), Some(Variable::Node(nodes.len() - 1)))
 }

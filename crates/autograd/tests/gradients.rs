@@ -5,6 +5,7 @@ use rankfold_autograd::{AttentionShape, Base, Gradients, LinearAdapter, Paramete
 use rankfold_backend::params::{Dropout, IGNORED};
 use rankfold_backend::{Backend, Buffer, Compute, DType, Format, Quantized, rope};
 use rankfold_reference::ReferenceBackend;
+use std::slice::from_ref;
 use std::sync::Arc;
 
 /// What the two roundings and the truncation of a central difference leave, many times over: see `gradcheck`.
@@ -70,7 +71,7 @@ fn rope_matches_differences() {
     let (cos, sin) = rope::tables(&frequencies, 6);
     let table = |values: &[f32]| Tensor::constant(b.upload(values).unwrap(), [6, 2]).unwrap();
     let (cos, sin, positions) = (table(&cos), table(&sin), ids(&b, &[0, 5, 3]));
-    check(&b, &[x.clone()], |t| t.rope(&x.tensor(), &positions, &cos, &sin));
+    check(&b, from_ref(&x), |t| t.rope(&x.tensor(), &positions, &cos, &sin));
 }
 
 #[test]
@@ -95,14 +96,14 @@ fn embedding_adds_repeated_rows() {
     let b = reference();
     let table = parameter(&b, 1, &[5, 3]).unwrap();
     let ids = ids(&b, &[4, 0, 4, 2]);
-    check(&b, &[table.clone()], |t| t.embedding(&ids, &table.tensor(), DType::F64));
+    check(&b, from_ref(&table), |t| t.embedding(&ids, &table.tensor(), DType::F64));
 }
 
 #[test]
 fn dropout_matches_differences() {
     let b = reference();
     let x = parameter(&b, 1, &[4, 5]).unwrap();
-    check(&b, &[x.clone()], |t| t.dropout(&x.tensor(), Dropout { probability: 0.4, seed: 3, stream: 9 }));
+    check(&b, from_ref(&x), |t| t.dropout(&x.tensor(), Dropout { probability: 0.4, seed: 3, stream: 9 }));
 }
 
 /// The low-rank cases of `linear`: LoRA, with dropout, AdaLoRA's e, DoRA's g, and all of it.

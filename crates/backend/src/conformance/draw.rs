@@ -36,7 +36,7 @@ pub enum Values {
     Normal,
     /// Normal draws, ±1e18, denormals and zeros of both signs.
     Wide,
-    /// Those with NaN and both infinities among them, but none of the huge ones: where they meet a infinity, only
+    /// Those with NaN and both infinities among them, but none of the huge ones: where they meet an infinity, only
     /// the exponent range of the accumulator decides between infinity and NaN.
     NonFinite,
 }

@@ -38,8 +38,7 @@ pub fn agrees(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         let x = draw.scaled(tokens * heads * head_dim);
         let positions: Vec<u32> = (0..tokens).map(|_| draw.below(POSITIONS) as u32).collect();
         let (cos, sin) = tables(&frequencies(10_000.0, head_dim, scaling), POSITIONS);
-        let run = |backend, x: &[f32]| call::<f32>(backend, &p, seed, x, &positions, (&cos, &sin));
-        let found = twice(|| run(candidate, &x))?;
+        let found = twice(|| call::<f32>(candidate, &p, seed, &x, &positions, (&cos, &sin)))?;
         let exact = call::<f64>(oracle, &p, seed, &x, &positions, (&cos, &sin))?;
         // y_i subtracts and y_j adds (or the other way round), so |x| under |cos| and |sin| sums up the terms of
         // one of the two; turned with the other sign, those of the other. The larger is all terms.

@@ -45,12 +45,13 @@ pub(super) unsafe fn left<S: Simd>(operand: Left, rows: Range<usize>, ks: Range<
         let whole = ks.len() / S::LANES * S::LANES;
         for k in (0..whole).step_by(S::LANES) {
             let mut tile = [S::splat(0.0); MAX_LANES];
-            for i in 0..S::LANES {
-                tile[i] = S::load(sources[i].add(k));
+            let tile = &mut tile[..S::LANES];
+            for (v, source) in tile.iter_mut().zip(sources) {
+                *v = S::load(source.add(k));
             }
-            S::transpose(&mut tile[..S::LANES]);
-            for i in 0..S::LANES {
-                store_column::<S>(out, (k + i) * height, tile[i], height, end);
+            S::transpose(tile);
+            for (i, v) in tile.iter().enumerate() {
+                store_column::<S>(out, (k + i) * height, *v, height, end);
             }
         }
         for k in whole..ks.len() {
@@ -248,14 +249,15 @@ unsafe fn by_tiles<S: Simd, E: Elements<S>>(
                     }
                     for k in (k..k + run).step_by(S::LANES) {
                         let mut tile = [S::splat(0.0); MAX_LANES];
-                        for i in 0..S::LANES {
-                            tile[i] = elements.within((first + i) * stride + k, factors[i]);
+                        let tile = &mut tile[..S::LANES];
+                        for (i, (v, factor)) in tile.iter_mut().zip(factors).enumerate() {
+                            *v = elements.within((first + i) * stride + k, factor);
                             elements.prefetch((first + S::LANES + i) * stride + k, 1);
                         }
-                        S::transpose(&mut tile[..S::LANES]);
+                        S::transpose(tile);
                         let out = out.add((k - ks.start) * 2 * S::LANES);
-                        for i in 0..S::LANES {
-                            S::store(out.add(i * 2 * S::LANES), tile[i]);
+                        for (i, v) in tile.iter().enumerate() {
+                            S::store(out.add(i * 2 * S::LANES), *v);
                         }
                     }
                     k += run;

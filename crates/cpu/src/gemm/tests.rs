@@ -87,7 +87,7 @@ impl Stored {
             }
         };
         let byte = self.codes[i / 2];
-        self.format().values()[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })] * scale
+        self.format().values()[usize::from(if i.is_multiple_of(2) { byte >> 4 } else { byte & 15 })] * scale
     }
 }
 
@@ -224,59 +224,5 @@ fn products_beyond_one_block_of_rows_and_one_group_of_k() {
             seed: 7,
         };
         case.check();
-    }
-}
-
-/// Not a test of correctness: prints rates, for work on this file's neighbours.
-#[test]
-#[ignore]
-fn rates() {
-    let threads = Threads::new(std::env::var("T").map_or(Some(2), |t| t.parse().ok()));
-    unsafe extern "C" {
-        fn clock_gettime(id: i32, t: *mut [i64; 2]) -> i32;
-    }
-    let clock = || -> f64 {
-        let mut t = [0i64; 2];
-        unsafe { clock_gettime(3, &mut t) };
-        t[0] as f64 + t[1] as f64 * 1e-9
-    };
-    let only = std::env::var("S").ok();
-    let gemm = Gemm { threads: &threads, isa: Isa::available()[0] };
-    let rng = &mut Random { seed: 1, position: 0 };
-    let shapes = [
-        (1024, 1024, 1024),
-        (512, 4096, 4096),
-        (1024, 16, 4096),
-        (1024, 4096, 16),
-        (16, 4096, 1024),
-        (16, 4096, 4096),
-        (4, 4096, 4096),
-        (1, 4096, 4096),
-        (1024, 512, 512),
-        (1024, 1408, 512),
-        (1024, 512, 1408),
-        (1024, 16, 512),
-    ];
-    for (m, n, k) in shapes {
-        if only.as_ref().is_some_and(|s| *s != format!("{m}x{n}x{k}")) {
-            continue;
-        }
-        for (kind, transposed) in [(0, true), (0, false), (1, true), (4, true), (4, false)] {
-            let a = rng.vector(m * k);
-            let stored = Stored::random(rng, kind, k * n);
-            let mut c = vec![0.0; m * n];
-            let right = if transposed { Right::transposed(stored.slice(), k) } else { Right::rows(stored.slice(), n) };
-            let mut best = f64::INFINITY;
-            let begin = std::time::Instant::now();
-            while begin.elapsed().as_secs_f64() < 0.5 {
-                let (start, cpu) = (std::time::Instant::now(), clock());
-                gemm.product(&[Term { left: Left::rows(&a, k), right, k }], Output::new(&mut c, m, n));
-                let wall = start.elapsed().as_secs_f64();
-                best = best.min(if threads.count() == 1 { clock() - cpu } else { wall });
-            }
-            let name = ["f32", "bf16", "f16", "nf4", "nf4dq"][kind];
-            let rate = 2.0 * (m * n * k) as f64 / best / 1e9;
-            println!("{m}x{n}x{k} {name}{} {:.3} ms {rate:.1} GFLOP/s", if transposed { "^T" } else { "" }, best * 1e3);
-        }
     }
 }

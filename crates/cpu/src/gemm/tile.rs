@@ -94,10 +94,10 @@ impl Tile {
             let (mut a, mut b) = (self.a, self.b);
             for _ in 0..self.k {
                 let (b0, b1) = (S::load(b), S::load(b.add(S::LANES)));
-                for i in 0..R {
+                for (i, [left, right]) in sums.iter_mut().enumerate() {
                     let x = S::splat(*a.add(if PACKED { i } else { i * stride }));
-                    sums[i][0] = S::fma(x, b0, sums[i][0]);
-                    sums[i][1] = S::fma(x, b1, sums[i][1]);
+                    *left = S::fma(x, b0, *left);
+                    *right = S::fma(x, b1, *right);
                 }
                 a = a.add(if PACKED { R } else { 1 });
                 b = b.add(2 * S::LANES);
@@ -111,8 +111,7 @@ impl Tile {
         // SAFETY: only the columns that exist are touched.
         unsafe {
             let second = self.columns.saturating_sub(S::LANES);
-            for i in 0..R {
-                let (v0, v1) = (sums[i][0], sums[i][1]);
+            for (i, [v0, v1]) in sums.into_iter().enumerate() {
                 let c = self.c.add(i * self.c_stride);
                 if second == S::LANES {
                     let right = c.add(S::LANES);

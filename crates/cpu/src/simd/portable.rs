@@ -150,10 +150,9 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     }
     #[inline(always)]
     unsafe fn transpose(rows: &mut [Self::V]) {
-        for i in 0..N {
-            for j in 0..i {
-                (rows[i][j], rows[j][i]) = (rows[j][i], rows[i][j]);
-            }
+        let tile: [Self::V; N] = std::array::from_fn(|i| rows[i]);
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = std::array::from_fn(|j| tile[j][i]);
         }
     }
 }

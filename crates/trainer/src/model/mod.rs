@@ -14,10 +14,10 @@
 mod block;
 mod cache;
 mod config;
-mod model;
+mod llama;
 mod weights;
 
 pub use cache::Cache;
 pub use config::{Architecture, ModelConfig};
-pub use model::{DeviceBatch, Model};
+pub use llama::{DeviceBatch, Model};
 pub use weights::{Precision, Quantization};

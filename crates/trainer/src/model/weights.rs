@@ -2,7 +2,7 @@
 
 use super::ModelConfig;
 use super::block::Block;
-use super::model::Model;
+use super::llama::Model;
 use crate::{Error, Result};
 use rankfold_adapters::{Bias, Linear, Weight};
 use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
@@ -258,9 +258,13 @@ mod tests {
         let f32s = |x: f32| x.to_le_bytes().to_vec();
         let bf16s = |x: f32| half::bf16::from_f32(x).to_le_bytes().to_vec();
         let f16s = |x: f32| half::f16::from_f32(x).to_le_bytes().to_vec();
-        let cases: [(DType, &dyn Fn(f32) -> Vec<u8>, f32); 3] =
-            [(DType::F32, &f32s, f32::MAX), (DType::Bf16, &bf16s, 3.38e38), (DType::F16, &f16s, 65504.0)];
-        for (dtype, bytes, largest) in cases {
+        let bytes = |dtype, x| match dtype {
+            DType::Bf16 => bf16s(x),
+            DType::F16 => f16s(x),
+            _ => f32s(x),
+        };
+        for (dtype, largest) in [(DType::F32, f32::MAX), (DType::Bf16, 3.38e38), (DType::F16, 65504.0)] {
+            let bytes = |x| bytes(dtype, x);
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 assert_eq!(first_not_finite(dtype, &[bytes(largest), bytes(bad)].concat()), Some(1));
             }

@@ -1,0 +1,204 @@
+//! That the conformance suite can fail: the oracle with one fault, in one kernel, at a time, and the law that has to
+//! find it.
+
+mod mutant;
+
+use mutant::{Fault, Fault::*, Mutant, ORACLE};
+use rankfold_backend::Backend;
+use rankfold_backend::conformance::*;
+
+type Law = fn(&dyn Backend, &dyn Backend) -> Verdict;
+
+/// Every fault is found by its law, and the law holds without it.
+fn caught(faults: &[(Fault, Law)]) {
+    let breaks = |fault, law: Law| matches!(law(&Mutant::new(fault), &ORACLE), Verdict::Broken(_));
+    let survivors: Vec<Fault> =
+        faults.iter().filter(|&&(fault, law)| !breaks(fault, law)).map(|&(fault, _)| fault).collect();
+    assert!(survivors.is_empty(), "not caught: {survivors:?}");
+    let mut laws: Vec<Law> = faults.iter().map(|&(_, law)| law).collect();
+    laws.dedup_by(|a, b| std::ptr::fn_addr_eq(*a, *b));
+    assert!(laws.into_iter().all(|law| !breaks(Harmless, law)), "a law is broken without a fault");
+}
+
+/// What is caught tells how sharp the bounds are: an ulp or two (1.2e-7) where a kernel rounds once or twice, and
+/// where sums are long about their length in units of 2⁻²⁴.
+#[test]
+fn a_wrong_element_is_caught() {
+    caught(&[
+        (Nudge("fill", 0, 1e-2), memory::fill),
+        (Nudge("copy", 0, 1e-2), memory::copy),
+        (Nudge("cast", 0, 1e-2), memory::cast),
+        (Nudge("scale_in_place", 0, 3e-7), elementwise::scale_in_place),
+        (Nudge("add", 0, 2e-7), elementwise::add),
+        (Nudge("add_in_place", 0, 2e-7), elementwise::add_in_place),
+        (Nudge("dropout", 0, 2e-7), elementwise::dropout),
+        (Nudge("silu_mul", 0, 1e-6), elementwise::silu_mul),
+        (Nudge("silu_mul_grad", 0, 1e-6), elementwise::silu_mul_grad),
+        (Nudge("silu_mul_grad", 1, 1e-6), elementwise::silu_mul_grad),
+        (Nudge("matmul", 0, 1e-6), matmul::agrees),
+        (Nudge("matmul", 0, 1e-4), matmul::large),
+        (Nudge("matmul", 0, 1e-6), matmul::bf16),
+        (Nudge("linear", 0, 2e-6), linear::forward),
+        (Nudge("linear_grad_input", 0, 2e-6), linear::grad_input),
+        (Nudge("dW", 0, 2e-6), linear::grad_weight),
+        (Nudge("d bias", 0, 2e-6), linear::grad_weight),
+        (Nudge("dA", 0, 1e-5), linear::grad_weight),
+        (Nudge("dB", 0, 1e-5), linear::grad_weight),
+        (Nudge("de", 0, 1e-5), linear::grad_weight),
+        (Nudge("dg", 0, 1e-5), linear::grad_weight),
+        (Nudge("linear", 0, 1e-3), linear::large),
+        (Nudge("linear", 0, 1e-5), linear::forward_bf16),
+        (Nudge("linear_grad_input", 0, 1e-5), linear::grad_input_bf16),
+        (Nudge("dA", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("dB", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("dg", 0, 1e-5), linear::grad_weight_bf16),
+        (Nudge("quantize_4bit", 0, 0.0), quantize::quantize_4bit),
+        (Nudge("quantize_4bit", 1, 2e-7), quantize::quantize_4bit),
+        (Nudge("dequantize_4bit", 0, 0.25), quantize::half_a_gap),
+        (Nudge("dequantize_4bit", 0, 2e-7), quantize::dequantize_4bit),
+        (Nudge("quantize_scales", 0, 0.0), quantize::quantize_scales),
+        (Nudge("quantize_scales", 1, 2e-7), quantize::quantize_scales),
+        (Deaf("offset"), quantize::quantize_scales),
+        (Nudge("quantize_8bit", 0, 0.0), quantize::quantize_8bit),
+        (Nudge("quantize_8bit", 1, 2e-7), quantize::quantize_8bit),
+        (Nudge("dequantize_8bit", 0, 2e-7), quantize::dequantize_8bit),
+        (Nudge("rms_norm", 0, 1e-6), rms_norm::forward),
+        (Nudge("rms_norm", 1, 1e-6), rms_norm::forward),
+        (Nudge("rms_norm_grad", 0, 2e-6), rms_norm::backward),
+        (Nudge("dgain", 0, 2e-6), rms_norm::backward),
+        (Nudge("rope", 0, 4e-7), rope::agrees),
+        (Nudge("attention", 0, 2e-6), attention::forward),
+        (Nudge("attention", 1, 2e-6), attention::forward),
+        (Nudge("attention_grad", 0, 1e-5), attention::backward),
+        (Nudge("attention_grad", 1, 1e-5), attention::backward),
+        (Nudge("attention_grad", 2, 1e-5), attention::backward),
+        (Nudge("embedding", 0, 2e-7), embedding::forward),
+        (Nudge("embedding_grad", 0, 4e-7), embedding::backward),
+        (Nudge("cross_entropy", 0, 2e-6), cross_entropy::forward),
+        (Nudge("cross_entropy_grad", 0, 5e-6), cross_entropy::backward),
+        (Nudge("cross_entropy_grad", 1, 2e-6), cross_entropy::backward),
+        (Nudge("adamw", 0, 5e-7), adamw::steps),
+        (Nudge("adamw", 1, 1e-6), adamw::steps),
+        (Nudge("adamw", 2, 1e-6), adamw::steps),
+        (Deaf("f64 of fill"), memory::fill),
+        (Deaf("f64 of sum_squares"), elementwise::sum_squares),
+        (Deaf("host bytes"), memory::host_bytes),
+    ]);
+}
+
+#[test]
+fn a_parameter_that_is_not_listened_to_is_caught() {
+    caught(&[
+        (Deaf("stream"), elementwise::dropout),
+        (Deaf("accumulate of matmul"), matmul::agrees),
+        (Deaf("compute"), matmul::bf16),
+        (Deaf("compute"), linear::forward_bf16),
+        (Deaf("compute"), linear::grad_input_bf16),
+        (Deaf("compute"), linear::grad_weight_bf16),
+        (Deaf("bias"), linear::forward),
+        (Deaf("low_rank"), linear::forward),
+        (Deaf("per_rank"), linear::forward),
+        (Deaf("row_scale"), linear::forward),
+        (Deaf("dropout"), linear::forward),
+        (Deaf("scale of the update"), linear::forward),
+        (Deaf("low_rank"), linear::grad_input),
+        (Deaf("per_rank"), linear::grad_input),
+        (Deaf("row_scale"), linear::grad_input),
+        (Deaf("dropout"), linear::grad_input),
+        (Deaf("accumulate of dx"), linear::grad_input),
+        (Deaf("dropout"), linear::grad_weight),
+        (Deaf("scale of the update"), linear::grad_weight),
+        (Deaf("eps"), rms_norm::forward),
+        (Deaf("accumulate of rms_norm"), rms_norm::backward),
+        (Deaf("inverse"), rope::agrees),
+        (Deaf("window"), attention::forward),
+        (Deaf("starts"), attention::forward),
+        (Deaf("window"), attention::backward),
+        (Deaf("starts"), attention::backward),
+        (Deaf("scale"), cross_entropy::backward),
+        (Deaf("step"), adamw::steps),
+        (Deaf("weight_decay"), adamw::steps),
+    ]);
+}
+
+/// Each kernel's first output, or the one named: kernel, output, law.
+const WRITES: [(&str, usize, Law); 30] = [
+    ("fill", 0, memory::fill),
+    ("copy", 0, memory::copy),
+    ("cast", 0, memory::cast),
+    ("scale_in_place", 0, elementwise::scale_in_place),
+    ("add", 0, elementwise::add),
+    ("add_in_place", 0, elementwise::add_in_place),
+    ("dropout", 0, elementwise::dropout),
+    ("silu_mul", 0, elementwise::silu_mul),
+    ("silu_mul_grad", 1, elementwise::silu_mul_grad),
+    ("matmul", 0, matmul::agrees),
+    ("linear", 0, linear::forward),
+    ("linear_grad_input", 0, linear::grad_input),
+    ("dA", 0, linear::grad_weight),
+    ("dg", 0, linear::grad_weight),
+    ("quantize_4bit", 0, quantize::quantize_4bit),
+    ("quantize_4bit", 1, quantize::quantize_4bit),
+    ("quantize_scales", 1, quantize::quantize_scales),
+    ("dequantize_4bit", 0, quantize::dequantize_4bit),
+    ("quantize_8bit", 0, quantize::quantize_8bit),
+    ("dequantize_8bit", 0, quantize::dequantize_8bit),
+    ("rms_norm", 0, rms_norm::forward),
+    ("rms_norm_grad", 0, rms_norm::backward),
+    ("rope", 0, rope::agrees),
+    ("attention", 0, attention::forward),
+    ("attention_grad", 1, attention::backward),
+    ("embedding", 0, embedding::forward),
+    ("embedding_grad", 0, embedding::backward),
+    ("cross_entropy", 0, cross_entropy::forward),
+    ("cross_entropy_grad", 1, cross_entropy::backward),
+    ("adamw", 2, adamw::steps),
+];
+
+#[test]
+fn a_write_beyond_the_output_is_caught() {
+    caught(&WRITES.map(|(kernel, output, law)| (Spill(kernel, output), law)));
+}
+
+#[test]
+fn an_element_that_is_not_written_is_caught() {
+    // dA and dg are added to, and spoiled after the one call that forms all gradients.
+    let faults = WRITES.iter().filter(|(kernel, ..)| !["dA", "dg"].contains(kernel));
+    caught(&faults.map(|&(kernel, output, law)| (Skip(kernel, output), law)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_result_that_is_not_the_same_twice_is_caught() {
+    caught(&WRITES.map(|(kernel, output, law)| (Unsteady(kernel, output), law))[3..]);
+}
+
+/// Two backends that agree within the bounds, but not to the bit, have two digests.
+#[test]
+fn other_bits_within_the_bounds_are_told_apart() {
+    let last_bit = Mutant::new(Nudge("matmul", 0, f64::from(f32::EPSILON)));
+    let law = |candidate: &dyn Backend| matmul::large(candidate, &ORACLE);
+    let (exact, nudged) = (law(&ORACLE), law(&last_bit));
+    assert!(matches!((&exact, &nudged), (Verdict::Holds { .. }, Verdict::Holds { .. })), "{nudged:?}");
+    assert_ne!(exact, nudged);
+    assert_eq!(exact, law(&ORACLE));
+}
+
+#[test]
+fn an_error_that_is_not_reported_is_caught() {
+    let laws: [Law; 3] = [errors::lengths, errors::dtypes, errors::foreign];
+    for kernel in ["copy", "add", "matmul", "linear", "rms_norm_grad", "attention", "quantize_8bit", "adamw", "cast"] {
+        caught(&laws.map(|law| (Lenient(kernel), law)));
+    }
+    caught(&[
+        (Lenient("read"), errors::lengths),
+        (Lenient("write"), errors::lengths),
+        (Lenient("embedding"), errors::values),
+        (Lenient("cross_entropy"), errors::values),
+        (Lenient("rope"), errors::values),
+        (Lenient("quantize_4bit"), errors::values),
+        (Lenient("quantize_4bit"), errors::parameters),
+        (Lenient("dropout"), errors::parameters),
+        (Lenient("adamw"), errors::parameters),
+        (Lenient("attention"), errors::parameters),
+    ]);
+}
