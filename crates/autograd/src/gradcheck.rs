@@ -45,7 +45,9 @@ pub fn worst_error(
             };
             let difference = (at(STEP)? - at(-STEP)?) / (2.0 * STEP);
             set(backend, parameter, i, value[i])?;
-            worst = worst.max((grad[i] - difference).abs() / grad[i].abs().max(1.0));
+            let error = (grad[i] - difference).abs() / grad[i].abs().max(1.0);
+            // `max` forgets NaN.
+            worst = if error.is_nan() { f64::INFINITY } else { worst.max(error) };
         }
     }
     Ok(worst)

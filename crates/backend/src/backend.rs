@@ -61,6 +61,10 @@ pub trait Backend: Debug + Send + Sync {
     /// product in f32, clamped to [−1, 1]; code = that of v's interval ([`Format::thresholds`]). A zero block has
     /// absmax 0 and the code of 0; an odd count is padded with that code. Exact to the bit.
     ///
+    /// −0 is 0: it has 0's code and no part in absmax. Denormals are values like any other, and never flushed; but in
+    /// a block whose absmax is below 1e-38 v comes out too small, so that of ŵ only its sign and |ŵ| ≤ absmax are
+    /// promised.
+    ///
     /// Errors: the first element that is NaN or infinite; nothing that was written then counts.
     fn quantize_4bit(&self, format: Format, block: usize, w: View, codes: ViewMut, absmax: ViewMut) -> Result<()>;
 
@@ -197,23 +201,6 @@ pub trait Backend: Debug + Send + Sync {
     /// With g = grad_scale·grad: param ← param·(1 − lr·weight_decay); m ← β1 m + (1 − β1) g;
     /// v ← β2 v + (1 − β2) g²; param ← param − lr·(m/(1 − β1^t)) / (√(v/(1 − β2^t)) + ε).
     fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()>;
-}
-
-/// What [`Backend::attention`] read and wrote, for its gradient.
-#[derive(Clone, Copy, Debug)]
-pub struct AttentionSaved<'a> {
-    /// Queries.
-    pub q: View<'a>,
-    /// Keys.
-    pub k: View<'a>,
-    /// Values.
-    pub v: View<'a>,
-    /// Segment starts.
-    pub starts: Option<View<'a>>,
-    /// The forward's output.
-    pub out: View<'a>,
-    /// The forward's log-sum-exps.
-    pub lse: View<'a>,
 }
 
 impl dyn Backend + '_ {

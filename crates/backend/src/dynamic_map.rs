@@ -29,6 +29,14 @@ impl DynamicMap {
             Self::Unsigned => &UNSIGNED,
         }
     }
+
+    /// The most that a number of the map's range is from its nearest value: half the widest gap. The signed map has
+    /// no −1, which lies as far below its first value.
+    pub fn worst_error(self) -> f32 {
+        let values = self.values();
+        let below = if self == Self::Signed { values[0] + 1.0 } else { 0.0 };
+        values.windows(2).map(|pair| (pair[1] - pair[0]) / 2.0).fold(below, f32::max)
+    }
 }
 
 fn derive(map: DynamicMap) -> [f32; 256] {

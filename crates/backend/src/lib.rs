@@ -28,12 +28,12 @@ mod quantized;
 pub mod rope;
 mod shape;
 
-pub use backend::{AttentionSaved, Backend};
+pub use backend::Backend;
 pub use buffer::{Buffer, Storage, View, ViewMut};
 pub use dtype::{DType, Element};
 pub use dynamic_map::{DynamicMap, NESTED_BLOCK};
 pub use error::{Error, Result};
 pub use format::{Format, Thresholds, linspace_f32};
-pub use params::{Compute, LinearGrads, LowRank, Weight};
+pub use params::{AttentionSaved, Compute, LinearGrads, LowRank, Weight};
 pub use quantized::{Quantized, Scales, check_block};
 pub use shape::Shape;

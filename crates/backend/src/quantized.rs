@@ -1,6 +1,6 @@
 //! A weight in 4 bits: codes, the scales of its blocks, and the one way to make it.
 
-use crate::params::expect;
+use crate::params::{elements, expect};
 use crate::{Backend, Buffer, DType, Error, Format, NESTED_BLOCK, Result, View};
 
 /// A matrix [outputs, inputs] as 4-bit codes of its flattened row-major elements, scaled block by block.
@@ -41,7 +41,10 @@ pub enum Scales {
 impl Quantized {
     /// Quantise `w` (f32, bf16 or f16; row-major [outputs, inputs]), its scales too if `double`.
     ///
-    /// Errors: a block that the formats do not have; a length that is not the shape's; a value that is not finite.
+    /// NaN and infinities have no code. [`Backend::quantize_4bit`] says what becomes of −0 and of denormals.
+    ///
+    /// Errors: a block that the formats do not have; a length that is not the shape's; the first value that is not
+    /// finite, by its index (who knows the tensor's name adds it).
     pub fn quantize(
         backend: &dyn Backend,
         w: View,
@@ -51,7 +54,7 @@ impl Quantized {
         double: bool,
     ) -> Result<Self> {
         check_block(block)?;
-        expect("quantize_4bit", "w", w.len(), shape[0] * shape[1])?;
+        expect("quantize_4bit", "w", w.len(), elements(&shape))?;
         let blocks = w.len().div_ceil(block);
         let mut codes = backend.alloc(DType::U8, w.len().div_ceil(2))?;
         let mut absmax = backend.alloc(DType::F32, blocks)?;
@@ -69,7 +72,7 @@ impl Quantized {
 
     /// Elements of the matrix.
     pub fn elements(&self) -> usize {
-        self.shape[0] * self.shape[1]
+        elements(&self.shape)
     }
 
     /// Blocks, the last of which may be short.

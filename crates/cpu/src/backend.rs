@@ -31,7 +31,7 @@ impl CpuBackend {
     /// On the fastest instruction set of this machine, with `threads` threads (all available cores where `None`).
     pub fn new(threads: Option<usize>) -> Self {
         // Portable is always there.
-        Self::with_isa(Isa::available().first().copied().unwrap_or(Isa::Portable), threads)
+        Self::with_isa(Isa::available().first().copied().unwrap_or(Isa::PORTABLE), threads)
     }
 
     /// On one of [`Isa::available`].
@@ -345,7 +345,7 @@ impl Backend for CpuBackend {
 
     fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, mut y: ViewMut, mut inv_rms: ViewMut) -> Result<()> {
         let s = Slices("rms_norm");
-        p.check(x.len(), &gain, y.len(), inv_rms.len())?;
+        p.check(&x, &gain, &y, &inv_rms)?;
         let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
         let (y, inv_rms) = (s.get_mut("y", &mut y)?, s.get_mut("inv_rms", &mut inv_rms)?);
         rms_norm::rms_norm(&self.threads, self.isa, p, x, gain, y, inv_rms);
@@ -364,11 +364,7 @@ impl Backend for CpuBackend {
         mut dgain: Option<ViewMut>,
     ) -> Result<()> {
         let s = Slices("rms_norm_grad");
-        p.check(x.len(), &gain, dx.len(), inv_rms.len())?;
-        expect(s.0, "dy", dy.len(), p.rows * p.width)?;
-        if let Some(dgain) = &dgain {
-            expect(s.0, "dgain", dgain.len(), p.width)?;
-        }
+        p.check_grad(&x, &gain, &inv_rms, &dy, &dx, dgain.as_ref())?;
         let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
         let saved = Saved { x, gain, inv_rms: s.get("inv_rms", inv_rms)?, dy: s.get("dy", dy)? };
         let dx = s.get_mut("dx", &mut dx)?;
@@ -396,9 +392,7 @@ impl Backend for CpuBackend {
         mut lse: ViewMut,
     ) -> Result<()> {
         let s = Slices("attention");
-        p.check(&q, &k, &v, starts.as_ref())?;
-        expect(s.0, "out", out.len(), p.query_elements())?;
-        expect(s.0, "lse", lse.len(), p.lse_elements())?;
+        p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
         let inputs = [s.get("q", q)?, s.get("k", k)?, s.get("v", v)?];
         let starts = starts.map(|starts| s.get("starts", starts)).transpose()?;
         let (out, lse) = (s.get_mut("out", &mut out)?, s.get_mut("lse", &mut lse)?);
@@ -415,14 +409,8 @@ impl Backend for CpuBackend {
         mut dv: ViewMut,
     ) -> Result<()> {
         let s = Slices("attention_grad");
+        p.check_grad(&saved, &dout, &dq, &dk, &dv)?;
         let AttentionSaved { q, k, v, starts, out, lse } = saved;
-        p.check(&q, &k, &v, starts.as_ref())?;
-        expect(s.0, "out", out.len(), p.query_elements())?;
-        expect(s.0, "lse", lse.len(), p.lse_elements())?;
-        expect(s.0, "dout", dout.len(), p.query_elements())?;
-        expect(s.0, "dq", dq.len(), p.query_elements())?;
-        expect(s.0, "dk", dk.len(), p.key_elements())?;
-        expect(s.0, "dv", dv.len(), p.key_elements())?;
         let saved = attention::Saved {
             q: s.get("q", q)?,
             k: s.get("k", k)?,
@@ -460,21 +448,21 @@ impl Backend for CpuBackend {
 
     fn embedding(&self, p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
         let s = Slices("embedding");
-        p.check(&ids, table.len(), rows.len())?;
+        p.check(&ids, &table, &rows)?;
         let (ids, table) = (s.get("ids", ids)?, s.floats("table", table)?);
         embedding::embedding(&self.threads, self.isa, p, ids, table, s.floats_mut("rows", &mut rows)?)
     }
 
     fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, mut dtable: ViewMut) -> Result<()> {
         let s = Slices("embedding_grad");
-        p.check(&ids, dtable.len(), drows.len())?;
+        p.check_grad(&ids, &drows, &dtable)?;
         let (ids, drows) = (s.get("ids", ids)?, s.get("drows", drows)?);
         embedding::embedding_grad(&self.threads, self.isa, p, ids, drows, s.get_mut("dtable", &mut dtable)?)
     }
 
     fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, mut losses: ViewMut) -> Result<()> {
         let s = Slices("cross_entropy");
-        p.check(logits.len(), &labels, &losses)?;
+        p.check(s.0, logits.len(), &labels, &losses)?;
         let (logits, labels) = (s.get("logits", logits)?, s.get("labels", labels)?);
         let losses = s.get_mut("losses", &mut losses)?;
         cross_entropy::cross_entropy(&self.threads, self.isa, p, logits, labels, losses)
@@ -489,7 +477,7 @@ impl Backend for CpuBackend {
         mut losses: ViewMut,
     ) -> Result<()> {
         let s = Slices("cross_entropy_grad_in_place");
-        p.check(logits.len(), &labels, &losses)?;
+        p.check(s.0, logits.len(), &labels, &losses)?;
         let (logits, labels) = (s.get_mut("logits", &mut logits)?, s.get("labels", labels)?);
         let losses = s.get_mut("losses", &mut losses)?;
         cross_entropy::cross_entropy_grad_in_place(&self.threads, self.isa, p, scale, logits, labels, losses)

@@ -6,7 +6,7 @@
 //!
 //! Both ways are bound by memory: 4 bytes of f32 (2 of a half) and ½ byte of code an element.
 
-use crate::simd::{Float, Isa, Kernel, Simd};
+use crate::simd::{ENCODED, Float, Isa, Kernel, Simd};
 use crate::slices::{Floats, FloatsMut};
 use crate::threads::{Disjoint, Threads};
 use rankfold_backend::{DynamicMap, Error, Format, NESTED_BLOCK, Result};
@@ -98,7 +98,15 @@ impl<T: Float> Kernel for Encode<'_, T> {
             // encoding to 8 bytes at most.
             unsafe {
                 let reciprocal = S::splat(reciprocal);
-                for i in (0..whole).step_by(S::LANES) {
+                let many = w.len() / ENCODED * ENCODED;
+                for i in (0..many).step_by(ENCODED) {
+                    let mut v = [reciprocal; 4];
+                    for (j, v) in v.iter_mut().take(ENCODED / S::LANES).enumerate() {
+                        *v = S::mul(T::load::<S>(w.as_ptr().add(i + j * S::LANES)), reciprocal);
+                    }
+                    S::encode_many(thresholds, order, v, codes.as_mut_ptr().add(i / 2));
+                }
+                for i in (many..whole).step_by(S::LANES) {
                     let v = S::mul(T::load::<S>(w.as_ptr().add(i)), reciprocal);
                     S::encode_nibbles(thresholds, order, v, codes.as_mut_ptr().add(i / 2));
                 }
@@ -121,9 +129,19 @@ impl<T: Float> Kernel for Encode<'_, T> {
 unsafe fn finite_absmax<S: Simd, T: Float>(w: &[T]) -> Option<f32> {
     // SAFETY: elements i … i + n − 1 of w.
     unsafe {
-        // 0 · x is 0 where x is finite and NaN elsewhere; the maximum alone would lose a NaN.
-        let (mut max, mut check) = (S::splat(0.0), S::splat(0.0));
-        for i in (0..w.len()).step_by(S::LANES) {
+        // 0 · x is 0 where x is finite and NaN elsewhere; the maximum alone would lose a NaN. Two of each, so that
+        // they wait less for each other.
+        let (mut maxima, mut checks) = ([S::splat(0.0); 2], [S::splat(0.0); 2]);
+        let whole = w.len() / (2 * S::LANES) * (2 * S::LANES);
+        for i in (0..whole).step_by(2 * S::LANES) {
+            for (j, (max, check)) in maxima.iter_mut().zip(&mut checks).enumerate() {
+                let x = T::load::<S>(w.as_ptr().add(i + j * S::LANES));
+                *max = S::max(S::abs(x), *max);
+                *check = S::fma(x, S::splat(0.0), *check);
+            }
+        }
+        let (mut max, mut check) = (S::max(maxima[0], maxima[1]), S::add(checks[0], checks[1]));
+        for i in (whole..w.len()).step_by(S::LANES) {
             let x = T::load_part::<S>(w.as_ptr().add(i), S::LANES.min(w.len() - i));
             max = S::max(S::abs(x), max);
             check = S::fma(x, S::splat(0.0), check);

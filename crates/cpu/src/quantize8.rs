@@ -2,42 +2,75 @@
 //! Quantization"), and with it double quantisation (Dettmers et al. 2023, QLoRA, §3), to the contract's bits.
 //!
 //! absmax = max |x|, v = x · (1/max(absmax, 10⁻³⁸)); the code is the number of midpoints between neighbouring map
-//! values that v exceeds, found in eight steps without a branch. Midpoints are exact in f64; v is an f32, so v exceeds
-//! a midpoint where it exceeds the largest f32 that is not above it, and the search stays in f32.
+//! values that v exceeds. Midpoints are exact in f64; v is an f32, so v exceeds a midpoint where it exceeds the
+//! largest f32 that is not above it, and the search stays in f32.
+//!
+//! The search is a lookup: the leading bits of v (sign, exponent, six bits of the mantissa) name an interval that
+//! holds two midpoints at most, since the map is nowhere denser than 64 values in [0.1, 1]. A table gives how many
+//! lie below the interval; two comparisons give the rest.
 
 use crate::scratch;
 use crate::threads::{Disjoint, Threads};
 use rankfold_backend::{DynamicMap, Error, NESTED_BLOCK, Result};
+use std::sync::LazyLock;
 
 /// Elements of a task, at least.
 const CHUNK: usize = 1 << 14;
 
-/// The midpoints, each rounded down to an f32, and one that nothing exceeds.
-fn thresholds(map: DynamicMap) -> [f32; 256] {
-    let mut thresholds = [f32::INFINITY; 256];
-    for (threshold, pair) in thresholds.iter_mut().zip(map.values().windows(2)) {
-        let midpoint = (f64::from(pair[0]) + f64::from(pair[1])) / 2.0;
-        let nearest = midpoint as f32;
-        *threshold = if f64::from(nearest) > midpoint { nearest.next_down() } else { nearest };
-    }
-    thresholds
+/// Bits of an f32 that do not choose its interval.
+const DROPPED: u32 = 17;
+
+/// How a map's codes are found.
+struct Search {
+    /// The midpoints, each rounded down to an f32, and two that nothing exceeds.
+    thresholds: [f32; 257],
+    /// The least code in each interval.
+    first: Vec<u8>,
 }
 
-/// How many thresholds v exceeds.
-#[inline(always)]
-fn code(thresholds: &[f32; 256], v: f32) -> u8 {
-    let mut below = 0usize;
-    for step in [128, 64, 32, 16, 8, 4, 2, 1] {
-        below += if v > thresholds[below + step - 1] { step } else { 0 };
+impl Search {
+    fn new(map: DynamicMap) -> Self {
+        let mut thresholds = [f32::INFINITY; 257];
+        for (threshold, pair) in thresholds.iter_mut().zip(map.values().windows(2)) {
+            let midpoint = (f64::from(pair[0]) + f64::from(pair[1])) / 2.0;
+            let nearest = midpoint as f32;
+            *threshold = if f64::from(nearest) > midpoint { nearest.next_down() } else { nearest };
+        }
+        let intervals = 0..1u32 << (u32::BITS - DROPPED);
+        let first = intervals.map(|interval| {
+            let [a, b] = ends(interval);
+            thresholds.partition_point(|threshold| a.min(b) > *threshold) as u8
+        });
+        Self { thresholds, first: first.collect() }
     }
-    below as u8
+
+    fn of(map: DynamicMap) -> &'static Self {
+        static SIGNED: LazyLock<Search> = LazyLock::new(|| Search::new(DynamicMap::Signed));
+        static UNSIGNED: LazyLock<Search> = LazyLock::new(|| Search::new(DynamicMap::Unsigned));
+        match map {
+            DynamicMap::Signed => &SIGNED,
+            DynamicMap::Unsigned => &UNSIGNED,
+        }
+    }
+
+    /// How many midpoints v exceeds.
+    #[inline(always)]
+    fn code(&self, v: f32) -> u8 {
+        let first = self.first[(v.to_bits() >> DROPPED) as usize];
+        let [below, above] = [self.thresholds[usize::from(first)], self.thresholds[usize::from(first) + 1]];
+        first + u8::from(v > below) + u8::from(v > above)
+    }
 }
 
-fn check_finite(x: &[f32]) -> Result<()> {
-    match x.iter().position(|x| !x.is_finite()) {
-        Some(index) => Err(Error::NonFinite { index, value: x[index].into() }),
-        None => Ok(()),
-    }
+/// The f32s at both ends of an interval, in the order of their bits.
+fn ends(interval: u32) -> [f32; 2] {
+    [interval << DROPPED, interval << DROPPED | ((1 << DROPPED) - 1)].map(f32::from_bits)
+}
+
+/// max |x|, `None` where an element is NaN or infinite: without the sign, f32s are ordered as their bits are.
+fn finite_absmax(x: &[f32]) -> Option<f32> {
+    let bits = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & !(1 << 31)));
+    Some(f32::from_bits(bits)).filter(|max| max.is_finite())
 }
 
 /// Codes and absmax of x; an error for the first element that is not finite.
@@ -49,29 +82,37 @@ pub(crate) fn quantize_8bit(
     codes: &mut [u8],
     absmax: &mut [f32],
 ) -> Result<()> {
-    check_finite(x)?;
-    let thresholds = thresholds(map);
+    let search = Search::of(map);
     let chunk = CHUNK.max(block);
     let (codes, absmax) = (Disjoint::new(codes), Disjoint::new(absmax));
-    threads.run_chunks(x.len(), chunk, |range| {
+    let found = threads.map(x.len().div_ceil(chunk), |task| {
+        let (start, end) = (task * chunk, x.len().min((task + 1) * chunk));
         // SAFETY: a chunk is a multiple of the block, so no two tasks share a code or a scale.
-        let (codes, absmax) =
-            unsafe { (codes.get(range.clone()), absmax.get(range.start / block..range.end.div_ceil(block))) };
-        for ((x, codes), absmax) in x[range].chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
-            *absmax = x.iter().fold(0.0, |max, x| max.max(x.abs()));
-            let reciprocal = 1.0 / absmax.max(1e-38);
-            for (x, c) in x.iter().zip(codes) {
+        let (codes, absmax) = unsafe { (codes.get(start..end), absmax.get(start / block..end.div_ceil(block))) };
+        for ((part, codes), absmax) in x[start..end].chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
+            let Some(max) = finite_absmax(part) else {
+                return (start..end).find(|i| !x[*i].is_finite());
+            };
+            *absmax = max;
+            let reciprocal = 1.0 / max.max(1e-38);
+            for (x, c) in part.iter().zip(codes) {
                 // No clamp: what a product exceeds 1 by changes no code.
-                *c = code(&thresholds, x * reciprocal);
+                *c = search.code(x * reciprocal);
             }
         }
+        None
     });
-    Ok(())
+    match found.into_iter().flatten().next() {
+        Some(index) => Err(Error::NonFinite { index, value: x[index].into() }),
+        None => Ok(()),
+    }
 }
 
 /// The mean of the scales, and what they differ from it by, quantised in 8 bits.
 pub(crate) fn quantize_scales(threads: &Threads, absmax: &[f32], codes: &mut [u8], nested: &mut [f32]) -> Result<f32> {
-    check_finite(absmax)?;
+    if let Some(index) = absmax.iter().position(|scale| !scale.is_finite()) {
+        return Err(Error::NonFinite { index, value: absmax[index].into() });
+    }
     let sum: f64 = absmax.iter().map(|scale| f64::from(*scale)).sum();
     // A weight without elements has no scales and no mean: max(1) gives it 0.
     let offset = (sum / absmax.len().max(1) as f64) as f32;
@@ -114,14 +155,28 @@ mod tests {
     #[test]
     fn codes_are_those_of_the_exact_midpoints() {
         for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
-            let thresholds = thresholds(map);
+            let search = Search::of(map);
             let midpoints: Vec<f64> =
                 map.values().windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
             for midpoint in &midpoints {
                 let near = *midpoint as f32;
-                for v in [near.next_down(), near, near.next_up(), -1.0, 0.0, 1.0] {
+                for v in [near.next_down(), near, near.next_up(), -1.0, -0.0, 0.0, 1.0, 1.0f32.next_up(), f32::MIN] {
                     let expected = midpoints.partition_point(|m| f64::from(v) > *m);
-                    assert_eq!(usize::from(code(&thresholds, v)), expected, "{v}");
+                    assert_eq!(usize::from(search.code(v)), expected, "{v}");
+                }
+            }
+        }
+    }
+
+    /// Codes grow with v, so that they are right in all of an interval where they are at both ends.
+    #[test]
+    fn no_interval_holds_more_than_two_midpoints() {
+        for map in [DynamicMap::Signed, DynamicMap::Unsigned] {
+            let Search { thresholds, first } = Search::of(map);
+            for interval in 0..first.len() as u32 {
+                let counts = ends(interval).map(|v| thresholds.partition_point(|threshold| v > *threshold));
+                if ends(interval).iter().all(|v| v.is_finite()) {
+                    assert!(counts[0].abs_diff(counts[1]) <= 2, "{:?}: {counts:?}", ends(interval));
                 }
             }
         }

@@ -179,6 +179,16 @@ fn every_part_of_a_weight_is_checked() {
     check(broken(4, &|t| t.3[1020] ^= 1), "'nested_quant_map' holds 1");
     check(broken(3, &|t| t.3.copy_from_slice(&f32::NAN.to_le_bytes())), "'nested_absmax' holds NaN at 0");
     check(broken(5, &json("[8, 80]", "[7, 91]")), "expected 319 bytes of U8");
+    check(broken(5, &json("[8, 80]", "[4294967295, 4294967296]")), "'w.absmax' has shape [10], expected [");
+    check(broken(5, &json("[8, 80]", "[4294967296, 4294967296]")), "more elements than a machine can hold");
+    check(broken(5, &json(": 64,", ": 0,")), "blocksize 0, expected a power of two");
+    check(broken(5, &json("\"nested_blocksize\": 256, ", "")), "nested_blocksize None");
+    check(
+        broken(5, &json("\"nested_offset\": ", "\"nested_offset\": NaN")),
+        "4-bit weight 'w': its quantisation state",
+    );
+    check(broken(5, &json("\"nested_offset\": ", "\"nested_offset\": 1e39, \"was\": ")), "beyond the range of f32");
+    check(broken(5, &json("\"float32\", \"shape", "\"float64\", \"shape")), "dtype 'float64'");
     check(broken(5, &json(": 64,", ": 128,")), "'w.absmax' has shape [10], expected [5]");
     check(broken(5, &json("\"nf4\"", "\"fp4\"")), "quant_type fp4, expected nf4 as in");
     check(broken(5, &json("\"nf4\"", "\"nf5\"")), "unknown 4-bit format 'nf5'");
@@ -197,6 +207,27 @@ fn every_part_of_a_weight_is_checked() {
     let fp4 = String::from_utf8(two[5].3.clone()).unwrap().replace("nf4", "fp4").into_bytes();
     two.push(("w.quant_state.bitsandbytes__fp4".into(), DType::U8, vec![fp4.len()], fp4));
     check(load(&two).unwrap_err().to_string(), "the states of two formats");
+}
+
+/// As a file of any other maker might: our writer refuses it.
+#[test]
+fn a_weight_with_a_part_twice_is_refused() {
+    let mut header = String::from("{");
+    let (mut data, mut parts) = (Vec::new(), whole());
+    parts.push(parts[1].clone());
+    for (name, dtype, shape, bytes) in &parts {
+        let dtype = if *dtype == DType::U8 { "U8" } else { "F32" };
+        let range = [data.len(), data.len() + bytes.len()];
+        header += &format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape:?},"data_offsets":{range:?}}},"#);
+        data.extend_from_slice(bytes);
+    }
+    header.pop();
+    header.push('}');
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.safetensors");
+    fs::write(&path, [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()).unwrap();
+    let error = Checkpoint::open(&path).unwrap_err();
+    assert!(matches!(&error, Error::Duplicate { tensor, .. } if tensor == "w.absmax"), "{error}");
 }
 
 #[test]

@@ -14,6 +14,8 @@ pub enum Error {
     #[error(transparent)]
     Adapters(#[from] rankfold_adapters::Error),
     #[error(transparent)]
+    Audit(#[from] rankfold_audit::Error),
+    #[error(transparent)]
     Autograd(#[from] rankfold_autograd::Error),
     #[error(transparent)]
     Kernel(#[from] rankfold_backend::Error),

@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 /// What a run writes at its folder's top; nothing else is ever removed.
 const OWN: [&str; 9] = [
-    "run.toml",
     "metrics.jsonl",
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -15,33 +14,49 @@ const OWN: [&str; 9] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "checkpoints",
+    // Last: a removal that was interrupted can be gone on with, as the folder still says that it is a run's.
+    "run.toml",
 ];
 
-/// `runs/001` or the first that is not there.
+/// Make `runs/001`, or the first that is not there: of two runs that start at once, each gets its own.
 pub fn first_free(runs: &Path) -> Result<PathBuf> {
-    (1..)
-        .map(|n| runs.join(format!("{n:03}")))
-        .find(|path| !path.exists())
-        .ok_or_else(|| Error::Usage("no free number is left in runs".into()))
+    std::fs::create_dir_all(runs).map_err(Error::io(runs))?;
+    for path in (1u32..).map(|n| runs.join(format!("{n:03}"))) {
+        match std::fs::create_dir(&path) {
+            Ok(()) => return Ok(path),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(e) => return Err(Error::io(path)(e)),
+        }
+    }
+    Err(Error::Usage("no free number is left in runs".into()))
 }
 
 /// Whether the run's product is there: it appears at the end.
 pub fn is_finished(folder: &Path) -> bool {
-    folder.join("adapter_config.json").exists() || folder.join("config.json").exists()
+    is_run(folder) && (folder.join("adapter_config.json").exists() || folder.join("config.json").exists())
+}
+
+/// Whether a run was started in it.
+fn is_run(folder: &Path) -> bool {
+    folder.join("run.toml").exists()
 }
 
 /// Make the folder ours: new or empty, or the run to resume, or a run to remove.
 pub fn claim(folder: &Path, resume: bool, overwrite: bool) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     let mut entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    if resume || entries.next().is_none() {
+    if entries.next().is_none() || (resume && is_run(folder)) {
         return Ok(());
+    }
+    if resume {
+        let why = "it holds something that is no run: expected a run's folder, or an empty one, for --resume".into();
+        return Err(Error::Path { path: folder.to_owned(), why });
     }
     if !overwrite {
         let why = "it holds another run: expected an empty folder, --resume or --overwrite".into();
         return Err(Error::Path { path: folder.to_owned(), why });
     }
-    if !folder.join("run.toml").exists() {
+    if !is_run(folder) {
         let why = "it holds something that is no run: --overwrite removes runs only".into();
         return Err(Error::Path { path: folder.to_owned(), why });
     }
@@ -84,6 +99,7 @@ mod tests {
         std::fs::write(run.join("notes.txt"), "mine").unwrap();
         assert!(claim(&run, false, false).is_err());
         assert!(claim(&run, false, true).unwrap_err().to_string().contains("no run"));
+        assert!(claim(&run, true, false).unwrap_err().to_string().contains("no run"));
         std::fs::write(run.join("run.toml"), "").unwrap();
         std::fs::create_dir(run.join("checkpoints")).unwrap();
         claim(&run, true, false).unwrap();

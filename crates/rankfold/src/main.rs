@@ -6,15 +6,19 @@
 #![forbid(unsafe_code)]
 
 mod builtin;
+mod check;
 mod commands;
 mod device;
 mod error;
 mod folder;
+mod memory;
 mod open;
 mod options;
+mod sample;
 mod show;
 
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// Parameter-efficient finetuning: LoRA and QLoRA, exact and deterministic.
@@ -36,6 +40,7 @@ enum Command {
     Grads(commands::grads::Grads),
     Quantize(commands::quantize::Quantize),
     Dequantize(commands::dequantize::Dequantize),
+    Audit(commands::audit::Audit),
     Merge(commands::merge::Merge),
     Export(commands::export::Export),
     New(commands::new::New),
@@ -46,6 +51,7 @@ enum Command {
 fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
         .without_time()
         .with_target(false)
@@ -78,6 +84,7 @@ fn run(command: Command) -> error::Result<()> {
         Command::Grads(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Dequantize(command) => command.run(),
+        Command::Audit(command) => command.run(),
         Command::Merge(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::New(command) => command.run(),

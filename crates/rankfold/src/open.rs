@@ -1,9 +1,12 @@
 //! A model with its tokenizer and adapter, from what the command line names.
 
 use crate::builtin;
+use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
+use crate::options::Quantize;
+use clap::Args;
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
-use rankfold_backend::{Backend, DType, Format};
+use rankfold_backend::{Backend, Compute, DType, Format};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
@@ -49,8 +52,16 @@ impl Folder {
     }
 
     /// Its tokenizer.
+    ///
+    /// Errors: one with more tokens than the model has rows for.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        Ok(Tokenizer::from_file(&self.path)?)
+        let tokenizer = Tokenizer::from_file(&self.path)?;
+        let (tokens, vocab) = (tokenizer.vocab_size(), self.config.vocab);
+        if tokens > vocab {
+            let why = format!("its tokenizer has {tokens} tokens, its vocab_size is {vocab}");
+            return Err(Error::Path { path: self.path.clone(), why });
+        }
+        Ok(tokenizer)
     }
 
     /// Its tokenizer, where it has one.
@@ -73,23 +84,80 @@ impl Folder {
         Ok(Model::load(backend, &self.checkpoint, self.config.clone(), precision)?)
     }
 
-    /// Read the model with an adapter on it, if one is named.
-    pub fn load_with(&self, backend: Arc<dyn Backend>, precision: Precision, adapter: Option<&Path>) -> Result<Model> {
-        let mut model = self.load(backend, precision)?;
-        if let Some(adapter) = adapter {
+    /// What the weights become: what is asked for, or 4 bits for the embedded model and as stored for others. A 4-bit
+    /// checkpoint stays as it is, whatever is asked.
+    pub fn precision(
+        &self,
+        quantize: Option<Quantize>,
+        block: Option<usize>,
+        double: Option<bool>,
+    ) -> Result<Precision> {
+        let quantize = quantize.unwrap_or(if self.builtin { Quantize::Nf4 } else { Quantize::None });
+        let how = Quantization {
+            format: if quantize == Quantize::None { Format::Nf4 } else { quantize.format()? },
+            block: block.unwrap_or(64),
+            double: double.unwrap_or(self.builtin),
+        };
+        how.check()?;
+        if quantize == Quantize::None && double == Some(true) {
+            tracing::warn!("--double-quant without --quantize: nothing is quantised");
+        }
+        let as_stored = quantize == Quantize::None || self.is_quantized();
+        Ok(if as_stored { Precision::AsStored } else { Precision::Quantized(how) })
+    }
+}
+
+/// The flags of every command that runs a model as it is.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// `builtin`, or the folder of a Hugging Face model.
+    #[arg(long, value_name = "builtin|DIR", default_value = BUILTIN)]
+    pub model: String,
+    /// A PEFT adapter on it.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Format of the linear layers: what the adapter was trained on [default: nf4 for builtin, else none].
+    #[arg(long, value_enum)]
+    quantize: Option<Quantize>,
+    /// Weights that share a scale: a power of two from 32 to 4096 [default: 64].
+    #[arg(long, value_name = "N")]
+    block: Option<usize>,
+    /// Quantise the scales too [default: true for builtin, else false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    double_quant: Option<bool>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+impl ModelArgs {
+    /// The model's folder.
+    pub fn folder(&self) -> Result<Folder> {
+        Folder::open(&self.model)
+    }
+
+    /// Read the model, with the adapter on it if one is named.
+    pub fn load(&self, folder: &Folder) -> Result<Model> {
+        let precision = folder.precision(self.quantize, self.block, self.double_quant)?;
+        let mut model = folder.load(self.device.open()?, precision)?;
+        if let Some(adapter) = &self.adapter {
             attach_saved(&mut model, adapter)?;
         }
         Ok(model)
     }
 
-    /// What is done where nothing is said: 4 bits for the embedded model, as stored for others.
-    pub fn default_precision(&self) -> Precision {
-        if self.builtin { Precision::Quantized(DEFAULT_QUANTIZATION) } else { Precision::AsStored }
+    /// For commands that do nothing without one.
+    pub fn needs_adapter(&self) -> Result<()> {
+        match self.adapter {
+            Some(_) => Ok(()),
+            None => Err(Error::Usage("--adapter is missing: expected a PEFT folder".into())),
+        }
+    }
+
+    /// Precision of the products' inputs.
+    pub fn compute(&self) -> Compute {
+        self.device.compute.into()
     }
 }
-
-/// NF4, block 64, double: QLoRA's own choice.
-pub const DEFAULT_QUANTIZATION: Quantization = Quantization { format: Format::Nf4, block: 64, double: true };
 
 /// Put a saved adapter onto a model; its configuration.
 pub fn attach_saved(model: &mut Model, adapter: &Path) -> Result<AdapterConfig> {

@@ -91,7 +91,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub data: Vec<PathBuf>,
     /// One batch of token ids (safetensors with `ids` and `labels`, i64 [N, T]), used every step.
-    #[arg(long, value_name = "FILE", conflicts_with = "data")]
+    #[arg(long, value_name = "FILE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tokens: Option<PathBuf>,
     /// Held-out data [default: the last tenth of the data].
@@ -136,7 +136,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<String>,
     /// Start from this PEFT adapter; the method and its hyper-parameters are the folder's.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["method", "rank", "alpha", "dropout", "rslora", "targets"])]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<PathBuf>,
     /// Optimiser steps [default: 120].

@@ -1,9 +1,28 @@
 //! Numbers as people read them, and the progress of a run.
 
+use crate::error::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use rankfold_trainer::metrics::EvalMetrics;
 use rankfold_trainer::run::Progress;
 use rankfold_trainer::step::StepMetrics;
+
+/// [`println!`], but standard output that cannot be written is an error and not a panic; one that nobody reads any
+/// more (`| head`) is neither.
+macro_rules! say {
+    ($($text:tt)*) => {
+        $crate::show::print(format_args!($($text)*))
+    };
+}
+pub(crate) use say;
+
+/// What [`say!`] calls.
+pub fn print(text: std::fmt::Arguments) -> Result<()> {
+    use std::io::{ErrorKind, Write};
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
+        written => written.map_err(Error::io("standard output")),
+    }
+}
 
 /// 1536 → "1.5 KiB".
 pub fn bytes(n: u64) -> String {

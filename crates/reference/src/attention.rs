@@ -8,7 +8,7 @@
 //! P_ij = exp(s_ij − lse_i) is formed again, so that P [queries, keys] never lies in memory.
 
 use crate::operands::Kernel;
-use rankfold_backend::params::{Attention, expect};
+use rankfold_backend::params::Attention;
 use rankfold_backend::{AttentionSaved, Result, View, ViewMut};
 use std::ops::RangeInclusive;
 
@@ -75,9 +75,7 @@ pub(crate) fn attention(
     mut lse: ViewMut,
 ) -> Result<()> {
     let kernel = Kernel("attention");
-    p.check(&q, &k, &v, starts.as_ref())?;
-    expect(kernel.0, "out", out.len(), p.query_elements())?;
-    expect(kernel.0, "lse", lse.len(), p.lse_elements())?;
+    p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
     let queries = queries(p, kernel, starts)?;
     let (q, k, v) = (kernel.floats("q", q)?, kernel.floats("k", k)?, kernel.floats("v", v)?);
     let mut out = kernel.floats_mut("out", &mut out)?;
@@ -117,14 +115,8 @@ pub(crate) fn attention_grad(
     mut dv: ViewMut,
 ) -> Result<()> {
     let kernel = Kernel("attention_grad");
+    p.check_grad(&saved, &dout, &dq, &dk, &dv)?;
     let AttentionSaved { q, k, v, starts, out, lse } = saved;
-    p.check(&q, &k, &v, starts.as_ref())?;
-    expect(kernel.0, "out", out.len(), p.query_elements())?;
-    expect(kernel.0, "lse", lse.len(), p.lse_elements())?;
-    expect(kernel.0, "dout", dout.len(), p.query_elements())?;
-    expect(kernel.0, "dq", dq.len(), p.query_elements())?;
-    expect(kernel.0, "dk", dk.len(), p.key_elements())?;
-    expect(kernel.0, "dv", dv.len(), p.key_elements())?;
     let queries = queries(p, kernel, starts)?;
     let (q, k, v) = (kernel.floats("q", q)?, kernel.floats("k", k)?, kernel.floats("v", v)?);
     let (out, lse, dout) = (kernel.floats("out", out)?, kernel.floats("lse", lse)?, kernel.floats("dout", dout)?);

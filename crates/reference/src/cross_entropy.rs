@@ -23,7 +23,7 @@ fn log_softmax(x: &[f64]) -> Vec<f64> {
 /// The losses.
 pub(crate) fn cross_entropy(p: &CrossEntropy, logits: View, labels: View, mut losses: ViewMut) -> Result<()> {
     let kernel = Kernel("cross_entropy");
-    p.check(logits.len(), &labels, &losses)?;
+    p.check(kernel.0, logits.len(), &labels, &losses)?;
     let (logits, columns) = (kernel.floats("logits", logits)?, columns(p, kernel, labels)?);
     let mut losses = kernel.floats_mut("losses", &mut losses)?;
     let row = |r: usize| &logits[r * p.vocab..][..p.vocab];
@@ -42,7 +42,7 @@ pub(crate) fn cross_entropy_grad_in_place(
     mut losses: ViewMut,
 ) -> Result<()> {
     let kernel = Kernel("cross_entropy_grad_in_place");
-    p.check(logits.len(), &labels, &losses)?;
+    p.check(kernel.0, logits.len(), &labels, &losses)?;
     let columns = columns(p, kernel, labels)?;
     let mut logits = kernel.floats_mut("logits", &mut logits)?;
     let mut losses = kernel.floats_mut("losses", &mut losses)?;

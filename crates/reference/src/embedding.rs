@@ -19,7 +19,7 @@ fn rows_of(p: &Embedding, kernel: Kernel, ids: View) -> Result<Vec<usize>> {
 /// rows_t = table_(ids_t), rounded to rows' type.
 pub(crate) fn embedding(p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
     let kernel = Kernel("embedding");
-    p.check(&ids, table.len(), rows.len())?;
+    p.check(&ids, &table, &rows)?;
     let (picked, table) = (rows_of(p, kernel, ids)?, kernel.floats("table", table)?);
     let mut rows = kernel.floats_mut("rows", &mut rows)?;
     rows.store(picked.into_iter().flat_map(|row| table[row * p.width..][..p.width].iter().copied()));
@@ -29,7 +29,7 @@ pub(crate) fn embedding(p: &Embedding, ids: View, table: View, mut rows: ViewMut
 /// dtable_(ids_t) += drows_t: a row of the table has as many terms as its id has occurrences.
 pub(crate) fn embedding_grad(p: &Embedding, ids: View, drows: View, mut dtable: ViewMut) -> Result<()> {
     let kernel = Kernel("embedding_grad");
-    p.check(&ids, dtable.len(), drows.len())?;
+    p.check_grad(&ids, &drows, &dtable)?;
     let (picked, drows) = (rows_of(p, kernel, ids)?, kernel.floats("drows", drows)?);
     let mut dtable = kernel.floats_mut("dtable", &mut dtable)?;
     let mut sums = dtable.load();

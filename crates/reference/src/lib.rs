@@ -9,7 +9,8 @@
 //! - `storage`, `operands`: vectors behind buffers; reading floats, and the one rounding;
 //! - `elementwise`: fill, copy, cast, scale, add, the sum of squares;
 //! - `matmul`, then `linear`: products, and the product with a weight and a low-rank update beside it;
-//! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`derive`]: where NF4's table comes from;
+//! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`derive`], [`thresholds`]: where
+//!   their tables and decisions come from;
 //! - `embedding`, `rms_norm`, `rope`, `attention`, `silu_mul`, `cross_entropy`: a transformer's other layers;
 //! - `dropout`, `adamw`: training;
 //! - `backend`: the trait, which only delegates.
@@ -34,5 +35,6 @@ mod silu_mul;
 mod storage;
 #[cfg(test)]
 mod testing;
+pub mod thresholds;
 
 pub use backend::ReferenceBackend;

@@ -173,6 +173,19 @@ mod tests {
         assert_eq!(error, Error::DType { kernel: "quantize_4bit", tensor: "w", expected, found: DType::F64 });
     }
 
+    /// 4 bits a code, 8 a block, 32 every 256 blocks; the tensor's one mean apart.
+    #[test]
+    fn double_quantised_bits_a_parameter_are_4_126953125() {
+        let w = BACKEND.filled(DType::Bf16, 1 << 20, 0.5).unwrap();
+        let bits = |block, double| {
+            let q = Quantized::quantize(BACKEND, w.view(), [1 << 10, 1 << 10], Format::Nf4, block, double).unwrap();
+            let mean = if double { size_of::<f32>() } else { 0 };
+            (q.bytes() - mean) as f64 * 8.0 / q.elements() as f64
+        };
+        assert_eq!(bits(64, true), 4.126953125);
+        assert_eq!(bits(64, false), 4.5);
+    }
+
     #[test]
     fn a_bf16_weight_has_the_codes_of_its_values() {
         let halves: Vec<bf16> = (0..64).map(|i| bf16::from_f32((i as f32 - 20.0) / 7.0)).collect();

@@ -10,6 +10,7 @@
 
 use crate::operands::Kernel;
 use crate::quantize4::{absmax, check_finite, normalised};
+use crate::thresholds;
 use rankfold_backend::params::expect;
 use rankfold_backend::{DynamicMap, NESTED_BLOCK, Result, View, ViewMut, check_block};
 
@@ -34,8 +35,7 @@ pub(crate) fn quantize_8bit(
 }
 
 fn encode(map: DynamicMap, block: usize, x: &[f32], codes: &mut [u8], scales: &mut [f32]) {
-    let midpoints: Vec<f64> =
-        map.values().windows(2).map(|pair| (f64::from(pair[0]) + f64::from(pair[1])) / 2.0).collect();
+    let midpoints = thresholds::eight_bits(map);
     let blocks = x.chunks(block).zip(codes.chunks_mut(block)).zip(scales);
     for ((block, codes), scale) in blocks {
         *scale = absmax(block);

@@ -5,13 +5,13 @@
 //! x, y [rows, width]; gain [width]; saved for backward: x, and 1/ρ of every row.
 
 use crate::operands::Kernel;
-use rankfold_backend::params::{RmsNorm, expect};
+use rankfold_backend::params::RmsNorm;
 use rankfold_backend::{Result, View, ViewMut};
 
 /// y and 1/ρ.
 pub(crate) fn rms_norm(p: &RmsNorm, x: View, gain: View, mut y: ViewMut, mut inv_rms: ViewMut) -> Result<()> {
     let kernel = Kernel("rms_norm");
-    p.check(x.len(), &gain, y.len(), inv_rms.len())?;
+    p.check(&x, &gain, &y, &inv_rms)?;
     let (x, gain) = (kernel.floats("x", x)?, kernel.floats("gain", gain)?);
     let mut y = kernel.floats_mut("y", &mut y)?;
     let mut inv_rms = kernel.floats_mut("inv_rms", &mut inv_rms)?;
@@ -44,11 +44,7 @@ pub(crate) fn rms_norm_grad(
     mut dgain: Option<ViewMut>,
 ) -> Result<()> {
     let kernel = Kernel("rms_norm_grad");
-    p.check(x.len(), &gain, dx.len(), inv_rms.len())?;
-    expect(kernel.0, "dy", dy.len(), p.rows * p.width)?;
-    if let Some(dgain) = &dgain {
-        expect(kernel.0, "dgain", dgain.len(), p.width)?;
-    }
+    p.check_grad(&x, &gain, &inv_rms, &dy, &dx, dgain.as_ref())?;
     let (x, gain) = (kernel.floats("x", x)?, kernel.floats("gain", gain)?);
     let (inv_rms, dy) = (kernel.floats("inv_rms", inv_rms)?, kernel.floats("dy", dy)?);
     let mut dx = kernel.floats_mut("dx", &mut dx)?;

@@ -60,10 +60,6 @@ impl Checkpoints {
     ) -> Result<PathBuf> {
         std::fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
         let path = self.folder.join(format!("step-{step:06}"));
-        if path.exists() {
-            // Of a run that was killed between this step's checkpoint and the next: the same bits.
-            std::fs::remove_dir_all(&path).map_err(Error::io(&path))?;
-        }
         let staged = StagedFolder::create(&path)?;
         product.save(staged.path(), true)?;
         write_moments(&staged.path().join(OPTIMIZER), optimizer, backend)?;

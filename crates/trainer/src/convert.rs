@@ -1,10 +1,11 @@
 //! A model's folder into another: quantised, dequantised, merged. Tensor by tensor, so that memory stays near the
 //! largest of them (a merge holds the whole model).
 
-use crate::model::{Model, ModelConfig, Quantization};
+use crate::model::{Model, ModelConfig, Quantization, check_finite};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
-use rankfold_adapters::merged_weight;
+use rankfold_adapters::{Linear, merged_weight};
+use rankfold_autograd::Base;
 use rankfold_backend::{Backend, DType, Quantized};
 use rankfold_files::{Checkpoint, Spec, Writer, quantized, write_atomically};
 use serde_json::{Value, json};
@@ -57,7 +58,7 @@ pub fn quantize(
         done.before += checkpoint.info(&name)?.bytes as u64;
         if !is_linear(&name) {
             done.after += checkpoint.info(&name)?.bytes as u64;
-            writer.copy(&name, checkpoint)?;
+            copy_finite(&mut writer, &name, checkpoint)?;
             continue;
         }
         let dense = checkpoint.load(&name, backend)?;
@@ -121,7 +122,7 @@ pub fn dequantize(
         let Some(loaded) = quantized::load(checkpoint, &name, backend)? else {
             done.before += checkpoint.info(&name)?.bytes as u64;
             done.after += checkpoint.info(&name)?.bytes as u64;
-            writer.copy(&name, checkpoint)?;
+            copy_finite(&mut writer, &name, checkpoint)?;
             continue;
         };
         expect_shape(checkpoint, &name, &loaded.weight, &shape)?;
@@ -144,7 +145,7 @@ pub fn dequantize(
 /// they stand for.
 pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
     let (config, backend) = (&model.config, model.backend().as_ref());
-    let layers: BTreeMap<String, _> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
+    let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
     let mut done = Converted::default();
     let mut specs = Vec::new();
     for (name, shape) in config.tensors() {
@@ -158,21 +159,32 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
     let mut writer = Writer::create(&out.join("model.safetensors"), declared)?;
     for (name, dtype, shape) in specs {
         done.after += (shape.iter().product::<usize>() * dtype.size()) as u64;
-        if let Some((linear, lora)) = layers.get(&name).and_then(|linear| Some((linear, linear.adapter()?))) {
-            let merged = merged_weight(backend, linear.path(), &linear.base(), lora, dtype)?;
-            writer.write_view(&name, backend, merged.view())?;
-            done.layers += 1;
-        } else if let Some(loaded) = quantized::load(checkpoint, &name, backend)? {
-            let mut dense = backend.alloc(dtype, loaded.weight.elements())?;
-            backend.dequantize_4bit(&loaded.weight, dense.view_mut())?;
-            writer.write_view(&name, backend, dense.view())?;
-        } else {
-            writer.copy(&name, checkpoint)?;
+        let linear = layers.get(&name);
+        match linear.map(|linear| (linear, linear.base(), linear.adapter())) {
+            Some((linear, base, Some(lora))) => {
+                let merged = merged_weight(backend, linear.path(), &base, lora, dtype)?;
+                writer.write_view(&name, backend, merged.view())?;
+                done.layers += 1;
+            }
+            Some((_, Base::Quantized(weight), None)) => {
+                let mut dense = backend.alloc(dtype, weight.elements())?;
+                backend.dequantize_4bit(&weight, dense.view_mut())?;
+                writer.write_view(&name, backend, dense.view())?;
+            }
+            _ => copy_finite(&mut writer, &name, checkpoint)?,
         }
     }
     writer.finish()?;
     write_config(out, &config.raw, checkpoint.dtype("model.embed_tokens.weight")?)?;
     Ok(done)
+}
+
+/// Copy a dense tensor, every value of which is finite.
+fn copy_finite(writer: &mut Writer, name: &str, checkpoint: &Checkpoint) -> Result<()> {
+    let mut bytes = vec![0; checkpoint.info(name)?.bytes];
+    checkpoint.read_into(name, &mut bytes)?;
+    check_finite(checkpoint, name, &bytes)?;
+    Ok(writer.write(name, &bytes)?)
 }
 
 fn expect_float(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<DType> {

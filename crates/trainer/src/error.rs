@@ -50,7 +50,7 @@ pub enum Error {
     Kernel(#[from] rankfold_backend::Error),
     /// A loss or gradient that is no number.
     #[error(
-        "step {step}: the {what} is {value}, expected a finite number: nothing was updated, the last checkpoint is whole"
+        "step {step}: the {what} is {value}, expected a finite number; a checkpoint, where there is one, is of weights whose loss was finite"
     )]
     NotFinite { step: usize, what: &'static str, value: f64 },
     /// A setting outside its range.

@@ -24,7 +24,7 @@ pub fn generate(
     sampling: Sampling,
     compute: Compute,
 ) -> Result<Vec<u32>> {
-    let mut cache = model.cache(prompt.len() + limit)?;
+    let mut cache = model.cache(prompt.len().saturating_add(limit))?;
     let mut new = prompt.to_vec();
     let mut made = Vec::new();
     while made.len() < limit {

@@ -21,7 +21,9 @@ pub fn initialize(config: &str, path: &Path, tokenizer: &Tokenizer, seed: u64, o
     let object = raw.as_object_mut().ok_or_else(|| Error::file(path, "expected a JSON object"))?;
     object.insert("vocab_size".into(), tokenizer.vocab_size().into());
     object.insert("eos_token_id".into(), tokenizer.end_of_text().into());
-    let dtype = match object.get("dtype").and_then(Value::as_str) {
+    // transformers 4 says torch_dtype, 5 says dtype, which is what is written.
+    let older = object.remove("torch_dtype");
+    let dtype = match object.get("dtype").or(older.as_ref()).and_then(Value::as_str) {
         None | Some("bfloat16") => DType::Bf16,
         Some("float32") => DType::F32,
         Some(other) => return Err(Error::file(path, format!("dtype {other}: expected bfloat16 or float32"))),

@@ -1,6 +1,6 @@
 //! AdamW over named parameters, and the clip of the gradient's norm.
 
-use crate::Result;
+use crate::{Error, Result};
 use rankfold_autograd::{Gradients, Parameter};
 use rankfold_backend::{Backend, Buffer, DType, params};
 use std::sync::Arc;
@@ -77,6 +77,21 @@ impl AdamW {
             }
         }
         Ok(sum.sqrt())
+    }
+
+    /// That every value is finite: what a last update may have broken before any loss could show it.
+    pub fn check_finite(&self) -> Result<()> {
+        for Slot { named, .. } in &self.slots {
+            let squares = self.backend.sum_squares(named.parameter.tensor().view())?;
+            if !squares.is_finite() {
+                return Err(Error::NotFinite {
+                    step: self.step as usize,
+                    what: "norm of a trained tensor",
+                    value: squares,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// One step at rate `lr`, every gradient multiplied by `grad_scale` first. A parameter that no loss reached has

@@ -71,8 +71,11 @@ impl Product<'_> {
             }
         }
         writer.finish()?;
-        write_config(folder, &self.model.config.raw, dtype)?;
-        tokenizer.map_or(Ok(()), |tokenizer| write_tokenizer(folder, tokenizer))
+        if let Some(tokenizer) = tokenizer {
+            write_tokenizer(folder, tokenizer)?;
+        }
+        // The last file: a folder with a config is a whole model.
+        write_config(folder, &self.model.config.raw, dtype)
     }
 }
 

@@ -5,7 +5,7 @@ use crate::data::Batch;
 use crate::metrics::{EvalMetrics, Metrics};
 use crate::optimizer::AdamW;
 use crate::product::Product;
-use crate::step::{Batches, Recipe, StepMetrics, evaluate, step};
+use crate::step::{Batches, Recipe, StepMetrics, evaluate, gradients};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -51,8 +51,9 @@ pub struct Run<'a> {
 impl Run<'_> {
     /// Run to the end in `folder`, from its last whole checkpoint if `resume`.
     ///
-    /// The product appears in `folder` only at the end. Errors: a loss that is not finite (the last checkpoint
-    /// stays); anything that cannot be written (what was written stays whole).
+    /// The product appears in `folder` only at the end; the checkpoint of step t is written within step t + 1, before
+    /// its update. Errors: a loss that is not finite (the last checkpoint stays, and gave a finite one); anything that
+    /// cannot be written (what was written stays whole).
     pub fn to_end(mut self, folder: &Path, resume: bool, progress: &mut dyn Progress) -> Result<()> {
         let model = self.product.model;
         let backend = model.backend().as_ref();
@@ -68,6 +69,9 @@ impl Run<'_> {
                 return Ok(());
             }
             let (eval_loss, eval_tokens) = evaluate(model, self.held_out.iter().cloned(), self.recipe.compute)?;
+            if !eval_loss.is_finite() {
+                return Err(Error::NotFinite { step, what: "held-out loss", value: eval_loss });
+            }
             let line = EvalMetrics { step, eval_loss, eval_tokens };
             metrics.eval(&line)?;
             progress.eval(&line);
@@ -81,16 +85,19 @@ impl Run<'_> {
         let Cadence { steps, eval_every, checkpoint_every, keep } = self.cadence;
         let due = |every: usize, t: usize| every > 0 && t.is_multiple_of(every);
         for t in done + 1..=steps {
-            let line = step(model, &mut self.batches, &self.recipe, &mut self.optimizer, t)?;
+            let pending = gradients(model, &mut self.batches, &self.recipe, &self.optimizer, t)?;
+            // Only now is it known that the weights of step t − 1 give a finite loss: they are worth keeping.
+            if t - 1 > done && due(checkpoint_every, t - 1) {
+                checkpoints.save(t - 1, &self.product, &self.optimizer, backend, keep)?;
+            }
+            let line = pending.apply(&self.recipe, &mut self.optimizer)?;
             metrics.step(&line)?;
             progress.step(&line);
             if due(eval_every, t) || t == steps {
                 eval(t, &mut metrics, progress)?;
             }
-            if due(checkpoint_every, t) {
-                checkpoints.save(t, &self.product, &self.optimizer, backend, keep)?;
-            }
         }
+        self.optimizer.check_finite()?;
         self.product.save(folder, false)
     }
 }

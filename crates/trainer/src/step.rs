@@ -24,6 +24,14 @@ pub enum Batches {
 }
 
 impl Batches {
+    /// Tokens of a micro-batch.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Self::Loader(loader) => loader.tokens(),
+            Self::Fixed(batch) => batch.ids.len(),
+        }
+    }
+
     fn batch(&mut self, step: usize, micro: usize) -> Batch {
         match self {
             Self::Loader(loader) => loader.batch(step as u64 - 1, micro),
@@ -69,16 +77,27 @@ pub struct StepMetrics {
     pub peak_rss: Option<u64>,
 }
 
-/// Run step `step` (from 1).
+/// A step whose loss and gradients are known and finite, and which has updated nothing yet.
+#[derive(Debug)]
+pub struct Pending {
+    step: usize,
+    gradients: Gradients,
+    loss: f64,
+    grad_norm: f64,
+    tokens: usize,
+    seconds: f64,
+}
+
+/// The loss and gradients of step `step` (from 1).
 ///
-/// Errors: a loss or gradient that is not finite; nothing has been updated then.
-pub fn step(
+/// Errors: a loss or gradient that is not finite.
+pub fn gradients(
     model: &Model,
     batches: &mut Batches,
     recipe: &Recipe,
-    optimizer: &mut AdamW,
+    optimizer: &AdamW,
     step: usize,
-) -> Result<StepMetrics> {
+) -> Result<Pending> {
     let begun = Instant::now();
     let backend = model.backend();
     let micro_batches: Vec<Batch> = (0..recipe.accumulate).map(|micro| batches.batch(step, micro)).collect();
@@ -103,10 +122,19 @@ pub fn step(
     if !grad_norm.is_finite() {
         return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
     }
-    let lr = recipe.schedule.at(step);
-    optimizer.update(&gradients, lr, clip_scale(grad_norm, recipe.clip))?;
-    let tokens_per_second = tokens as f64 / begun.elapsed().as_secs_f64();
-    Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss() })
+    Ok(Pending { step, gradients, loss, grad_norm, tokens, seconds: begun.elapsed().as_secs_f64() })
+}
+
+impl Pending {
+    /// Update the parameters.
+    pub fn apply(self, recipe: &Recipe, optimizer: &mut AdamW) -> Result<StepMetrics> {
+        let Self { step, gradients, loss, grad_norm, tokens, seconds } = self;
+        let begun = Instant::now();
+        let lr = recipe.schedule.at(step);
+        optimizer.update(&gradients, lr, clip_scale(grad_norm, recipe.clip))?;
+        let tokens_per_second = tokens as f64 / (seconds + begun.elapsed().as_secs_f64());
+        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss() })
+    }
 }
 
 /// Mean loss over batches, each target counted once: (loss, targets).

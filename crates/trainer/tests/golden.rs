@@ -14,7 +14,7 @@ use rankfold_trainer::data::{Batch, tokens};
 use rankfold_trainer::model::{DeviceBatch, Model, ModelConfig, Precision};
 use rankfold_trainer::optimizer::{AdamW, Hyper};
 use rankfold_trainer::schedule::{Decay, Schedule};
-use rankfold_trainer::step::{Batches, Recipe, evaluate, step};
+use rankfold_trainer::step::{Batches, Recipe, evaluate, gradients};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -134,7 +134,8 @@ fn follow(case: &str) {
     let mut optimizer = AdamW::new(backend, Hyper::default(), model.parameters()).unwrap();
     let mut batches = Batches::Fixed(batch(&model));
     for (t, expected) in trajectory["losses"].as_array().unwrap().iter().enumerate() {
-        let loss = step(&model, &mut batches, &recipe, &mut optimizer, t + 1).unwrap().loss;
+        let pending = gradients(&model, &mut batches, &recipe, &optimizer, t + 1).unwrap();
+        let loss = pending.apply(&recipe, &mut optimizer).unwrap().loss;
         let off = (loss - expected.as_f64().unwrap()).abs();
         assert!(off < LOSS_AND_GRADIENTS, "{case}: the loss before step {} is off by {off:e}", t + 1);
     }

@@ -170,6 +170,9 @@ fn kernels() -> Vec<Kernel> {
     ]
 }
 
+/// What every byte of an output is before a call: a small number as f32, and no result of inputs that are 0.
+const BEFORE: u8 = 0x3c;
+
 /// Calls the kernel with its arguments, the `odd` one of them (inputs first) replaced by what `replace` makes of it.
 /// Then every output has to be what it was before, where the call fails.
 fn call_with(
@@ -178,14 +181,15 @@ fn call_with(
     odd: Option<usize>,
     replace: &dyn Fn((DType, usize)) -> Result<Buffer>,
 ) -> TestCaseResult<Result<()>> {
-    let zeros = |(dtype, len): (DType, usize)| -> Result<Buffer> {
-        let mut buffer = backend.alloc(dtype, len)?;
-        backend.write(&vec![0; len * dtype.size()], buffer.view_mut())?;
-        Ok(buffer)
-    };
     let mut buffers = Vec::new();
-    for (i, &spec) in kernel.inputs.iter().chain(&kernel.outputs).enumerate() {
-        buffers.push(if odd == Some(i) { replace(spec)? } else { zeros(spec)? });
+    for (i, &(dtype, len)) in kernel.inputs.iter().chain(&kernel.outputs).enumerate() {
+        let mut buffer = if odd == Some(i) { replace((dtype, len))? } else { backend.alloc(dtype, len)? };
+        let byte = if i < kernel.inputs.len() { 0 } else { BEFORE };
+        match backend.write(&vec![byte; buffer.bytes()], buffer.view_mut()) {
+            Err(Error::Foreign { .. }) => {}
+            written => written?,
+        }
+        buffers.push(buffer);
     }
     let (inputs, outputs) = buffers.split_at_mut(kernel.inputs.len());
     let inputs: Vec<View> = inputs.iter().map(Buffer::view).collect();
@@ -196,7 +200,8 @@ fn call_with(
             let mut bytes = vec![0; output.len() * output.dtype().size()];
             let read = backend.read(output.as_view(), &mut bytes);
             let foreign = matches!(read, Err(Error::Foreign { .. }));
-            prop_assert!(foreign || bytes.iter().all(|&byte| byte == 0), "{}: output {i} was written", kernel.name);
+            let untouched = foreign || bytes.iter().all(|&byte| byte == BEFORE);
+            prop_assert!(untouched, "{}: output {i} was written", kernel.name);
         }
     }
     Ok(answer)
@@ -383,5 +388,27 @@ pub fn parameters(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
         let grads = LinearGrads { a: Some(da.view_mut()), ..LinearGrads::default() };
         let answer = candidate.linear_grad_weight(&LINEAR, x.view(), dy.view(), &Weight::Dense(w.view()), None, grads);
         invalid("dA of no update", answer)
+    })
+}
+
+/// Dimensions whose product wraps around to the lengths given are [`Error::Length`].
+pub fn products(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
+    once(|| {
+        // 3 · n is 2 modulo 2⁶⁴.
+        let n = usize::MAX / 3 + 1;
+        let (nine, two) = (candidate.filled(F, 9, 0.0)?, candidate.filled(F, 2, 0.0)?);
+        let mut out = candidate.filled(F, 2, 0.0)?;
+        let p = MatMul { m: 3, n, k: 3, ..MATMUL };
+        let answer = candidate.matmul(&p, nine.view(), two.view(), out.view_mut());
+        prop_assert!(matches!(answer, Err(Error::Length { .. })), "matmul answers {answer:?}");
+        let p = Linear { tokens: 3, inputs: 3, outputs: n, ..LINEAR };
+        let answer = candidate.linear(&p, nine.view(), &Weight::Dense(two.view()), None, None, out.view_mut());
+        prop_assert!(matches!(answer, Err(Error::Length { .. })), "linear answers {answer:?}");
+        let p = Embedding { tokens: 2, vocab: n, width: 3 };
+        let ids = candidate.upload(&[0u32, 0])?;
+        let mut rows = candidate.filled(F, 6, 0.0)?;
+        let answer = candidate.embedding(&p, ids.view(), two.view(), rows.view_mut());
+        prop_assert!(matches!(answer, Err(Error::Length { .. })), "embedding answers {answer:?}");
+        Ok(())
     })
 }

@@ -27,6 +27,8 @@ pub mod linear;
 pub mod matmul;
 pub mod memory;
 pub mod quantize;
+pub mod quantize_laws;
+pub mod quantize_normal;
 pub mod rms_norm;
 pub mod rope;
 
@@ -71,11 +73,22 @@ macro_rules! conformance {
             linear_bf16_input_gradient_agrees => linear::grad_input_bf16,
             linear_bf16_weight_gradients_agree => linear::grad_weight_bf16,
             quantize_4bit_equals_to_the_bit => quantize::quantize_4bit,
-            quantize_4bit_stays_under_half_a_gap => quantize::half_a_gap,
             dequantize_4bit_equals_to_the_bit => quantize::dequantize_4bit,
             quantize_scales_equals_to_the_bit => quantize::quantize_scales,
             quantize_8bit_equals_to_the_bit => quantize::quantize_8bit,
             dequantize_8bit_equals_to_the_bit => quantize::dequantize_8bit,
+            four_bit_weights_of_any_shape_equal_to_the_bit => quantize_laws::any_shape,
+            four_bit_errors_stay_under_the_worst_case => quantize_laws::worst_case,
+            four_bit_codes_are_the_nearest => quantize_laws::nearest,
+            four_bit_quantisation_is_idempotent => quantize_laws::idempotent,
+            four_bit_quantisation_is_equivariant_under_powers_of_two => quantize_laws::equivariant,
+            four_bit_quantisation_is_symmetric_where_the_format_is => quantize_laws::symmetric,
+            four_bit_quantisation_is_monotone_within_a_block => quantize_laws::monotone,
+            four_bit_denormals_and_zeros_of_both_signs_are_defined => quantize_laws::denormal,
+            four_bit_quantisation_names_the_first_element_that_is_not_finite => quantize_laws::not_finite,
+            four_bit_errors_of_normal_weights_are_the_published_ones => quantize_normal::published_errors,
+            four_bit_formats_rank_as_published_on_normal_weights => quantize_normal::order,
+            double_quantisation_adds_less_than_a_percent => quantize_normal::double_costs_little,
             rms_norm_forward_agrees => rms_norm::forward,
             rms_norm_backward_agrees => rms_norm::backward,
             rope_agrees => rope::agrees,
@@ -92,6 +105,7 @@ macro_rules! conformance {
             foreign_buffers_are_errors => errors::foreign,
             wrong_values_are_errors => errors::values,
             contradicting_parameters_are_errors => errors::parameters,
+            products_that_wrap_around_are_errors => errors::products,
         }
     };
     (@tests $candidate:expr, $oracle:expr, $twin:tt; $($test:ident => $family:ident::$law:ident,)*) => {

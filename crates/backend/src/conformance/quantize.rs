@@ -17,7 +17,7 @@ struct Case {
 }
 
 /// Whole blocks and ragged ones, none and a few.
-fn lengths() -> impl Strategy<Value = (usize, usize)> {
+pub(super) fn lengths() -> impl Strategy<Value = (usize, usize)> {
     let blocks = select(vec![32, 64, 128, 256, 512, 1024, 2048, 4096]);
     (blocks, 0..5usize, select(vec![0, 1, 2, 7, 8, 15, 17, 31]), any::<bool>()).prop_map(
         |(block, whole, more, minus)| {
@@ -66,7 +66,8 @@ fn draw_blocks(draw: &mut Draw, len: usize, block: usize, thresholds: &[f32]) ->
     values
 }
 
-fn put(desk: &Desk, dtype: DType, w: &[f32]) -> TestCaseResult<Placed> {
+/// Values in one of the three types that weights come in.
+pub(super) fn put(desk: &Desk, dtype: DType, w: &[f32]) -> TestCaseResult<Placed> {
     Ok(match dtype {
         // Huge blocks overflow f16: they become as large as it goes.
         DType::F16 => desk.put(&w.iter().map(|&w| f16::from_f32(w.clamp(-65_504.0, 65_504.0))).collect::<Vec<_>>())?,
@@ -92,28 +93,6 @@ pub fn quantize_4bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         let (expected_codes, expected_absmax) = call(oracle, &case, &w)?;
         same("absmax", &absmax, &expected_absmax)?;
         same("codes", &codes, &expected_codes)
-    })
-}
-
-/// |w − ŵ| ≤ absmax·(half the widest gap of the format's values) + absmax·2⁻²², the second for three roundings to
-/// f32: of the reciprocal, of v and of ŵ, each 2⁻²⁴ of at most absmax, and for absmax from 2⁻¹²⁶ to 2¹²⁶.
-pub fn half_a_gap(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
-    check(32, &cases(), |case| {
-        let w = Draw::new(case.seed).normal(case.len, 0.02);
-        let placed = candidate.upload(&w)?;
-        let q = Quantized::quantize(candidate, placed.view(), [1, case.len], case.format, case.block, false)?;
-        let mut out = candidate.alloc(DType::F32, case.len)?;
-        candidate.dequantize_4bit(&q, out.view_mut())?;
-        let back = candidate.download::<f32>(out.view())?;
-        let worst = f64::from(case.format.worst_error()) + 2f64.powi(-22);
-        for (w, back) in w.chunks(case.block).zip(back.chunks(case.block)) {
-            let absmax = w.iter().fold(0f32, |max, w| max.max(w.abs()));
-            for (w, back) in w.iter().zip(back) {
-                let error = (f64::from(*w) - f64::from(*back)).abs();
-                prop_assert!(error <= worst * f64::from(absmax), "{w} came back as {back}, absmax {absmax}");
-            }
-        }
-        Ok(())
     })
 }
 

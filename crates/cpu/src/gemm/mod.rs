@@ -21,8 +21,11 @@
 //! An element of C is the sum, in this order, of one chain of FMAs for every DEPTH of k; nothing else of the above
 //! touches its bits, neither tiles nor tasks nor threads.
 //!
-//! Read `operand.rs`, this file, `pack.rs` and `quantized.rs`, `tile.rs`.
+//! Products of a few rows are bound by reading the right operand, not by arithmetic, and go another way: `few`.
+//!
+//! Read `operand.rs`, this file, `pack.rs` and `quantized.rs`, `tile.rs`; `few`.
 
+mod few;
 mod operand;
 mod pack;
 mod plan;
@@ -39,20 +42,16 @@ use std::ops::Range;
 use tile::Tile;
 
 /// k of one chain of FMAs: a panel of B (2·LANES columns) takes half of L1.
-static DEPTH: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("G_DEPTH").map_or(256, |v| v.parse().unwrap()));
+const DEPTH: usize = 256;
 
 /// k that is packed at a time.
-static GROUP: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("G_GROUP").map_or(2048, |v| v.parse().unwrap()));
+const GROUP: usize = 2048;
 
 /// Rows that are packed at a time: with GROUP, at most 8 MiB.
-static ROWS: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("G_ROWS").map_or(1024, |v| v.parse().unwrap()));
+const ROWS: usize = 1024;
 
 /// Rows whose packed block of DEPTH takes about a third of L2.
-static L2_ROWS: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("G_L2_ROWS").map_or(168, |v| v.parse().unwrap()));
+const L2_ROWS: usize = 168;
 
 /// Products on some threads with some instruction set.
 #[derive(Clone, Copy, Debug)]
@@ -100,15 +99,18 @@ impl Gemm<'_> {
         if c.is_empty() {
             return;
         }
+        if few::serves(terms, rows) {
+            return self.few(terms, Output { c, rows, columns, accumulate, scale, bias });
+        }
         let lanes = self.isa.lanes();
         let segments = plan::segments(terms, rows, columns, lanes);
         if segments.is_empty() && !accumulate {
             c.fill(0.0);
         }
         let c = Shared(c.as_mut_ptr());
-        let plan = plan::Plan::new(rows.min(*ROWS), columns, terms, lanes, self.threads.count());
-        for first_row in (0..rows).step_by(*ROWS) {
-            let rows = first_row..rows.min(first_row + *ROWS);
+        let plan = plan::Plan::new(rows.min(ROWS), columns, terms, lanes, self.threads.count());
+        for first_row in (0..rows).step_by(ROWS) {
+            let rows = first_row..rows.min(first_row + ROWS);
             let mut done = 0;
             loop {
                 let group = plan::group(&segments[done..]);
@@ -149,7 +151,7 @@ impl Gemm<'_> {
             let panels = plan::part(panels, plan.row_tasks, row_task);
             let columns = column_task * width..block.columns.end.min((column_task + 1) * width);
             let block = Block { columns, ..block.clone() };
-            scratch::with(width * *DEPTH, |b| {
+            scratch::with(width * DEPTH, |b| {
                 self.isa.run(Multiply { block, panels, packed, b });
             });
         });
@@ -165,6 +167,17 @@ struct Shared(*mut f32);
 unsafe impl Send for Shared {}
 // SAFETY: as above.
 unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// What lies `offset` elements further on.
+    ///
+    /// # Safety
+    /// It is within the same memory.
+    unsafe fn at(self, offset: usize) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { self.0.add(offset) })
+    }
+}
 
 /// What is done to a tile of c when its sums are complete: its scale and its bias.
 type Finish<'a> = (Option<&'a [f32]>, Option<&'a [f32]>);
@@ -227,7 +240,7 @@ impl Kernel for Multiply<'_> {
     unsafe fn run<S: Simd>(self) {
         let (block, width) = (&self.block, tile::columns(S::LANES));
         let cut = plan::Panels::new(block.rows.len(), S::LANES);
-        let at_once = *L2_ROWS / tile::rows(S::LANES);
+        let at_once = L2_ROWS / tile::rows(S::LANES);
         let mut offset = 0;
         for (i, segment) in block.segments.iter().enumerate() {
             let depth = segment.ks.len();

@@ -12,8 +12,7 @@ pub(super) const PACKED_PANELS: usize = 8;
 const ALONE: usize = 1 << 20;
 
 /// Panels of the right operand that a task packs at a time: with DEPTH, an eighth of L2.
-pub(super) static MOST_PANELS: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("G_PANELS").map_or(4, |v| v.parse().unwrap()));
+pub(super) const MOST_PANELS: usize = 4;
 
 /// At most DEPTH of one term's k.
 #[derive(Clone, Debug)]
@@ -29,9 +28,9 @@ pub(super) fn segments<'a>(terms: &'a [Term<'a>], rows: usize, columns: usize, l
     // Packing pays where elements are read more than twice afterwards.
     let reread = columns > 2 * tile::columns(lanes) && rows > tile::rows(lanes);
     let cut = |term: &'a Term<'a>| {
-        let starts = (0..term.k).step_by(*DEPTH);
+        let starts = (0..term.k).step_by(DEPTH);
         let packed = reread || term.left.transposed;
-        starts.map(move |start| Segment { term, ks: start..term.k.min(start + *DEPTH), packed })
+        starts.map(move |start| Segment { term, ks: start..term.k.min(start + DEPTH), packed })
     };
     terms.iter().flat_map(cut).collect()
 }
@@ -41,7 +40,7 @@ pub(super) fn group<'a, 'b>(segments: &'b [Segment<'a>]) -> &'b [Segment<'a>] {
     let mut depth = 0;
     let count = segments.iter().take_while(|segment| {
         depth += segment.ks.len();
-        depth <= *GROUP
+        depth <= GROUP
     });
     &segments[..count.count()]
 }
@@ -93,7 +92,7 @@ impl Plan {
     pub(super) fn new(rows: usize, columns: usize, terms: &[Term], lanes: usize, threads: usize) -> Self {
         let depth: usize = terms.iter().map(|term| term.k).sum();
         if threads == 1 || rows * columns * depth < ALONE {
-            return Self { panels: *MOST_PANELS, row_tasks: 1, parallel: false };
+            return Self { panels: MOST_PANELS, row_tasks: 1, parallel: false };
         }
         let (row_panels, column_panels) = (rows.div_ceil(tile::rows(lanes)), columns.div_ceil(tile::columns(lanes)));
         let cost = |panels: usize, row_tasks: usize| {
@@ -101,11 +100,11 @@ impl Plan {
             let task_rows = row_panels.div_ceil(row_tasks);
             rounds * (6 * task_rows * panels + 9 * panels + 2 * task_rows)
         };
-        let cuts = (1..=*MOST_PANELS).rev().flat_map(|panels| {
+        let cuts = (1..=MOST_PANELS).rev().flat_map(|panels| {
             (0..10).map(move |i| (panels, 1 << i)).filter(|(_, row_tasks)| *row_tasks <= row_panels)
         });
         let (panels, row_tasks) =
-            cuts.min_by_key(|&(panels, row_tasks)| cost(panels, row_tasks)).unwrap_or((*MOST_PANELS, 1));
+            cuts.min_by_key(|&(panels, row_tasks)| cost(panels, row_tasks)).unwrap_or((MOST_PANELS, 1));
         Self { panels, row_tasks, parallel: true }
     }
 

@@ -175,6 +175,56 @@ unsafe impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn encode_many(thresholds: Self::Table, codes: Self::Table, v: [__m256; 4], p: *mut u8) {
+        unsafe {
+            // A binary search in which no step looks anything up in 16 entries: the first has one threshold, the
+            // second two, the third four, the last eight. What a step finds is kept negated, as comparisons give it:
+            // after step s, index = −(thresholds passed, in units of 2^(4 − s)), and tables are ordered by its low bits.
+            let (low, high) = thresholds;
+            let seven = _mm256_permutevar8x32_ps(low, _mm256_set1_epi32(7));
+            let (three, eleven) = {
+                let at = _mm256_set1_epi32(3);
+                (_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at))
+            };
+            // Thresholds 1, 13, 9, 5, twice.
+            let at = _mm256_setr_epi32(1, 5, 1, 5, 1, 5, 1, 5);
+            let (a, b) = (_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at));
+            let fours = _mm256_blend_ps::<0b0110_0110>(a, b);
+            // Thresholds 0, 14, 12, 10, 8, 6, 4, 2.
+            let at = _mm256_setr_epi32(0, 6, 4, 2, 0, 6, 4, 2);
+            let (a, b) = (_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at));
+            let twos = _mm256_blend_ps::<0b0001_1110>(a, b);
+            // The codes as bytes, in both halves.
+            let words = _mm256_packs_epi32(_mm256_castps_si256(codes.0), _mm256_castps_si256(codes.1));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let codes = _mm256_permute4x64_epi64::<0b10_00_10_00>(_mm256_packs_epi16(words, words));
+
+            let mut found = [_mm256_setzero_si256(); 4];
+            for (index, v) in found.iter_mut().zip(v) {
+                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(v, seven);
+                let threshold = _mm256_blendv_ps(three, eleven, above);
+                let above = _mm256_castps_si256(above);
+                let next = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(v, threshold));
+                let two = _mm256_add_epi32(_mm256_add_epi32(above, above), next);
+                let threshold = _mm256_permutevar_ps(fours, two);
+                let next = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(v, threshold));
+                let three = _mm256_add_epi32(_mm256_add_epi32(two, two), next);
+                let threshold = _mm256_permutevar8x32_ps(twos, three);
+                let next = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_GT_OQ>(v, threshold));
+                *index = _mm256_add_epi32(_mm256_add_epi32(three, three), next);
+            }
+            let (first, second) = (_mm256_packs_epi32(found[0], found[1]), _mm256_packs_epi32(found[2], found[3]));
+            // Bytes, four of each vector to a half.
+            let index = _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_packs_epi16(first, second));
+            let codes = _mm256_shuffle_epi8(codes, index);
+            let codes = _mm256_permutevar8x32_epi32(codes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            // Pairs: first · 16 + second · 1, in 16 bits.
+            let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x0110));
+            let bytes = _mm256_permute4x64_epi64::<0b10_00_10_00>(_mm256_packus_epi16(pairs, pairs));
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(bytes));
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
     }

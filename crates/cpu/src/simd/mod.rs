@@ -94,6 +94,15 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// holds integers as the bits of f32s.
     unsafe fn encode_nibbles(thresholds: Self::Table, codes: Self::Table, v: Self::V, p: *mut u8);
 
+    /// The same for [`ENCODED`] elements: the first ENCODED / LANES vectors of `v`, 16 bytes.
+    #[inline(always)]
+    unsafe fn encode_many(thresholds: Self::Table, codes: Self::Table, v: [Self::V; 4], p: *mut u8) {
+        for (i, v) in v.into_iter().take(ENCODED / Self::LANES).enumerate() {
+            // SAFETY: the caller's.
+            unsafe { Self::encode_nibbles(thresholds, codes, v, p.add(i * Self::LANES / 2)) }
+        }
+    }
+
     /// Ask for the cache line of an address, which need not be valid.
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
@@ -102,6 +111,9 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// `rows` has LANES entries.
     unsafe fn transpose(rows: &mut [Self::V]);
 }
+
+/// Elements of [`Simd::encode_many`]: the least block of a quantised weight.
+pub(crate) const ENCODED: usize = 32;
 
 /// Work that [`Isa::run`] runs on some instruction set.
 pub(crate) trait Kernel {
@@ -114,9 +126,13 @@ pub(crate) trait Kernel {
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 
-/// An instruction set that the kernels are compiled for.
+/// An instruction set that the kernels are compiled for, and that this machine has: only [`Isa::available`] and
+/// [`Isa::PORTABLE`] are values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
+pub struct Isa(Set);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Set {
     /// AVX-512 F, BW, DQ, VL: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -131,6 +147,13 @@ pub enum Isa {
 }
 
 impl Isa {
+    /// Plain Rust, which every machine runs.
+    pub const PORTABLE: Self = Self(Set::Portable);
+
+    /// AVX-512's width in plain Rust.
+    #[cfg(test)]
+    pub(crate) const PORTABLE_16: Self = Self(Set::Portable16);
+
     /// The instruction sets of this machine, the fastest first.
     pub fn available() -> Vec<Self> {
         let mut found = Vec::new();
@@ -143,48 +166,44 @@ impl Isa {
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
             if avx2 && avx512 {
-                found.push(Self::Avx512);
+                found.push(Self(Set::Avx512));
             }
             if avx2 {
-                found.push(Self::Avx2);
+                found.push(Self(Set::Avx2));
             }
         }
-        found.push(Self::Portable);
+        found.push(Self::PORTABLE);
         found
     }
 
     /// Elements of its vectors.
     pub fn lanes(self) -> usize {
-        match self {
+        match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => 16,
+            Set::Avx512 => 16,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => 8,
-            Self::Portable => 8,
+            Set::Avx2 => 8,
+            Set::Portable => 8,
             #[cfg(test)]
-            Self::Portable16 => 16,
+            Set::Portable16 => 16,
         }
     }
 
     /// Run `kernel` on this instruction set.
-    ///
-    /// # Panics
-    /// Where this machine lacks it: values of [`Isa::available`] never do.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
-        debug_assert!(Self::available().contains(&self));
-        match self {
+        match self.0 {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: an `Isa` in use comes from `available`, which asked the processor.
-            Self::Avx512 => unsafe { run_avx512(kernel) },
+            // SAFETY: `available`, which asked the processor, is the one place that makes this value.
+            Set::Avx512 => unsafe { run_avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Self::Avx2 => unsafe { run_avx2(kernel) },
+            Set::Avx2 => unsafe { run_avx2(kernel) },
             // SAFETY: plain Rust runs everywhere.
-            Self::Portable => unsafe { kernel.run::<Portable<8>>() },
+            Set::Portable => unsafe { kernel.run::<Portable<8>>() },
             #[cfg(test)]
             // SAFETY: as above.
-            Self::Portable16 => unsafe { kernel.run::<Portable<16>>() },
+            Set::Portable16 => unsafe { kernel.run::<Portable<16>>() },
         }
     }
 }
@@ -205,14 +224,14 @@ unsafe fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.write_str(match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => "avx512",
+            Set::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => "avx2",
-            Self::Portable => "portable",
+            Set::Avx2 => "avx2",
+            Set::Portable => "portable",
             #[cfg(test)]
-            Self::Portable16 => "portable16",
+            Set::Portable16 => "portable16",
         })
     }
 }

@@ -155,6 +155,10 @@ impl Kernel for Encode {
         thresholds[15] = f32::INFINITY;
         let codes: [u32; 16] = std::array::from_fn(|i| (i as u32 * 7 + 3) % 16);
         let values: Vec<f32> = (0..64).map(|i| i as f32 * 0.25 - 8.0).collect();
+        let expected = |part: &[f32]| -> Vec<u8> {
+            let code = |x: f32| codes[thresholds.iter().filter(|t| x > **t).count()] as u8;
+            part.chunks(2).map(|pair| code(pair[0]) << 4 | code(pair[1])).collect()
+        };
         for part in values.chunks(S::LANES) {
             let mut bytes = vec![0; S::LANES / 2];
             // SAFETY: LANES elements, LANES / 2 bytes.
@@ -162,9 +166,20 @@ impl Kernel for Encode {
                 let (t, c) = (S::table(&thresholds), S::table(&codes.map(f32::from_bits)));
                 S::encode_nibbles(t, c, S::load(part.as_ptr()), bytes.as_mut_ptr());
             }
-            let code = |x: f32| codes[thresholds.iter().filter(|t| x > **t).count()] as u8;
-            let expected: Vec<u8> = part.chunks(2).map(|pair| code(pair[0]) << 4 | code(pair[1])).collect();
-            assert_eq!(bytes, expected);
+            assert_eq!(bytes, expected(part));
+        }
+        for part in values.chunks(ENCODED) {
+            let mut bytes = [0; ENCODED / 2];
+            // SAFETY: ENCODED elements, ENCODED / 2 bytes.
+            unsafe {
+                let (t, c) = (S::table(&thresholds), S::table(&codes.map(f32::from_bits)));
+                let mut v = [S::splat(0.0); 4];
+                for (v, part) in v.iter_mut().zip(part.chunks(S::LANES)) {
+                    *v = S::load(part.as_ptr());
+                }
+                S::encode_many(t, c, v, bytes.as_mut_ptr());
+            }
+            assert_eq!(bytes[..], expected(part));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::error::Result;
 use crate::open::Folder;
-use crate::show::bytes;
+use crate::show::{bytes, say};
 use clap::Args;
 use rankfold_cpu::CpuBackend;
 use rankfold_trainer::convert;
@@ -22,11 +22,12 @@ pub struct Dequantize {
 impl Dequantize {
     pub fn run(self) -> Result<()> {
         let folder = Folder::open(&self.model)?;
-        super::new_folder(&self.out)?;
-        let done = convert::dequantize(&CpuBackend::new(None), &folder.checkpoint, &folder.config, &self.out)?;
-        super::copy_tokenizer(&folder, &self.out)?;
+        let staged = super::stage(&self.out)?;
+        let done = convert::dequantize(&CpuBackend::new(None), &folder.checkpoint, &folder.config, staged.path())?;
+        super::copy_tokenizer(&folder, staged.path())?;
+        staged.commit()?;
         let (before, after) = (bytes(done.before), bytes(done.after));
-        println!("{} linear layers dequantised, {before} to {after}, in {}", done.layers, self.out.display());
+        say!("{} linear layers dequantised, {before} to {after}, in {}", done.layers, self.out.display())?;
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `rankfold doctor`: what the machine can do, measured.
 
 use crate::error::Result;
-use crate::show::bytes;
+use crate::show::{bytes, say};
 use clap::Args;
 use rankfold_backend::params::{Layout, MatMul};
 use rankfold_backend::{Backend, Compute, DType};
@@ -26,25 +26,25 @@ impl Doctor {
     pub fn run(self) -> Result<()> {
         let backend = CpuBackend::new(self.threads);
         let known: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
-        println!("instruction set   {} (this machine has: {})", backend.isa(), known.join(", "));
-        println!("threads           {}", backend.threads());
+        say!("instruction set   {} (this machine has: {})", backend.isa(), known.join(", "))?;
+        say!("threads           {}", backend.threads())?;
         if let Some(memory) = total_memory() {
-            println!("memory            {}", bytes(memory));
+            say!("memory            {}", bytes(memory))?;
         }
         let buffer = |value| (&backend as &dyn Backend).filled(DType::F32, ELEMENTS, value);
         let mut x = buffer(1.0)?;
         let size = (4 * ELEMENTS) as f64;
         let read = best(|| backend.sum_squares(x.view()).map(drop))?;
         let write = best(|| backend.fill(0.5, x.view_mut()))?;
-        println!("read              {:.1} GB/s", size / read / 1e9);
-        println!("write             {:.1} GB/s", size / write / 1e9);
+        say!("read              {:.1} GB/s", size / read / 1e9)?;
+        say!("write             {:.1} GB/s", size / write / 1e9)?;
 
         let p = MatMul { m: EDGE, n: EDGE, k: EDGE, layout: Layout::Nn, accumulate: false, compute: Compute::F32 };
         let square = || (&backend as &dyn Backend).filled(DType::F32, EDGE * EDGE, 1.0);
         let (a, b, mut c) = (square()?, square()?, square()?);
         let product = best(|| backend.matmul(&p, a.view(), b.view(), c.view_mut()))?;
-        println!("f32 products      {:.1} GFLOP/s", 2.0 * (EDGE * EDGE * EDGE) as f64 / product / 1e9);
-        println!("this machine runs Rankfold on {} threads with {}", backend.threads(), backend.isa());
+        say!("f32 products      {:.1} GFLOP/s", 2.0 * (EDGE * EDGE * EDGE) as f64 / product / 1e9)?;
+        say!("this machine runs Rankfold on {} threads with {}", backend.threads(), backend.isa())?;
         Ok(())
     }
 }

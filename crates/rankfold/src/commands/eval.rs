@@ -1,9 +1,9 @@
 //! `rankfold eval`: the loss and perplexity of data.
 
 use crate::builtin;
-use crate::device::DeviceArgs;
-use crate::error::Result;
-use crate::open::{BUILTIN, Folder};
+use crate::error::{Error, Result};
+use crate::open::ModelArgs;
+use crate::show::say;
 use clap::Args;
 use rankfold_trainer::data::{Data, Evaluation, Source, tokens};
 use rankfold_trainer::step::evaluate;
@@ -12,12 +12,8 @@ use std::path::PathBuf;
 /// Measure the loss and perplexity of data.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// `builtin`, or the folder of a Hugging Face model.
-    #[arg(long, default_value = BUILTIN)]
-    model: String,
-    /// A PEFT adapter on it.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// Text files or JSONL [default: the built-in text].
     #[arg(long, value_name = "FILE", num_args = 1..)]
     data: Vec<PathBuf>,
@@ -30,32 +26,37 @@ pub struct Eval {
     /// Rows at a time: never changes a result.
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 impl Eval {
     pub fn run(self) -> Result<()> {
-        let backend = self.device.open()?;
-        let folder = Folder::open(&self.model)?;
-        let model = folder.load_with(backend, folder.default_precision(), self.adapter.as_deref())?;
-        let compute = self.device.compute.into();
+        let folder = self.model.folder()?;
+        let model = self.model.load(&folder)?;
+        let compute = self.model.compute();
         if let Some(path) = &self.tokens {
-            let (loss, targets) = evaluate(&model, [tokens::read(path, folder.config.vocab)?], compute)?;
-            println!("loss {loss:.6} nat a token over {targets} tokens, perplexity {:.4}", loss.exp());
+            let (loss, targets) = finite(evaluate(&model, [tokens::read(path, folder.config.vocab)?], compute)?)?;
+            say!("loss {loss:.6} nat a token over {targets} tokens, perplexity {:.4}", loss.exp())?;
             return Ok(());
         }
         let tokenizer = folder.tokenizer()?;
         let sources = sources(&self.data);
         let evaluation = Evaluation::new(Data::read(&tokenizer, &sources)?, self.seq, tokenizer.end_of_text())?;
-        let (loss, targets) = evaluate(&model, evaluation.batches(self.batch), compute)?;
+        let (loss, targets) = finite(evaluate(&model, evaluation.batches(self.batch), compute)?)?;
         let (tokens, characters) = evaluation.tokens_and_characters();
         let by_character = loss * tokens as f64 / characters.max(1) as f64;
-        println!(
+        say!(
             "loss {loss:.6} nat a token ({by_character:.6} a character) over {targets} tokens, perplexity {:.4}",
             loss.exp()
-        );
+        )?;
         Ok(())
+    }
+}
+
+/// A loss that is a number, and its targets.
+fn finite((loss, targets): (f64, usize)) -> Result<(f64, usize)> {
+    match loss.is_finite() {
+        true => Ok((loss, targets)),
+        false => Err(Error::Usage(format!("the loss is {loss}: expected a finite number of this model on this data"))),
     }
 }
 

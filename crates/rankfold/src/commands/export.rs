@@ -3,6 +3,7 @@
 use crate::builtin;
 use crate::error::Result;
 use crate::open::BUILTIN;
+use crate::show::say;
 use clap::Args;
 use std::path::PathBuf;
 
@@ -19,9 +20,10 @@ pub struct Export {
 
 impl Export {
     pub fn run(self) -> Result<()> {
-        super::new_folder(&self.out)?;
-        builtin::export(&self.out)?;
-        println!("the {} model is in {}", self.model, self.out.display());
+        let staged = super::stage(&self.out)?;
+        builtin::export(staged.path())?;
+        staged.commit()?;
+        say!("the {} model is in {}", self.model, self.out.display())?;
         Ok(())
     }
 }

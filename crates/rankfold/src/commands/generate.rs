@@ -1,21 +1,16 @@
 //! `rankfold generate`: text from a prompt.
 
-use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
-use crate::open::{BUILTIN, Folder};
+use crate::open::ModelArgs;
+use crate::show::say;
 use clap::Args;
 use rankfold_trainer::generate::{Sampling, generate};
-use std::path::PathBuf;
 
 /// Continue a prompt.
 #[derive(Debug, Args)]
 pub struct Generate {
-    /// `builtin`, or the folder of a Hugging Face model.
-    #[arg(long, default_value = BUILTIN)]
-    model: String,
-    /// A PEFT adapter on it.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// The text to continue.
     #[arg(long)]
     prompt: String,
@@ -31,8 +26,6 @@ pub struct Generate {
     /// The same seed writes the same text.
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 impl Generate {
@@ -43,18 +36,17 @@ impl Generate {
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
             return Err(Error::Usage(format!("--top-p {}: expected above 0 and at most 1", self.top_p)));
         }
-        let backend = self.device.open()?;
-        let folder = Folder::open(&self.model)?;
+        let folder = self.model.folder()?;
         let tokenizer = folder.tokenizer()?;
-        let model = folder.load_with(backend, folder.default_precision(), self.adapter.as_deref())?;
+        let model = self.model.load(&folder)?;
         let mut prompt = tokenizer.encode(&self.prompt, true)?;
         if prompt.is_empty() {
             prompt.push(tokenizer.end_of_text());
         }
         let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed };
-        let compute = self.device.compute.into();
+        let compute = self.model.compute();
         let made = generate(&model, &prompt, self.max_new, tokenizer.stops(), sampling, compute)?;
-        println!("{}{}", self.prompt, tokenizer.decode(&made, false)?);
+        say!("{}{}", self.prompt, tokenizer.decode(&made, false)?)?;
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! `rankfold grads`: the loss's gradient by each adapter tensor, to compare with another program's.
 
-use crate::device::DeviceArgs;
 use crate::error::Result;
-use crate::open::{BUILTIN, Folder};
+use crate::open::ModelArgs;
+use crate::show::say;
 use clap::Args;
 use rankfold_adapters::Forward;
 use rankfold_autograd::{Gradients, Tape};
@@ -15,33 +15,28 @@ use std::path::PathBuf;
 /// Write the gradient of the loss by each of an adapter's tensors, under its PEFT name, and the loss.
 #[derive(Debug, Args)]
 pub struct Grads {
-    /// `builtin`, or the folder of a Hugging Face model.
-    #[arg(long, default_value = BUILTIN)]
-    model: String,
-    /// A PEFT adapter on it.
-    #[arg(long, value_name = "DIR")]
-    adapter: PathBuf,
+    #[command(flatten)]
+    model: ModelArgs,
     /// safetensors with `ids` and `labels`, i64 [N, T], −100 ignored.
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 impl Grads {
     pub fn run(self) -> Result<()> {
         super::parent_exists(&self.out)?;
-        let backend = self.device.open()?;
-        let folder = Folder::open(&self.model)?;
+        self.model.needs_adapter()?;
+        let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
-        let model = folder.load_with(backend.clone(), folder.default_precision(), Some(&self.adapter))?;
+        let model = self.model.load(&folder)?;
+        let backend = model.backend().clone();
         let tape = Tape::new(backend.clone());
         let device = DeviceBatch::new(backend.as_ref(), &batch)?;
         // No dropout: a gradient to compare is that of a function.
-        let mode = Forward::evaluation(self.device.compute.into());
+        let mode = Forward::evaluation(self.model.compute());
         let (root, loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
         let mut gradients = Gradients::new(backend.clone());
         tape.backward_from_loss(&root, &mut gradients)?;
@@ -59,7 +54,7 @@ impl Grads {
             }
         }
         writer.finish()?;
-        println!("loss {loss:.6}; {} gradients are in {}", named.len(), self.out.display());
+        say!("loss {loss:.6}; {} gradients are in {}", named.len(), self.out.display())?;
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! `rankfold inspect`: what a file or folder holds.
 
 use crate::error::{Error, Result};
-use crate::show::{bytes, count};
+use crate::show::{bytes, count, say};
 use clap::Args;
 use rankfold_adapters::{AdapterFolder, LoraSpec};
 use rankfold_files::{Checkpoint, quantized};
@@ -23,10 +23,10 @@ impl Inspect {
         if adapter.exists() {
             let LoraSpec { rank, alpha, rslora, dropout } = AdapterFolder::open(&self.path)?.config().spec;
             let kind = if rslora { "rsLoRA" } else { "LoRA" };
-            println!("a PEFT adapter: {kind}, rank {rank}, alpha {alpha}, dropout {dropout}");
+            say!("a PEFT adapter: {kind}, rank {rank}, alpha {alpha}, dropout {dropout}")?;
         } else if self.path.join("config.json").exists() {
             let c = ModelConfig::open(&self.path)?;
-            println!(
+            say!(
                 "{}: {} layers, {} wide, {} heads ({} for keys), head_dim {}, feed-forward {}, vocabulary {}, {} parameters",
                 c.architecture.model_type(),
                 c.layers,
@@ -37,7 +37,7 @@ impl Inspect {
                 c.feed_forward,
                 c.vocab,
                 count(c.parameters()),
-            );
+            )?;
         }
         let quantised = quantized::weights(&checkpoint);
         let (mut tensors, mut total) = (0, 0);
@@ -52,11 +52,11 @@ impl Inspect {
                 Ok(_) => String::new(),
                 Err(error) => return Err(Error::Files(error)),
             };
-            println!("{dtype:>5} {:>20}  {name}{note}", format!("{:?}", info.shape));
+            say!("{dtype:>5} {:>20}  {name}{note}", format!("{:?}", info.shape))?;
             tensors += 1;
             total += info.bytes as u64;
         }
-        println!("{tensors} tensors, {}, in {}", bytes(total), self.path.display());
+        say!("{tensors} tensors, {}, in {}", bytes(total), self.path.display())?;
         Ok(())
     }
 }

@@ -1,8 +1,8 @@
 //! `rankfold logits`: a model's logits for given token ids, to compare with another program's.
 
-use crate::device::DeviceArgs;
 use crate::error::Result;
-use crate::open::{BUILTIN, Folder};
+use crate::open::ModelArgs;
+use crate::show::say;
 use clap::Args;
 use rankfold_backend::DType;
 use rankfold_files::{Spec, Writer};
@@ -14,30 +14,23 @@ use std::path::PathBuf;
 /// Write the logits [N, T, V] (f32) and the loss of given token ids.
 #[derive(Debug, Args)]
 pub struct Logits {
-    /// `builtin`, or the folder of a Hugging Face model.
-    #[arg(long, default_value = BUILTIN)]
-    model: String,
-    /// A PEFT adapter on it.
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
+    #[command(flatten)]
+    model: ModelArgs,
     /// safetensors with `ids` and `labels`, i64 [N, T], −100 ignored.
     #[arg(long, value_name = "FILE")]
     tokens: PathBuf,
     /// The safetensors file to write: `logits`, `loss`.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    #[command(flatten)]
-    device: DeviceArgs,
 }
 
 impl Logits {
     pub fn run(self) -> Result<()> {
         super::parent_exists(&self.out)?;
-        let backend = self.device.open()?;
-        let folder = Folder::open(&self.model)?;
+        let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
-        let model = folder.load_with(backend.clone(), folder.default_precision(), self.adapter.as_deref())?;
-        let compute = self.device.compute.into();
+        let model = self.model.load(&folder)?;
+        let (backend, compute) = (model.backend().clone(), self.model.compute());
         let logits = model.logits(&DeviceBatch::new(backend.as_ref(), &batch)?, compute)?;
         let (loss, _) = evaluate(&model, [batch.clone()], compute)?;
 
@@ -47,7 +40,7 @@ impl Logits {
         writer.write_view("logits", backend.as_ref(), logits.view())?;
         writer.write("loss", &(loss as f32).to_le_bytes())?;
         writer.finish()?;
-        println!("loss {loss:.6}; logits {shape:?} are in {}", self.out.display());
+        say!("loss {loss:.6}; logits {shape:?} are in {}", self.out.display())?;
         Ok(())
     }
 }

@@ -1,5 +1,6 @@
 //! The commands, one a file.
 
+pub mod audit;
 pub mod dequantize;
 pub mod doctor;
 pub mod eval;
@@ -15,16 +16,18 @@ pub mod train;
 
 use crate::error::{Error, Result};
 use crate::open::Folder;
+use rankfold_files::StagedFolder;
+use std::io::ErrorKind;
 use std::path::Path;
 
-/// Make a folder to write into; one that holds anything is an error.
-fn new_folder(path: &Path) -> Result<()> {
-    std::fs::create_dir_all(path).map_err(Error::io(path))?;
-    match std::fs::read_dir(path).map_err(Error::io(path))?.next() {
-        None => Ok(()),
-        Some(_) => {
-            Err(Error::Path { path: path.to_owned(), why: "it is not empty: expected a new folder for --out".into() })
+/// A folder to write into, which gets its name when all of it is there; one that holds anything already is an error.
+fn stage(path: &Path) -> Result<StagedFolder> {
+    // An empty one gives way.
+    match std::fs::remove_dir(path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            Err(Error::Path { path: path.to_owned(), why: format!("expected a new or empty folder for --out: {e}") })
         }
+        _ => Ok(StagedFolder::create(path)?),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `rankfold new`: a model to be pretrained: its tokenizer trained, its weights drawn.
 
 use crate::error::{Error, Result};
-use crate::show::count;
+use crate::show::{count, say};
 use clap::Args;
 use rankfold_trainer::data::{Source, Tokenizer};
 use rankfold_trainer::initialize::initialize;
@@ -34,11 +34,17 @@ impl New {
         for path in &self.data {
             corpus.push_str(&Source::File(path.clone()).plain_text()?);
         }
+        if corpus.is_empty() {
+            return Err(Error::Usage(
+                "--data: no text in any of the files, expected some to train the tokenizer on".into(),
+            ));
+        }
         let tokenizer = Tokenizer::train_bpe(&corpus, self.vocab)?;
-        super::new_folder(&self.out)?;
-        let parameters = initialize(&text, &self.config, &tokenizer, self.seed, &self.out)?;
+        let staged = super::stage(&self.out)?;
+        let parameters = initialize(&text, &self.config, &tokenizer, self.seed, staged.path())?;
+        staged.commit()?;
         let vocab = tokenizer.vocab_size();
-        println!("a model of {} parameters and {vocab} tokens is in {}", count(parameters), self.out.display());
+        say!("a model of {} parameters and {vocab} tokens is in {}", count(parameters), self.out.display())?;
         Ok(())
     }
 }

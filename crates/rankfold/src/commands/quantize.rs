@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::open::{BUILTIN, Folder};
 use crate::options::Quantize as Format;
-use crate::show::bytes;
+use crate::show::{bytes, say};
 use clap::Args;
 use rankfold_cpu::CpuBackend;
 use rankfold_trainer::convert;
@@ -34,13 +34,14 @@ impl Quantize {
     pub fn run(self) -> Result<()> {
         let how = Quantization { format: self.format.format()?, block: self.block, double: self.double_quant };
         how.check()?;
-        super::new_folder(&self.out)?;
         let folder = Folder::open(&self.model)?;
+        let staged = super::stage(&self.out)?;
         let backend = CpuBackend::new(None);
-        let done = convert::quantize(&backend, &folder.checkpoint, &folder.config, how, &self.out)?;
-        super::copy_tokenizer(&folder, &self.out)?;
+        let done = convert::quantize(&backend, &folder.checkpoint, &folder.config, how, staged.path())?;
+        super::copy_tokenizer(&folder, staged.path())?;
+        staged.commit()?;
         let (before, after) = (bytes(done.before), bytes(done.after));
-        println!("{} linear layers in {}, {before} to {after}, in {}", done.layers, how.format, self.out.display());
+        say!("{} linear layers in {}, {before} to {after}, in {}", done.layers, how.format, self.out.display())?;
         Ok(())
     }
 }

@@ -54,7 +54,6 @@ fn a_wrong_element_is_caught() {
         (Nudge("dg", 0, 1e-5), linear::grad_weight_bf16),
         (Nudge("quantize_4bit", 0, 0.0), quantize::quantize_4bit),
         (Nudge("quantize_4bit", 1, 2e-7), quantize::quantize_4bit),
-        (Nudge("dequantize_4bit", 0, 0.25), quantize::half_a_gap),
         (Nudge("dequantize_4bit", 0, 2e-7), quantize::dequantize_4bit),
         (Nudge("quantize_scales", 0, 0.0), quantize::quantize_scales),
         (Nudge("quantize_scales", 1, 2e-7), quantize::quantize_scales),
@@ -118,6 +117,29 @@ fn a_parameter_that_is_not_listened_to_is_caught() {
         (Deaf("scale"), cross_entropy::backward),
         (Deaf("step"), adamw::steps),
         (Deaf("weight_decay"), adamw::steps),
+    ]);
+}
+
+/// Each law of 4-bit quantisation by a fault that leaves the others' subjects alone as far as one can.
+#[test]
+fn a_broken_law_of_quantisation_is_caught() {
+    caught(&[
+        (Nudge("dequantize_4bit", 0, 0.25), quantize_laws::worst_case),
+        (Nudge("quantize_scales", 1, 0.1), quantize_laws::worst_case),
+        (Nudge("quantize_4bit", 0, 0.0), quantize_laws::nearest),
+        (Nudge("quantize_4bit", 1, 2e-7), quantize_laws::idempotent),
+        (Deaf("scales below 1e-6"), quantize_laws::equivariant),
+        (Deaf("signs"), quantize_laws::symmetric),
+        (Nudge("quantize_4bit", 0, 0.0), quantize_laws::monotone),
+        (Deaf("scales below 1e-6"), quantize_laws::denormal),
+        (Deaf("signs"), quantize_laws::denormal),
+        (Lenient("quantize_4bit"), quantize_laws::not_finite),
+        (Nudge("quantize_4bit", 0, 0.0), quantize_laws::any_shape),
+        (Nudge("dequantize_4bit", 0, 2e-2), quantize_laws::any_shape),
+        (Deaf("offset"), quantize_laws::any_shape),
+        (Deaf("the codes' last bit"), quantize_normal::published_errors),
+        (Deaf("format"), quantize_normal::order),
+        (Nudge("quantize_scales", 1, 4.0), quantize_normal::double_costs_little),
     ]);
 }
 
@@ -188,6 +210,7 @@ fn an_error_that_is_not_reported_is_caught() {
     let laws: [Law; 3] = [errors::lengths, errors::dtypes, errors::foreign];
     for kernel in ["copy", "add", "matmul", "linear", "rms_norm_grad", "attention", "quantize_8bit", "adamw", "cast"] {
         caught(&laws.map(|law| (Lenient(kernel), law)));
+        caught(&laws.map(|law| (Hasty(kernel), law)));
     }
     caught(&[
         (Lenient("read"), errors::lengths),
@@ -200,5 +223,7 @@ fn an_error_that_is_not_reported_is_caught() {
         (Lenient("dropout"), errors::parameters),
         (Lenient("adamw"), errors::parameters),
         (Lenient("attention"), errors::parameters),
+        (Lenient("matmul"), errors::products),
+        (Hasty("quantize_4bit"), errors::values),
     ]);
 }

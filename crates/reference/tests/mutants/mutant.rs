@@ -2,13 +2,15 @@
 
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Format, LinearGrads, LowRank, Quantized, Result, View,
-    ViewMut, Weight,
+    AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Element, Error, Format, LinearGrads, LowRank,
+    Quantized, Result, View, ViewMut, Weight,
 };
 use rankfold_reference::ReferenceBackend;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub const ORACLE: ReferenceBackend = ReferenceBackend::new();
+/// The same, to read and write whole buffers through.
+const HOST: &dyn Backend = &ORACLE;
 
 /// What is wrong with it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,6 +28,8 @@ pub enum Fault {
     Deaf(&'static str),
     /// An error is not reported.
     Lenient(&'static str),
+    /// An error is reported, but only after an output was written.
+    Hasty(&'static str),
 }
 use Fault::*;
 
@@ -59,6 +63,13 @@ impl Mutant {
         let answer = call(outputs.each_mut().map(|output| output.reborrow()));
         if self.fault == Lenient(kernel) {
             return Ok(());
+        }
+        if self.fault == Hasty(kernel) && answer.is_err() {
+            // A spoilt output may be nobody's memory, which cannot be written.
+            outputs.iter_mut().try_for_each(|output| match ORACLE.fill(0.0, output.reborrow()) {
+                Err(Error::Foreign { .. }) => Ok(()),
+                filled => filled,
+            })?;
         }
         answer?;
         if let Some((output, before)) = skipped {
@@ -105,6 +116,12 @@ fn nudge(out: &mut ViewMut, by: f64) -> Result<()> {
         code[0] ^= 1;
         ORACLE.write(&code, one.reborrow())
     }
+}
+
+/// Every element replaced by what `to` makes of it.
+fn change<T: Element>(mut out: ViewMut, to: impl Fn(T) -> T) -> Result<()> {
+    let changed: Vec<T> = HOST.download::<T>(out.as_view())?.into_iter().map(to).collect();
+    ORACLE.write(bytemuck::cast_slice(&changed), out.reborrow())
 }
 
 impl Backend for Mutant {
@@ -176,8 +193,24 @@ impl Backend for Mutant {
     }
 
     fn quantize_4bit(&self, format: Format, block: usize, w: View, codes: ViewMut, absmax: ViewMut) -> Result<()> {
-        self.run("quantize_4bit", [codes, absmax], |[codes, absmax]| {
-            ORACLE.quantize_4bit(format, block, w, codes, absmax)
+        let positive;
+        let w = if self.deaf("signs") {
+            let values: Vec<f32> = HOST.download(w)?;
+            positive = HOST.upload(&values.iter().map(|w| w.abs()).collect::<Vec<_>>())?;
+            positive.view()
+        } else {
+            w
+        };
+        let format = if self.deaf("format") { Format::Fp4 } else { format };
+        self.run("quantize_4bit", [codes, absmax], |[mut codes, mut absmax]| {
+            ORACLE.quantize_4bit(format, block, w, codes.reborrow(), absmax.reborrow())?;
+            if self.deaf("the codes' last bit") {
+                change(codes, |byte: u8| byte & 0xee)?;
+            }
+            if self.deaf("scales below 1e-6") {
+                change(absmax, |scale: f32| scale.max(1e-6))?;
+            }
+            Ok(())
         })
     }
 

@@ -70,6 +70,11 @@ impl Loader {
         packing::batch(&self.examples, rows.iter().map(Vec::as_slice), seq, self.padding)
     }
 
+    /// Tokens of a micro-batch.
+    pub fn tokens(&self) -> usize {
+        self.shape.rows * self.shape.seq
+    }
+
     /// Rows of the first epoch; later ones differ by their offsets and order, if at all by a few.
     pub fn rows_an_epoch(&self) -> u64 {
         self.epochs[1]

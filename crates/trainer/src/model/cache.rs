@@ -26,7 +26,7 @@ struct Layer {
 impl Cache {
     /// Room for `capacity` tokens of `width` = kv_heads · head_dim in each of `layers`.
     pub fn new(backend: Arc<dyn Backend>, layers: usize, capacity: usize, width: usize) -> Result<Self> {
-        let buffer = || backend.alloc(DType::F32, capacity * width);
+        let buffer = || backend.alloc(DType::F32, params::elements(&[capacity, width]));
         let layers = (0..layers).map(|_| Ok(Layer { keys: buffer()?, values: buffer()? })).collect::<Result<_>>()?;
         Ok(Self { backend, layers, capacity, len: 0 })
     }

@@ -85,6 +85,9 @@ pub struct ModelConfig {
     pub raw: Value,
 }
 
+/// Far beyond any model, and few enough for what is made of each.
+const MAX_LAYERS: usize = 4096;
+
 impl ModelConfig {
     /// Read `config.json` of a model's folder.
     pub fn open(folder: &Path) -> Result<Self> {
@@ -112,6 +115,10 @@ impl Fields<'_> {
         let heads = self.count("num_attention_heads")?;
         let kv_heads = self.count_or("num_key_value_heads", heads)?;
         let layers = self.count("num_hidden_layers")?;
+        // Every layer costs a list of its tensors' names before any of them is looked for.
+        if layers > MAX_LAYERS {
+            return Err(format!("num_hidden_layers is {layers}, expected at most {MAX_LAYERS}"));
+        }
         let head_dim = self.count_or("head_dim", width / heads)?;
         if !heads.is_multiple_of(kv_heads) {
             return Err(format!("num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"));
@@ -131,7 +138,7 @@ impl Fields<'_> {
             kv_heads,
             head_dim,
             feed_forward: self.count("intermediate_size")?,
-            eps: self.number("rms_norm_eps")?.ok_or("rms_norm_eps is missing")?,
+            eps: self.eps()?,
             rope_base,
             rope_scaling,
             max_positions: self.count_or("max_position_embeddings", 2048)?,
@@ -161,6 +168,11 @@ impl Fields<'_> {
     /// A field that is present and not null.
     fn given(&self, field: &str) -> Option<&Value> {
         self.raw.get(field).filter(|value| !value.is_null())
+    }
+
+    fn eps(&self) -> Result<f64, String> {
+        let eps = self.number("rms_norm_eps")?.ok_or("rms_norm_eps is missing")?;
+        if eps >= 0.0 { Ok(eps) } else { Err(format!("rms_norm_eps is {eps}, expected 0 or more")) }
     }
 
     fn number(&self, field: &str) -> Result<Option<f64>, String> {

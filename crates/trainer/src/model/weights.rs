@@ -8,6 +8,7 @@ use rankfold_adapters::{Bias, Linear, Weight};
 use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
 use rankfold_backend::{Backend, Buffer, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, quantized};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 /// How 4-bit weights are made.
@@ -101,7 +102,29 @@ impl Model {
         let blocks = (0..config.layers).map(|layer| Ok(Arc::new(reader.block(layer)?))).collect::<Result<_>>()?;
         let norm = reader.vector("model.norm.weight", config.width)?;
         let head = if config.tied { None } else { Some(reader.table("lm_head.weight")?) };
+        refuse_unknown(checkpoint, &config)?;
         Ok(Self { config, backend, embedding, blocks, norm, head, tables: Mutex::new(None) })
+    }
+}
+
+/// That the file has no layer, and no part of a layer, that the config does not speak of: a model without them would be
+/// another one. What 4-bit weights have beside them, and the tables that old files keep, are no such part.
+fn refuse_unknown(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
+    let known: BTreeSet<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
+    let is_part = |name: &&str| {
+        name.starts_with("model.layers.")
+            && (name.ends_with(".weight") || name.ends_with(".bias"))
+            && !known.contains(*name)
+    };
+    match checkpoint.names().find(is_part) {
+        None => Ok(()),
+        Some(name) => {
+            let why = format!(
+                "'{name}' is in the file, but not in a model of {} layers as config.json has it",
+                config.layers
+            );
+            Err(Error::file(checkpoint.file(name), why))
+        }
     }
 }
 
@@ -217,13 +240,7 @@ impl Reader<'_> {
         let mut buffer = self.backend.alloc(dtype, shape.iter().product())?;
         let read = |bytes: &mut [u8]| -> Result<()> {
             self.checkpoint.read_into(name, bytes)?;
-            match first_not_finite(dtype, bytes) {
-                None => Ok(()),
-                Some(index) => {
-                    let why = format!("'{name}': element {index} is NaN or infinite, expected finite weights");
-                    Err(Error::file(self.checkpoint.file(name), why))
-                }
-            }
+            check_finite(self.checkpoint, name, bytes)
         };
         match self.backend.host_bytes_mut(&mut buffer) {
             Some(bytes) => read(bytes)?,
@@ -234,6 +251,17 @@ impl Reader<'_> {
             }
         }
         Ok(buffer)
+    }
+}
+
+/// That every value of a dense tensor, whose bytes these are, is finite.
+pub(crate) fn check_finite(checkpoint: &Checkpoint, name: &str, bytes: &[u8]) -> Result<()> {
+    match first_not_finite(checkpoint.dtype(name)?, bytes) {
+        None => Ok(()),
+        Some(index) => {
+            let why = format!("'{name}': element {index} is NaN or infinite, expected finite weights");
+            Err(Error::file(checkpoint.file(name), why))
+        }
     }
 }
 

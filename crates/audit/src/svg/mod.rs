@@ -1,0 +1,195 @@
+//! Plots as inline SVG: a frame with axes, and what the plots draw into it.
+//!
+//! A plot is 480 × 320 user units and scales with its column, so that its text is about 11 px high on a phone and
+//! 16 px on a desktop. Colours are the page's variables, so that one drawing serves light and dark; every series also
+//! differs by the shape of its marks or its dashes. Each plot carries a title and a description for screen readers.
+
+pub(crate) mod bits;
+pub(crate) mod codes;
+pub(crate) mod layers;
+pub(crate) mod levels;
+
+use crate::html::escape;
+use rankfold_backend::Format;
+use std::fmt::Write;
+
+const WIDTH: f64 = 480.0;
+const HEIGHT: f64 = 320.0;
+const LEFT: f64 = 84.0;
+const RIGHT: f64 = 18.0;
+const TOP: f64 = 14.0;
+const BOTTOM: f64 = 54.0;
+
+/// A plot in the making.
+pub(crate) struct Frame {
+    svg: String,
+    x: (f64, f64),
+    y: (f64, f64),
+}
+
+impl Frame {
+    /// An empty plot of `x` and `y` ranges; `id` is unique in the page.
+    pub(crate) fn new(id: &str, title: &str, description: &str, x: (f64, f64), y: (f64, f64)) -> Self {
+        let (title, description) = (escape(title), escape(description));
+        let svg = format!(
+            "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\">\
+             <title id=\"{id}-title\">{title}</title><desc id=\"{id}-desc\">{description}</desc>"
+        );
+        Self { svg, x, y }
+    }
+
+    pub(crate) fn px(&self, x: f64) -> f64 {
+        LEFT + (x - self.x.0) / (self.x.1 - self.x.0) * (WIDTH - LEFT - RIGHT)
+    }
+
+    pub(crate) fn py(&self, y: f64) -> f64 {
+        HEIGHT - BOTTOM - (y - self.y.0) / (self.y.1 - self.y.0) * (HEIGHT - TOP - BOTTOM)
+    }
+
+    /// Horizontal grid lines with their numbers, and the axis's name.
+    pub(crate) fn y_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
+        let (left, right) = (LEFT, WIDTH - RIGHT);
+        for (at, label) in ticks {
+            let y = self.py(*at);
+            let _ = write!(
+                self.svg,
+                "<line class=\"grid\" x1=\"{left}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>\
+                 <text x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
+                left - 6.0,
+                y + 5.0,
+                escape(label)
+            );
+        }
+        let middle = (TOP + HEIGHT - BOTTOM) / 2.0;
+        let _ = write!(
+            self.svg,
+            "<text class=\"axis\" transform=\"translate(16 {middle:.1}) rotate(-90)\" text-anchor=\"middle\">{}</text>",
+            escape(name)
+        );
+    }
+
+    /// Ticks with their labels under the plot, and the axis's name.
+    pub(crate) fn x_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
+        let bottom = HEIGHT - BOTTOM;
+        for (at, label) in ticks {
+            let x = self.px(*at);
+            let _ = write!(
+                self.svg,
+                "<line class=\"tick\" x1=\"{x:.1}\" y1=\"{bottom}\" x2=\"{x:.1}\" y2=\"{:.1}\"/>\
+                 <text x=\"{x:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+                bottom + 5.0,
+                bottom + 20.0,
+                escape(label)
+            );
+        }
+        let _ = write!(
+            self.svg,
+            "<line class=\"tick\" x1=\"{LEFT}\" y1=\"{bottom}\" x2=\"{:.1}\" y2=\"{bottom}\"/>\
+             <text class=\"axis\" x=\"{:.1}\" y=\"{:.1}\" text-anchor=\"middle\">{}</text>",
+            WIDTH - RIGHT,
+            (LEFT + WIDTH - RIGHT) / 2.0,
+            HEIGHT - 9.0,
+            escape(name)
+        );
+    }
+
+    /// A line through points, in a format's colour and dashes.
+    pub(crate) fn path(&mut self, class: &str, points: &[(f64, f64)]) {
+        let mut path = String::new();
+        for (i, (x, y)) in points.iter().enumerate() {
+            let _ = write!(path, "{}{:.1} {:.1}", if i == 0 { 'M' } else { 'L' }, self.px(*x), self.py(*y));
+        }
+        let _ = write!(self.svg, "<path class=\"line {class}\" d=\"{path}\"/>");
+    }
+
+    /// A format's mark at a point: a circle, a square or a triangle; hollow if so asked. `hint` is its tooltip.
+    pub(crate) fn mark(&mut self, format: Format, is_hollow: bool, (x, y): (f64, f64), hint: &str) {
+        let class = format!("mark {format}{}", if is_hollow { " hollow" } else { "" });
+        let shape = mark(format, &class, self.px(x), self.py(y), 4.5, Some(hint));
+        self.svg.push_str(&shape);
+    }
+
+    /// A vertical line over the whole height.
+    pub(crate) fn rule(&mut self, class: &str, x: f64) {
+        let x = self.px(x);
+        let _ = write!(
+            self.svg,
+            "<line class=\"{class}\" x1=\"{x:.1}\" y1=\"{TOP}\" x2=\"{x:.1}\" y2=\"{:.1}\"/>",
+            HEIGHT - BOTTOM
+        );
+    }
+
+    /// A horizontal line over the whole width.
+    pub(crate) fn level(&mut self, class: &str, y: f64) {
+        let y = self.py(y);
+        let right = WIDTH - RIGHT;
+        let _ = write!(self.svg, "<line class=\"{class}\" x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>");
+    }
+
+    /// A bar from the axis up.
+    pub(crate) fn bar(&mut self, class: &str, (from, to): (f64, f64), y: f64, hint: &str) {
+        let (left, right, top) = (self.px(from), self.px(to), self.py(y));
+        let _ = write!(
+            self.svg,
+            "<rect class=\"{class}\" x=\"{left:.1}\" y=\"{top:.1}\" width=\"{:.1}\" height=\"{:.1}\">\
+             <title>{}</title></rect>",
+            right - left,
+            (HEIGHT - BOTTOM - top).max(0.0),
+            escape(hint)
+        );
+    }
+
+    pub(crate) fn finish(self) -> String {
+        self.svg + "</svg>"
+    }
+}
+
+/// A format's mark about a point of the drawing, `r` its radius.
+fn mark(format: Format, class: &str, x: f64, y: f64, r: f64, hint: Option<&str>) -> String {
+    let title = hint.map_or_else(String::new, |hint| format!("<title>{}</title>", escape(hint)));
+    match format {
+        Format::Nf4 => format!("<circle class=\"{class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"{r}\">{title}</circle>"),
+        Format::Fp4 => {
+            let (left, top, side) = (x - 0.9 * r, y - 0.9 * r, 1.8 * r);
+            format!(
+                "<rect class=\"{class}\" x=\"{left:.1}\" y=\"{top:.1}\" width=\"{side:.1}\" height=\"{side:.1}\">\
+                 {title}</rect>"
+            )
+        }
+        Format::Int4 => {
+            let (top, base, half) = (y - 1.2 * r, y + 0.8 * r, 1.15 * r);
+            format!(
+                "<path class=\"{class}\" d=\"M{x:.1} {top:.1}L{:.1} {base:.1}L{:.1} {base:.1}Z\">{title}</path>",
+                x + half,
+                x - half
+            )
+        }
+    }
+}
+
+/// A format's mark and dashes for a legend.
+pub(crate) fn key(format: Format) -> String {
+    format!(
+        "<svg class=\"key\" viewBox=\"0 0 36 14\" aria-hidden=\"true\"><path class=\"line {format}\" d=\"M1 7L35 7\"/>{}</svg>",
+        mark(format, &format!("mark {format}"), 18.0, 7.0, 4.5, None)
+    )
+}
+
+/// Round numbers from 0 to a little above `most`, about five of them, and where the axis ends.
+pub(crate) fn ticks(most: f64) -> (Vec<f64>, f64) {
+    if most <= 0.0 || !most.is_finite() {
+        return (vec![0.0, 1.0], 1.0);
+    }
+    let rough = most / 4.0;
+    let power = 10f64.powf(rough.log10().floor());
+    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough);
+    let step = step.unwrap_or(10.0 * power);
+    let n = (most / step).ceil() as usize;
+    ((0..=n).map(|i| i as f64 * step).collect(), n as f64 * step)
+}
+
+/// A percentage without needless zeros.
+pub(crate) fn percent(x: f64) -> String {
+    let text = format!("{x:.3}");
+    format!("{} %", text.trim_end_matches('0').trim_end_matches('.'))
+}

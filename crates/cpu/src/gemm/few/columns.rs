@@ -1,0 +1,258 @@
+//! c_tj = or += Σ_i x_ti w_ij: stored rows of the weight, each times an element of x, added to sums that stay in the
+//! core's caches.
+//!
+//! ```text
+//! for k, GROUP at a time
+//!   tasks: DEPTH of k by STRETCH columns, on all threads
+//!     for rows of the weight, ROWS at a time: sums[task] += Σ x w      (sums in L1 or L2)
+//!   tasks: columns of c: c += the sums of DEPTH after DEPTH            (a hundredth of the weight's bytes)
+//! ```
+//!
+//! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
+//! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM.
+
+use super::{ALONE, finish};
+use crate::gemm::pack::Elements;
+use crate::gemm::plan::{self, Segment};
+use crate::gemm::quantized::Decoder;
+use crate::gemm::{Gemm, Output, Shared, Term, WeightSlice};
+use crate::scratch;
+use crate::simd::{Float, Kernel, Simd};
+use crate::slices::Floats;
+use std::ops::Range;
+
+/// Segments of k whose sums are held at a time.
+const GROUP: usize = 16;
+
+/// Rows of the weight at a time.
+const ROWS: usize = 4;
+
+/// Columns of a task, at most: a page of f32 and more, so that rows are read in long runs.
+const STRETCH: usize = 4096;
+
+/// Columns between two requests for memory ahead.
+const STEP: usize = 64;
+
+/// Columns of c to which a task adds the sums.
+const ADDED: usize = 1024;
+
+/// Tasks of one segment's columns, at least as many as keep a few threads busy where k is short.
+fn width(segments: usize, columns: usize) -> usize {
+    let parts = (8 / segments.max(1)).max(columns.div_ceil(STRETCH)).max(1);
+    // Every task starts where the lookups of whole vectors do.
+    columns.div_ceil(parts).next_multiple_of(64)
+}
+
+impl Gemm<'_> {
+    /// [`Gemm::product`] where every right operand is stored as [k, n] and rows are few.
+    pub(super) fn columns(&self, terms: &[Term], output: Output) {
+        let (rows, columns) = (output.rows, output.columns);
+        let segments = plan::segments(terms, rows, columns, self.isa.lanes());
+        let width = width(segments.len(), columns);
+        let tasks = columns.div_ceil(width);
+        let elements: usize = terms.iter().map(|term| term.k * columns).sum();
+        let run = |tasks: usize, task: &(dyn Fn(usize) + Sync)| {
+            if elements < ALONE { (0..tasks).for_each(task) } else { self.threads.run(tasks, task) }
+        };
+        let c = Shared(output.c.as_mut_ptr());
+        // Rows of sums are a power of two (fewer variants to compile); those beyond c's stay 0.
+        let held = rows.next_power_of_two();
+        let mut done = 0;
+        loop {
+            let group = &segments[done..segments.len().min(done + GROUP)];
+            let accumulate = output.accumulate || done > 0;
+            done += group.len();
+            let last = done == segments.len();
+            scratch::with(group.len() * held * columns, |sums| {
+                let sums = Shared(sums.as_mut_ptr());
+                run(group.len() * tasks, &|task| {
+                    let (segment, part) = (task / tasks, task % tasks);
+                    let part = part * width..columns.min((part + 1) * width);
+                    // SAFETY: the segment's own rows of sums.
+                    let sums = unsafe { sums.at(segment * held * columns) };
+                    self.isa.run(AddRows { segment: &group[segment], rows, columns, part, sums });
+                });
+                run(columns.div_ceil(ADDED), &|task| {
+                    let part = task * ADDED..columns.min((task + 1) * ADDED);
+                    self.isa.run(AddSums {
+                        output: &output,
+                        c,
+                        segments: group.len(),
+                        held,
+                        sums,
+                        part,
+                        accumulate,
+                        last,
+                    });
+                });
+            });
+            if last {
+                return;
+            }
+        }
+    }
+}
+
+/// One task: the sums of a segment, in some columns.
+struct AddRows<'a> {
+    segment: &'a Segment<'a>,
+    /// Rows and columns of c; the sums have as many columns, and rows rounded up to a power of two.
+    rows: usize,
+    columns: usize,
+    part: Range<usize>,
+    sums: Shared,
+}
+
+impl Kernel for AddRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: `product` checked the operands' lengths; this task alone writes these columns of the sums.
+        unsafe {
+            match self.segment.term.right.data {
+                WeightSlice::Dense(Floats::F32(data)) => self.from::<S, _>(&data.as_ptr()),
+                WeightSlice::Dense(Floats::Bf16(data)) => self.from::<S, _>(&data.as_ptr()),
+                WeightSlice::Dense(Floats::F16(data)) => self.from::<S, _>(&data.as_ptr()),
+                WeightSlice::Quantized(data) => self.from::<S, _>(&Decoder::<S>::new(data)),
+            }
+        }
+    }
+}
+
+impl AddRows<'_> {
+    #[inline(always)]
+    unsafe fn from<S: Simd, E: Elements<S>>(&self, elements: &E) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self.rows {
+                1 => self.all::<S, E, 1>(elements),
+                2 => self.all::<S, E, 2>(elements),
+                3 | 4 => self.all::<S, E, 4>(elements),
+                5..=8 => self.all::<S, E, 8>(elements),
+                rows => debug_assert!(false, "{rows} rows are not few"),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn all<S: Simd, E: Elements<S>, const T: usize>(&self, elements: &E) {
+        let Range { start, end } = self.segment.ks;
+        let whole = start + (end - start) / ROWS * ROWS;
+        // SAFETY: rows of the weight within the segment; this task's columns of T rows of sums.
+        unsafe {
+            for t in 0..T {
+                let sums = self.sums.0.add(t * self.columns + self.part.start);
+                std::slice::from_raw_parts_mut(sums, self.part.len()).fill(0.0);
+            }
+            for i in (start..whole).step_by(ROWS) {
+                self.add::<S, E, T, ROWS>(elements, i);
+            }
+            for i in whole..end {
+                self.add::<S, E, T, 1>(elements, i);
+            }
+        }
+    }
+
+    /// sums += x_i w_i + … + x_(i+R−1) w_(i+R−1)
+    #[inline(always)]
+    unsafe fn add<S: Simd, E: Elements<S>, const T: usize, const R: usize>(&self, elements: &E, i: usize) {
+        let (left, stride, len) = (self.segment.term.left, self.segment.term.right.stride, self.part.len());
+        let whole = if E::whole(stride) { len / S::LANES * S::LANES } else { 0 };
+        let mut starts = [0; R];
+        for (r, start) in starts.iter_mut().enumerate() {
+            *start = (i + r) * stride + self.part.start;
+        }
+        // SAFETY: vectors lie within the columns, of their rows of the weight and of the sums.
+        unsafe {
+            let sums = self.sums.0.add(self.part.start);
+            let mut x = [[S::splat(0.0); T]; R];
+            for (r, x) in x.iter_mut().enumerate() {
+                for (t, x) in x.iter_mut().take(self.rows).enumerate() {
+                    *x = S::splat(*left.data.as_ptr().add(t * left.stride + i + r));
+                }
+            }
+            let mut j = 0;
+            while j < whole {
+                let (mut factors, mut run) = ([S::splat(0.0); R], STEP.min(whole - j));
+                for (factor, start) in factors.iter_mut().zip(starts) {
+                    *factor = elements.factor(start + j);
+                    run = run.min(elements.run(start + j));
+                    elements.prefetch(start + R * stride + j, STEP);
+                }
+                for j in (j..j + run).step_by(S::LANES) {
+                    let mut sum = [S::splat(0.0); T];
+                    for (t, sum) in sum.iter_mut().enumerate() {
+                        *sum = S::load(sums.add(t * self.columns + j));
+                    }
+                    for ((x, start), factor) in x.iter().zip(starts).zip(factors) {
+                        let w = elements.within(start + j, factor);
+                        for (sum, x) in sum.iter_mut().zip(x) {
+                            *sum = S::fma(*x, w, *sum);
+                        }
+                    }
+                    for (t, sum) in sum.into_iter().enumerate() {
+                        S::store(sums.add(t * self.columns + j), sum);
+                    }
+                }
+                j += run;
+            }
+            for j in (whole..len).step_by(S::LANES) {
+                let n = S::LANES.min(len - j);
+                for (x, start) in x.iter().zip(starts) {
+                    let w = elements.vector(start + j, n);
+                    for (t, x) in x.iter().enumerate() {
+                        let sum = sums.add(t * self.columns + j);
+                        f32::store_part::<S>(sum, S::fma(*x, w, f32::load_part::<S>(sum, n)), n);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// One task: some columns of c and all sums of a group of segments.
+struct AddSums<'a> {
+    /// c itself apart, which tasks share.
+    output: &'a Output<'a>,
+    c: Shared,
+    segments: usize,
+    /// Rows of a segment's sums.
+    held: usize,
+    sums: Shared,
+    part: Range<usize>,
+    accumulate: bool,
+    /// Whether nothing more is to be added.
+    last: bool,
+}
+
+impl Kernel for AddSums<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Output { rows, columns, .. } = *self.output;
+        for row in 0..rows {
+            let at = |row: usize| row * columns + self.part.start;
+            // SAFETY: this task's own part of the row, and of each segment's row of sums, which are complete.
+            let (c, sums) = unsafe {
+                let sums =
+                    |s: usize| std::slice::from_raw_parts(self.sums.0.add(at(s * self.held + row)), self.part.len());
+                (std::slice::from_raw_parts_mut(self.c.0.add(at(row)), self.part.len()), sums)
+            };
+            for segment in 0..self.segments {
+                if self.accumulate || segment > 0 {
+                    c.iter_mut().zip(sums(segment)).for_each(|(c, sum)| *c += sum);
+                } else {
+                    c.copy_from_slice(sums(segment));
+                }
+            }
+            if self.segments == 0 && !self.accumulate {
+                c.fill(0.0);
+            }
+            if self.last {
+                finish(c, self.output, self.part.clone());
+            }
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! What no run may be told: numbers out of range, and options that contradict each other, wherever each was given.
+
+use crate::error::{Error, Result};
+use crate::options::{Method, Options, Quantize};
+
+/// The most of a count: beyond it, a typing error is likelier than a machine that could do it.
+const MOST: usize = 1 << 20;
+
+/// Check the options that somebody gave, on the command line and in the file together.
+pub fn check(given: &Options) -> Result<()> {
+    ranges(given)?;
+    conflicts(given)
+}
+
+fn ranges(o: &Options) -> Result<()> {
+    let counts = [
+        ("rank", o.rank),
+        ("steps", o.steps),
+        ("batch", o.batch),
+        ("seq", o.seq),
+        ("accumulate", o.accumulate),
+        ("keep", o.keep),
+    ];
+    for (name, value) in counts {
+        let least = if name == "seq" { 2 } else { 1 };
+        let most = if name == "steps" { usize::MAX } else { MOST };
+        match value {
+            Some(n) if n < least => return Err(Error::Usage(format!("--{name} {n}: expected at least {least}"))),
+            Some(n) if n > most => return Err(Error::Usage(format!("--{name} {n}: expected at most {most}"))),
+            _ => {}
+        }
+    }
+    let number = |name: &str, value: Option<f64>, fits: fn(f64) -> bool, expected: &str| match value {
+        Some(value) if !fits(value) => Err(Error::Usage(format!("--{name} {value}: expected {expected}"))),
+        _ => Ok(()),
+    };
+    number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
+    number("alpha", o.alpha, f64::is_finite, "a finite number")?;
+    number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
+    number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
+    number("dropout", o.dropout, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
+    number("beta2", o.beta2, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
+    match (o.warmup, o.steps) {
+        (Some(warmup), Some(steps)) if warmup > steps => {
+            Err(Error::Usage(format!("--warmup {warmup}: expected no more than the {steps} steps")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn conflicts(o: &Options) -> Result<()> {
+    let text = [("data", !o.data.is_empty()), ("eval-data", !o.eval_data.is_empty())];
+    let rows = [("batch", o.batch.is_some()), ("seq", o.seq.is_some())];
+    let lora = [
+        ("rank", o.rank.is_some()),
+        ("alpha", o.alpha.is_some()),
+        ("dropout", o.dropout.is_some()),
+        ("rslora", o.rslora.is_some()),
+        ("targets", o.targets.is_some()),
+    ];
+    let beside = |given: bool, what: &str, others: &[(&str, bool)], why: &str| match others.iter().find(|(_, on)| *on) {
+        Some((other, _)) if given => Err(Error::Usage(format!("--{other} beside {what}: {why}"))),
+        _ => Ok(()),
+    };
+    let full = o.method == Some(Method::Full);
+    let quantized = [("quantize", o.quantize.is_some_and(|format| format != Quantize::None))];
+    let starts = [("init-adapter", o.init_adapter.is_some())];
+    let its_own = "the folder has its own, expected none";
+    beside(o.tokens.is_some(), "--tokens", &text, "one batch is the whole data, expected one of the two")?;
+    beside(o.tokens.is_some(), "--tokens", &rows, "the file's shape is the batch's, expected none")?;
+    beside(o.init_adapter.is_some(), "--init-adapter", &[("method", o.method.is_some())], its_own)?;
+    beside(o.init_adapter.is_some(), "--init-adapter", &lora, its_own)?;
+    beside(full, "--method full", &lora, "there is no adapter, expected none")?;
+    beside(full, "--method full", &starts, "there is no adapter, expected none")?;
+    beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(toml: &str) -> String {
+        check(&toml::from_str(toml).unwrap()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn contradictions_are_refused_by_name_whichever_way_the_options_came() {
+        for (toml, words) in [
+            ("tokens = 't'\ndata = ['a']", ["--data", "--tokens"]),
+            ("tokens = 't'\nseq = 8", ["--seq", "--tokens"]),
+            ("init-adapter = 'a'\nrank = 3", ["--rank", "--init-adapter"]),
+            ("init-adapter = 'a'\nmethod = 'lora'", ["--method", "--init-adapter"]),
+            ("method = 'full'\nrank = 3", ["--rank", "--method full"]),
+            ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
+        ] {
+            let why = refused(toml);
+            assert!(words.iter().all(|word| why.contains(word)), "{toml}: {why}");
+        }
+        check(&toml::from_str("method = 'full'\nquantize = 'none'\nblock = 64\ndouble-quant = false").unwrap())
+            .unwrap();
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for toml in
+            ["rank = 0", "batch = 1000000000000", "seq = 1", "lr = -1.0", "dropout = 1.0", "steps = 2\nwarmup = 3"]
+        {
+            refused(toml);
+        }
+    }
+}
