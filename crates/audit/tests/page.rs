@@ -14,8 +14,11 @@ fn report(formats: &[Format], blocks: &[usize]) -> Report {
     report
 }
 
+/// A tag's name, its attributes, and whether it closes itself.
+type Tag = (String, Vec<(String, String)>, bool);
+
 /// The tags of a page in order, each checked: attributes are quoted and none is given twice.
-fn tags(page: &str) -> Vec<(String, Vec<(String, String)>, bool)> {
+fn tags(page: &str) -> Vec<Tag> {
     let mut tags = Vec::new();
     let mut rest = page;
     while let Some(start) = rest.find('<') {

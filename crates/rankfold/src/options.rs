@@ -139,7 +139,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<PathBuf>,
-    /// Optimiser steps [default: 120].
+    /// Optimiser steps [default: 150].
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
@@ -155,7 +155,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Learning rate [default: 2e-3 for builtin, else 2e-4].
+    /// Learning rate [default: 4e-3 for builtin, else 2e-4].
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
@@ -254,7 +254,7 @@ impl Options {
         let builtin = model == BUILTIN;
         let full = self.method == Some(Method::Full);
         let own = self.init_adapter.is_none() && !full;
-        let steps = self.steps.unwrap_or(120);
+        let steps = self.steps.unwrap_or(150);
         let rank = self.rank.unwrap_or(16);
         Self {
             quantize: Some(if builtin && !full { Quantize::Nf4 } else { Quantize::None }),
@@ -270,7 +270,7 @@ impl Options {
             batch: self.tokens.is_none().then_some(8),
             seq: self.tokens.is_none().then_some(128),
             accumulate: Some(1),
-            lr: Some(if builtin { 2e-3 } else { 2e-4 }),
+            lr: Some(if builtin { 4e-3 } else { 2e-4 }),
             schedule: Some(Schedule::Cosine),
             warmup: Some(steps / 20),
             weight_decay: Some(0.0),
