@@ -224,6 +224,5 @@ fn an_error_that_is_not_reported_is_caught() {
         (Lenient("adamw"), errors::parameters),
         (Lenient("attention"), errors::parameters),
         (Lenient("matmul"), errors::products),
-        (Hasty("quantize_4bit"), errors::values),
     ]);
 }
