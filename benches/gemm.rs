@@ -8,8 +8,17 @@ use rankfold_backend::params::{Compute, Linear, Weight};
 use rankfold_backend::{Backend, DType, Format, Quantized, Result, philox};
 use rankfold_cpu::CpuBackend;
 
-const SHAPES: [(usize, usize, usize); 6] =
-    [(1024, 1024, 1024), (512, 4096, 4096), (1024, 1408, 512), (1024, 512, 1408), (16, 4096, 4096), (1, 4096, 4096)];
+const SHAPES: [(usize, usize, usize); 9] = [
+    (1024, 1024, 1024),
+    (512, 4096, 4096),
+    (1024, 1408, 512),
+    (1024, 512, 1408),
+    (16, 4096, 4096),
+    (8, 4096, 4096),
+    (4, 4096, 4096),
+    (2, 4096, 4096),
+    (1, 4096, 4096),
+];
 
 fn products(criterion: &mut Criterion) {
     let backend = CpuBackend::new(None);

@@ -63,9 +63,7 @@ pub struct Certificate {
 impl Certificate {
     /// For weights in `format`.
     pub fn new(format: Format) -> Self {
-        let map = DynamicMap::Signed.values().map(f64::from);
-        let gaps = map.windows(2).map(|pair| (pair[1] - pair[0]) / 2.0);
-        Self { half_gap: format.worst_error().into(), half_gap_8bit: gaps.fold(map[0] + 1.0, f64::max) }
+        Self { half_gap: format.worst_error().into(), half_gap_8bit: DynamicMap::Signed.worst_error().into() }
     }
 
     /// Of a block with the scale `absmax`, kept as it is.

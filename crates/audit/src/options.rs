@@ -3,6 +3,7 @@
 use crate::{Error, Result};
 use rankfold_backend::{DType, Format, check_block};
 use rankfold_files::{Checkpoint, TensorInfo};
+use std::collections::BTreeSet;
 
 /// Every block size that the formats have.
 pub const BLOCKS: [usize; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];
@@ -56,25 +57,25 @@ impl Options {
 }
 
 /// Which tensors of a checkpoint are weights to quantise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Selection {
-    /// Of a model's folder: what `rankfold quantize` quantises, every linear layer but the head.
-    Linear,
+    /// These, of a model's folder: the weights of its linear layers.
+    Linear(BTreeSet<String>),
     /// Of a file without a model's configuration: every matrix but embeddings and heads, told by their names.
     Matrices,
 }
 
 impl Selection {
     /// The rule in words.
-    pub fn describe(self) -> &'static str {
+    pub fn describe(&self) -> &'static str {
         match self {
-            Self::Linear => "the weight of every linear layer but the head (model.layers.*_proj.weight)",
+            Self::Linear(_) => "the weight of every linear layer but the head",
             Self::Matrices => "every f32, bf16 or f16 matrix that is not named as an embedding or an output head",
         }
     }
 
     /// The audited tensors' names in the order of layers, and the names of the other matrices.
-    pub(crate) fn split(self, checkpoint: &Checkpoint) -> (Vec<String>, Vec<String>) {
+    pub(crate) fn split(&self, checkpoint: &Checkpoint) -> (Vec<String>, Vec<String>) {
         let matrices = checkpoint.names().filter(|name| checkpoint.get(name).is_some_and(is_matrix));
         let (mut audited, mut left): (Vec<String>, Vec<String>) =
             matrices.map(String::from).partition(|name| self.takes(name, checkpoint.get(name)));
@@ -83,12 +84,12 @@ impl Selection {
         (audited, left)
     }
 
-    fn takes(self, name: &str, info: Option<&TensorInfo>) -> bool {
+    fn takes(&self, name: &str, info: Option<&TensorInfo>) -> bool {
         let is_served = info
             .is_some_and(|info| matches!(info.dtype(), Some(DType::F32 | DType::Bf16 | DType::F16)) && info.bytes > 0);
         is_served
             && match self {
-                Self::Linear => name.starts_with("model.layers.") && name.ends_with("_proj.weight"),
+                Self::Linear(names) => names.contains(name),
                 Self::Matrices => !is_embedding_or_head(name),
             }
     }

@@ -8,6 +8,7 @@ use rankfold_audit::{BLOCKS, Error, Figures, Options, Report, Selection, normali
 use rankfold_backend::{DType, Format, Quantized};
 use rankfold_files::Checkpoint;
 use rankfold_reference::derive::normal_quantile;
+use std::collections::BTreeSet;
 
 /// Two sums of n < 10⁴ terms of one sign, in different orders, differ by less than 2n·2⁻⁵³ < 3·10⁻¹² of themselves;
 /// a root, a quotient or a logarithm adds a few 2⁻⁵³.
@@ -217,7 +218,8 @@ fn what_cannot_be_audited_is_refused_by_name() {
     let none = write(&at("none.safetensors"), &[("lm_head.weight", DType::F32, &[1, 1], bytes(&[1.0]))]);
     let error = run(&none, &[Format::Nf4], &[64], 1).unwrap_err().to_string();
     assert!(error.contains("none.safetensors: nothing to audit"), "{error}");
-    let options = Options::new(&[Format::Nf4], &[64], 1, Selection::Linear).unwrap();
+    let options =
+        Options::new(&[Format::Nf4], &[64], 1, Selection::Linear(BTreeSet::from(["b.weight".into()]))).unwrap();
     assert!(rankfold_audit::audit(&backend(), &nan, "", &options, &mut |_, _, _| ()).is_err());
 
     // Scales of f32's largest number beside zeros: the mean is half of it, the deviations as large, and their sum may

@@ -36,12 +36,6 @@ impl Gradients {
         self.parameters.get(&parameter.id()).map(Arc::as_ref)
     }
 
-    /// Forget everything: the next step begins.
-    pub fn clear(&mut self) {
-        self.nodes.clear();
-        self.parameters.clear();
-    }
-
     /// Put a gradient (back) as the whole gradient of a variable.
     pub fn put(&mut self, variable: Variable, gradient: impl Into<Arc<Buffer>>) {
         match variable {

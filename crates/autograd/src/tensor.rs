@@ -66,11 +66,6 @@ impl Tensor {
     pub fn detach(&self) -> Self {
         Self { variable: None, ..self.clone() }
     }
-
-    /// The same elements under another shape.
-    pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
-        Ok(Self { variable: self.variable, ..Self::constant(self.buffer.clone(), shape)? })
-    }
 }
 
 /// Names a parameter within the process.

@@ -73,7 +73,7 @@ pub trait Backend: Debug + Send + Sync {
     /// Exact to the bit.
     fn quantize_scales(&self, absmax: View, codes: ViewMut, nested: ViewMut) -> Result<f32>;
 
-    /// out_i = values[code_i] · absmax_(i / block) in f32, then rounded to out's type. Exact to the bit.
+    /// out_i = `values[code_i] · absmax_(i / block)` in f32, then rounded to out's type. Exact to the bit.
     fn dequantize_4bit(&self, q: &Quantized, out: ViewMut) -> Result<()>;
 
     /// Blockwise 8-bit quantisation of x (f32): absmax as in 4 bits, v likewise, code = the index of the nearest
@@ -83,7 +83,7 @@ pub trait Backend: Debug + Send + Sync {
     /// midpoint is exact; in f32, v exceeds it where v exceeds the midpoint rounded down, and not to nearest).
     fn quantize_8bit(&self, map: DynamicMap, block: usize, x: View, codes: ViewMut, absmax: ViewMut) -> Result<()>;
 
-    /// out_i = map[code_i] · absmax_(i / block), in f32. Exact to the bit.
+    /// out_i = `map[code_i] · absmax_(i / block)`, in f32. Exact to the bit.
     fn dequantize_8bit(&self, map: DynamicMap, block: usize, codes: View, absmax: View, out: ViewMut) -> Result<()>;
 
     /// y = g ∘ (x Wᵀ + s·(x̃ (e∘A)ᵀ) Bᵀ) + bias, for x [tokens, inputs] and y [tokens, outputs].
@@ -126,7 +126,7 @@ pub trait Backend: Debug + Send + Sync {
         grads: LinearGrads,
     ) -> Result<()>;
 
-    /// y_i = gain_i · x_i / ρ with ρ = √(mean(x²) + ε) a row (Zhang & Sennrich 2019, eq. 4); inv_rms = 1/ρ [rows].
+    /// y_i = gain_i · x_i / ρ with ρ = √(mean(x²) + ε) a row (Zhang & Sennrich 2019, eq. 4); inv_rms = 1/ρ `[rows]`.
     fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, y: ViewMut, inv_rms: ViewMut) -> Result<()>;
 
     /// dx_i = (gain_i dy_i − x_i c)/ρ with c = Σ_j gain_j x_j dy_j / (width·ρ²), or dx += that; and, where asked
@@ -144,7 +144,7 @@ pub trait Backend: Debug + Send + Sync {
     ) -> Result<()>;
 
     /// Pair (i, i + head_dim/2) of each head turns by the angle of its token's position:
-    /// y_i = x_i cos − x_j sin, y_j = x_j cos + x_i sin; `inverse` turns back. positions u32 [tokens];
+    /// y_i = x_i cos − x_j sin, y_j = x_j cos + x_i sin; `inverse` turns back. positions u32 `[tokens]`;
     /// cos, sin f32 [positions, head_dim/2] ([`crate::rope::tables`]).
     fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, y: ViewMut) -> Result<()>;
 
@@ -185,7 +185,7 @@ pub trait Backend: Debug + Send + Sync {
     /// dtable_(ids_t) += drows_t, in the order of t.
     fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, dtable: ViewMut) -> Result<()>;
 
-    /// losses_r = log Σ exp(logits_r) − logits_r[label_r], 0 where ignored; labels i64.
+    /// losses_r = log Σ exp(logits_r) − `logits_r[label_r]`, 0 where ignored; labels i64.
     fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, losses: ViewMut) -> Result<()>;
 
     /// The same losses, and logits ← scale·(softmax(logits) − onehot(label)), 0 in ignored rows.

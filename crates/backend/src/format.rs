@@ -20,7 +20,7 @@ pub struct Thresholds {
     /// Codes by ascending value.
     pub codes: Vec<u8>,
     /// `between[i]` is the f32 midpoint of the values of `codes[i]` and `codes[i + 1]`: v takes the upper code
-    /// where v > between[i], so a tie takes the lower value.
+    /// where `v > between[i]`, so a tie takes the lower value.
     pub between: Vec<f32>,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`Backend`] is one object-safe trait of kernels on plain buffers. Each kernel is documented with its shapes,
 //! its formula and its exactness; `rankfold-reference` implements it as the book, every other backend as fast as
-//! its machine allows, and the suite in [`conformance`] decides whether they agree.
+//! its machine allows, and the suite in `conformance` decides whether they agree.
 //!
 //! In reading order:
 //! - [`DType`], [`Shape`]: element types and shapes;

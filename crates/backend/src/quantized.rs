@@ -24,12 +24,12 @@ pub struct Quantized {
 /// The scales of the blocks.
 #[derive(Debug)]
 pub enum Scales {
-    /// absmax as it is: f32 [blocks].
+    /// absmax as it is: f32 `[blocks]`.
     Plain(Buffer),
-    /// Double quantisation (QLoRA, §3): absmax_b = signed_map[codes_b] · absmax_(b / 256) + offset, in f32, a
+    /// Double quantisation (QLoRA, §3): absmax_b = `signed_map[codes_b] · absmax_(b / 256) + offset`, in f32, a
     /// multiply and then an add; it may come out negative and is never clamped.
     Nested {
-        /// u8 [blocks].
+        /// u8 `[blocks]`.
         codes: Buffer,
         /// f32 [⌈blocks / 256⌉]: the scales of the scales.
         absmax: Buffer,

@@ -141,6 +141,31 @@ fn products() {
     });
 }
 
+/// Few tokens go another way than many: 1 to 8 and their neighbour, over weights large enough for several tasks, their
+/// rows no multiple of a vector, a block or a task.
+#[test]
+fn products_of_few_tokens() {
+    same_at_any_number_of_threads(|b| {
+        let (outputs, inputs) = (701, 533);
+        let dense = random(b, outputs * inputs, 1)?;
+        let mut halves = b.alloc(DType::Bf16, dense.len())?;
+        b.cast(dense.view(), halves.view_mut())?;
+        let quantized = Quantized::quantize(b, dense.view(), [outputs, inputs], Format::Nf4, 64, true)?;
+        let mut all = Vec::new();
+        for tokens in [1, 2, 3, 5, 8, 9] {
+            let p = Linear { tokens, inputs, outputs, compute: Compute::F32 };
+            let (x, dy) = (random(b, tokens * inputs, 2)?, random(b, tokens * outputs, 3)?);
+            for w in [Weight::Dense(dense.view()), Weight::Dense(halves.view()), Weight::Quantized(&quantized)] {
+                let (mut y, mut dx) = (zeros(b, dy.len())?, random(b, x.len(), 4)?);
+                b.linear(&p, x.view(), &w, None, None, y.view_mut())?;
+                b.linear_grad_input(&p, dy.view(), &w, None, true, dx.view_mut())?;
+                all.extend(bits(b, &[&y, &dx])?);
+            }
+        }
+        Ok(all)
+    });
+}
+
 #[test]
 fn norms_and_rotations() {
     same_at_any_number_of_threads(|b| {

@@ -5,6 +5,7 @@
 //! memory figure. In a sharded folder `model.safetensors.index.json` says which file holds a tensor; what a shard
 //! holds beyond that is not part of the checkpoint.
 
+use crate::finite::first_not_finite;
 use crate::header::{self, MAX_HEADER};
 use crate::pairs::Pairs;
 use crate::{Error, PART, Result, TensorInfo, parts};
@@ -104,6 +105,14 @@ impl Checkpoint {
     /// The tensors' names, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// That the elements of a tensor from number `first` on, whose bytes these are, are finite; integers always are.
+    pub fn check_finite(&self, name: &str, first: usize, bytes: &[u8]) -> Result<()> {
+        match first_not_finite(self.dtype(name)?, bytes) {
+            None => Ok(()),
+            Some(i) => Err(Error::NotFinite { path: self.file(name).into(), tensor: name.into(), index: first + i }),
+        }
     }
 
     /// Whether there is a tensor of that name.

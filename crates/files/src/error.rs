@@ -50,6 +50,9 @@ pub enum Error {
     /// A tensor of another shape than expected.
     #[error("{path}: tensor '{tensor}' has shape {found:?}, expected {expected:?}")]
     Shape { path: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
+    /// A weight that is no number.
+    #[error("{path}: tensor '{tensor}': element {index} is NaN or infinite, expected finite weights")]
+    NotFinite { path: PathBuf, tensor: String, index: usize },
     /// Bytes beyond a tensor's end, or a destination of another length.
     #[error("{path}: tensor '{tensor}': bytes {offset}..{offset}+{len} were asked of {bytes}")]
     Range { path: PathBuf, tensor: String, offset: usize, len: usize, bytes: usize },

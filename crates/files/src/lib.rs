@@ -13,6 +13,7 @@
 mod atomic;
 mod checkpoint;
 mod error;
+mod finite;
 pub mod header;
 mod pairs;
 pub mod quant_state;

@@ -118,9 +118,14 @@ impl Writer {
     }
 
     /// The tensor of that name from another checkpoint as it is, a part at a time.
+    ///
+    /// Errors: a float that is NaN or infinite.
     pub fn copy(&mut self, name: &str, from: &Checkpoint) -> Result<()> {
         let (dtype, bytes) = (from.dtype(name)?, from.info(name)?.bytes);
-        self.stream(name, dtype, bytes, |_, offset, part| from.read_range_into(name, offset, part))
+        self.stream(name, dtype, bytes, |_, offset, part| {
+            from.read_range_into(name, offset, part)?;
+            from.check_finite(name, offset / dtype.size(), part)
+        })
     }
 
     /// Finish: the header, the texts, the file's name.

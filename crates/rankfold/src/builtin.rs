@@ -3,7 +3,8 @@
 //! `assets/README.md` holds the commands that made the model.
 
 use crate::error::{Error, Result};
-use std::path::Path;
+use rankfold_trainer::data::Source;
+use std::path::{Path, PathBuf};
 
 const FILES: [(&str, &[u8]); 4] = [
     ("config.json", include_bytes!("../assets/base/config.json")),
@@ -13,7 +14,7 @@ const FILES: [(&str, &[u8]); 4] = [
 ];
 
 /// The text to finetune on: Psalms to Song of Solomon in the King James version, public domain.
-pub const TEXT: &str = include_str!("../assets/poetry.txt");
+const TEXT: &str = include_str!("../assets/poetry.txt");
 
 /// Its name in messages.
 pub const TEXT_NAME: &str = "built-in text";
@@ -25,4 +26,12 @@ pub fn export(folder: &Path) -> Result<()> {
         rankfold_files::write_atomically(&folder.join(name), bytes)?;
     }
     Ok(())
+}
+
+/// The files named, or the built-in text.
+pub fn sources(data: &[PathBuf]) -> Vec<Source<'static>> {
+    if data.is_empty() {
+        return vec![Source::Text { name: TEXT_NAME, text: TEXT }];
+    }
+    data.iter().cloned().map(Source::File).collect()
 }

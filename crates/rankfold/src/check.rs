@@ -6,10 +6,10 @@ use crate::options::{Method, Options, Quantize};
 /// The most of a count: beyond it, a typing error is likelier than a machine that could do it.
 const MOST: usize = 1 << 20;
 
-/// Check the options that somebody gave, on the command line and in the file together.
-pub fn check(given: &Options) -> Result<()> {
-    ranges(given)?;
-    conflicts(given)
+/// Check the options of a run: those given on the command line and in the file, and the defaults of the rest.
+pub fn check(options: &Options) -> Result<()> {
+    ranges(options)?;
+    conflicts(options)
 }
 
 fn ranges(o: &Options) -> Result<()> {
@@ -35,10 +35,8 @@ fn ranges(o: &Options) -> Result<()> {
         _ => Ok(()),
     };
     number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
-    number("alpha", o.alpha, f64::is_finite, "a finite number")?;
     number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
     number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
-    number("dropout", o.dropout, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
     number("beta2", o.beta2, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
     match (o.warmup, o.steps) {
         (Some(warmup), Some(steps)) if warmup > steps => {
@@ -103,7 +101,7 @@ mod tests {
     #[test]
     fn numbers_out_of_range_are_refused() {
         for toml in
-            ["rank = 0", "batch = 1000000000000", "seq = 1", "lr = -1.0", "dropout = 1.0", "steps = 2\nwarmup = 3"]
+            ["rank = 0", "batch = 1000000000000", "seq = 1", "lr = -1.0", "beta2 = 1.0", "steps = 2\nwarmup = 3"]
         {
             refused(toml);
         }

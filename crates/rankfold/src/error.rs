@@ -36,6 +36,14 @@ impl Error {
         move |source| Self::Io { path, source }
     }
 
+    /// What clap says of a command line, its paragraphs in one line, without the pointer to `--help`.
+    pub fn usage(said: &clap::Error) -> Self {
+        let said = said.to_string();
+        let paragraphs = said.trim_start_matches("error: ").split("\n\n");
+        let paragraphs = paragraphs.filter(|paragraph| !paragraph.starts_with("For more information"));
+        Self::Usage(paragraphs.collect::<Vec<_>>().join("; "))
+    }
+
     /// The message without line ends: libraries' own messages may have several.
     pub fn one_line(&self) -> String {
         self.to_string().split_whitespace().collect::<Vec<_>>().join(" ")

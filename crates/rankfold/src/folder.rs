@@ -41,24 +41,30 @@ fn is_run(folder: &Path) -> bool {
     folder.join("run.toml").exists()
 }
 
-/// Make the folder ours: new or empty, or the run to resume, or a run to remove.
-pub fn claim(folder: &Path, resume: bool, overwrite: bool) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    let mut entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    if entries.next().is_none() || (resume && is_run(folder)) {
+/// That the folder may become ours: it is new or empty, or the run to resume, or a run to remove.
+pub fn refuse_taken(folder: &Path, resume: bool, overwrite: bool) -> Result<()> {
+    let is_free = match std::fs::read_dir(folder) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => true,
+        Err(e) => return Err(Error::io(folder)(e)),
+    };
+    if is_free || ((resume || overwrite) && is_run(folder)) {
         return Ok(());
     }
-    if resume {
-        let why = "it holds something that is no run: expected a run's folder, or an empty one, for --resume".into();
-        return Err(Error::Path { path: folder.to_owned(), why });
-    }
+    let why = match (resume, overwrite) {
+        (true, _) => "it holds something that is no run: expected a run's folder, or an empty one, for --resume",
+        (_, true) => "it holds something that is no run: --overwrite removes runs only",
+        _ => "it holds another run: expected an empty folder, --resume or --overwrite",
+    };
+    Err(Error::Path { path: folder.to_owned(), why: why.into() })
+}
+
+/// Make the folder ours, as [`refuse_taken`] allows; an overwritten run is removed.
+pub fn claim(folder: &Path, resume: bool, overwrite: bool) -> Result<()> {
+    refuse_taken(folder, resume, overwrite)?;
+    std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     if !overwrite {
-        let why = "it holds another run: expected an empty folder, --resume or --overwrite".into();
-        return Err(Error::Path { path: folder.to_owned(), why });
-    }
-    if !is_run(folder) {
-        let why = "it holds something that is no run: --overwrite removes runs only".into();
-        return Err(Error::Path { path: folder.to_owned(), why });
+        return Ok(());
     }
     for name in OWN {
         let path = folder.join(name);

@@ -17,6 +17,7 @@ mod options;
 mod sample;
 mod show;
 
+use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 use clap::{Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -59,8 +60,10 @@ fn main() -> ExitCode {
     let outcome = std::panic::catch_unwind(|| {
         let cli = match Cli::try_parse() {
             Ok(cli) => cli,
-            // clap's own help and usage errors, with its own exit codes: 0 and 2.
-            Err(usage) => usage.exit(),
+            Err(asked) if !asked.use_stderr() || asked.kind() == DisplayHelpOnMissingArgumentOrSubcommand => {
+                asked.exit()
+            }
+            Err(usage) => return Err(error::Error::usage(&usage)),
         };
         run(cli.command)
     });

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::options::Quantize;
 use clap::Args;
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
-use rankfold_backend::{Backend, Compute, DType, Format};
+use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
@@ -93,17 +93,15 @@ impl Folder {
         double: Option<bool>,
     ) -> Result<Precision> {
         let quantize = quantize.unwrap_or(if self.builtin { Quantize::Nf4 } else { Quantize::None });
-        let how = Quantization {
-            format: if quantize == Quantize::None { Format::Nf4 } else { quantize.format()? },
-            block: block.unwrap_or(64),
-            double: double.unwrap_or(self.builtin),
-        };
-        how.check()?;
-        if quantize == Quantize::None && double == Some(true) {
+        let (block, double) = (block.unwrap_or(64), double.unwrap_or(self.builtin));
+        check_block(block)?;
+        if quantize == Quantize::None && double && !self.builtin {
             tracing::warn!("--double-quant without --quantize: nothing is quantised");
         }
-        let as_stored = quantize == Quantize::None || self.is_quantized();
-        Ok(if as_stored { Precision::AsStored } else { Precision::Quantized(how) })
+        if quantize == Quantize::None || self.is_quantized() {
+            return Ok(Precision::AsStored);
+        }
+        Ok(Precision::Quantized(Quantization { format: quantize.format()?, block, double }))
     }
 }
 

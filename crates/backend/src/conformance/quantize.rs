@@ -16,15 +16,19 @@ struct Case {
     seed: u64,
 }
 
-/// Whole blocks and ragged ones, none and a few.
+/// Elements of several tasks of any backend, and in small blocks of several groups of 256 scales.
+const MANY: usize = 70_000;
+
+/// Whole blocks and ragged ones, none, a few and many.
 pub(super) fn lengths() -> impl Strategy<Value = (usize, usize)> {
     let blocks = select(vec![32, 64, 128, 256, 512, 1024, 2048, 4096]);
-    (blocks, 0..5usize, select(vec![0, 1, 2, 7, 8, 15, 17, 31]), any::<bool>()).prop_map(
+    let few = (blocks.clone(), 0..5usize, select(vec![0, 1, 2, 7, 8, 15, 17, 31]), any::<bool>()).prop_map(
         |(block, whole, more, minus)| {
             let len = whole * block;
             (block, if minus { len.saturating_sub(more) } else { len + more })
         },
-    )
+    );
+    prop_oneof![15 => few, 1 => (blocks, MANY..MANY + 700)]
 }
 
 fn cases() -> impl Strategy<Value = Case> {

@@ -117,7 +117,7 @@ impl Attention {
     }
 }
 
-/// What [`Backend::attention`] read and wrote, for its gradient.
+/// What [`Backend::attention`](crate::Backend::attention) read and wrote, for its gradient.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSaved<'a> {
     /// Queries.

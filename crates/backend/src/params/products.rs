@@ -60,9 +60,9 @@ pub struct LowRank<'a> {
     pub b: View<'a>,
     /// α/r, or whatever the method makes of it.
     pub scale: f32,
-    /// AdaLoRA's E [rank]: A's rows are scaled by it.
+    /// AdaLoRA's E `[rank]`: A's rows are scaled by it.
     pub per_rank: Option<View<'a>>,
-    /// DoRA's m/‖W + s·B·A‖ [outputs].
+    /// DoRA's m/‖W + s·B·A‖ `[outputs]`.
     pub row_scale: Option<View<'a>>,
     /// Dropout on the input of A alone.
     pub dropout: Option<Dropout>,
@@ -86,15 +86,15 @@ pub struct Linear {
 pub struct LinearGrads<'a> {
     /// [outputs, inputs]; an error for a quantised weight or beside a `row_scale`.
     pub weight: Option<ViewMut<'a>>,
-    /// [outputs]
+    /// `[outputs]`
     pub bias: Option<ViewMut<'a>>,
     /// [rank, inputs]
     pub a: Option<ViewMut<'a>>,
     /// [outputs, rank]
     pub b: Option<ViewMut<'a>>,
-    /// [rank]
+    /// `[rank]`
     pub per_rank: Option<ViewMut<'a>>,
-    /// [outputs]
+    /// `[outputs]`
     pub row_scale: Option<ViewMut<'a>>,
 }
 

@@ -4,10 +4,8 @@
 //! has 2·LANES columns: element (k, j) at k·2·LANES + j, zeros in the columns that do not exist. Where the stored
 //! rows run along k, LANES × LANES tiles are transposed in registers.
 
-use super::operand::{Left, Right, WeightSlice};
-use super::quantized::Decoder;
+use super::operand::{Left, Right};
 use crate::simd::{Float, Simd};
-use crate::slices::Floats;
 use std::ops::Range;
 
 /// The most lanes of any instruction set.
@@ -141,6 +139,33 @@ impl<S: Simd, T: Float> Elements<S> for *const T {
     }
 }
 
+/// `body` on the [`Elements`] of a `WeightSlice`, compiled for each kind of them.
+macro_rules! with_elements {
+    ($S:ident, $data:expr, $elements:ident => $body:expr) => {
+        match $data {
+            $crate::gemm::operand::WeightSlice::Dense(dense) => match dense {
+                $crate::slices::Floats::F32(data) => {
+                    let $elements = &data.as_ptr();
+                    $body
+                }
+                $crate::slices::Floats::Bf16(data) => {
+                    let $elements = &data.as_ptr();
+                    $body
+                }
+                $crate::slices::Floats::F16(data) => {
+                    let $elements = &data.as_ptr();
+                    $body
+                }
+            },
+            $crate::gemm::operand::WeightSlice::Quantized(data) => {
+                let $elements = &$crate::gemm::quantized::Decoder::<$S>::new(data);
+                $body
+            }
+        }
+    };
+}
+pub(super) use with_elements;
+
 /// Panels of the right operand: `ks` by `columns`, panel after panel.
 ///
 /// # Safety
@@ -149,14 +174,7 @@ impl<S: Simd, T: Float> Elements<S> for *const T {
 #[inline(always)]
 pub(super) unsafe fn right<S: Simd>(operand: Right, ks: Range<usize>, columns: Range<usize>, out: *mut f32) {
     // SAFETY: the caller's.
-    unsafe {
-        match operand.data {
-            WeightSlice::Dense(Floats::F32(data)) => panels::<S>(&data.as_ptr(), operand, ks, columns, out),
-            WeightSlice::Dense(Floats::Bf16(data)) => panels::<S>(&data.as_ptr(), operand, ks, columns, out),
-            WeightSlice::Dense(Floats::F16(data)) => panels::<S>(&data.as_ptr(), operand, ks, columns, out),
-            WeightSlice::Quantized(data) => panels::<S>(&Decoder::<S>::new(data), operand, ks, columns, out),
-        }
-    }
+    unsafe { with_elements!(S, operand.data, elements => panels::<S>(elements, operand, ks, columns, out)) }
 }
 
 #[inline(always)]

@@ -1,10 +1,10 @@
 //! One vector type, three instruction sets.
 //!
-//! A kernel is written once, generic over [`Simd`], as a struct that implements [`Kernel`]; [`Isa::run`] enters a
+//! A kernel is written once, generic over `Simd`, as a struct that implements `Kernel`; `Isa::run` enters a
 //! function compiled for the chosen instruction set and everything below it is inlined there. So nothing but this
 //! folder names an intrinsic, and the same source runs on all machines.
 //!
-//! Read [`Simd`] first, then `portable.rs`, which says in plain Rust what each method means.
+//! Read `Simd` first, then `portable.rs`, which says in plain Rust what each method means.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

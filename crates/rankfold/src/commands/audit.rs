@@ -9,6 +9,7 @@ use rankfold_audit::{BLOCKS, Options, Report, Selection};
 use rankfold_backend::{Backend, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, write_atomically};
+use rankfold_trainer::model::ModelConfig;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,18 +43,18 @@ impl Audit {
         }
         let backend = CpuBackend::new(self.threads);
         let is_file = self.model != BUILTIN && Path::new(&self.model).is_file();
-        let selection = if is_file { Selection::Matrices } else { Selection::Linear };
+        let (file, folder);
+        let (checkpoint, selection) = if is_file {
+            file = Checkpoint::open(Path::new(&self.model))?;
+            (&file, Selection::Matrices)
+        } else {
+            folder = Folder::open(&self.model)?;
+            let names = folder.config.tensors().into_iter().map(|(name, _)| name);
+            (&folder.checkpoint, Selection::Linear(names.filter(|name| ModelConfig::is_linear(name)).collect()))
+        };
         let blocks = if self.blocks.is_empty() { &BLOCKS[..] } else { &self.blocks };
         let options = Options::new(&self.formats, blocks, backend.threads(), selection)?;
         let backend: Arc<dyn Backend> = Arc::new(backend);
-        let (file, folder);
-        let checkpoint = if is_file {
-            file = Checkpoint::open(Path::new(&self.model))?;
-            &file
-        } else {
-            folder = Folder::open(&self.model)?;
-            &folder.checkpoint
-        };
         // Before the work: a folder that cannot be written should not be found out after it.
         let staged = super::stage(&self.out)?;
         let report = self.audit(&backend, checkpoint, &options)?;

@@ -1,11 +1,11 @@
 //! `rankfold eval`: the loss and perplexity of data.
 
-use crate::builtin;
+use crate::builtin::sources;
 use crate::error::{Error, Result};
 use crate::open::ModelArgs;
 use crate::show::say;
 use clap::Args;
-use rankfold_trainer::data::{Data, Evaluation, Source, tokens};
+use rankfold_trainer::data::{Data, Evaluation, tokens};
 use rankfold_trainer::step::evaluate;
 use std::path::PathBuf;
 
@@ -39,8 +39,8 @@ impl Eval {
             return Ok(());
         }
         let tokenizer = folder.tokenizer()?;
-        let sources = sources(&self.data);
-        let evaluation = Evaluation::new(Data::read(&tokenizer, &sources)?, self.seq, tokenizer.end_of_text())?;
+        let data = Data::read(&tokenizer, &sources(&self.data))?;
+        let evaluation = Evaluation::new(data, self.seq, tokenizer.end_of_text())?;
         let (loss, targets) = finite(evaluate(&model, evaluation.batches(self.batch), compute)?)?;
         let (tokens, characters) = evaluation.tokens_and_characters();
         let by_character = loss * tokens as f64 / characters.max(1) as f64;
@@ -58,12 +58,4 @@ fn finite((loss, targets): (f64, usize)) -> Result<(f64, usize)> {
         true => Ok((loss, targets)),
         false => Err(Error::Usage(format!("the loss is {loss}: expected a finite number of this model on this data"))),
     }
-}
-
-/// The files named, or the built-in text.
-pub fn sources(data: &[PathBuf]) -> Vec<Source<'static>> {
-    if data.is_empty() {
-        return vec![Source::Text { name: builtin::TEXT_NAME, text: builtin::TEXT }];
-    }
-    data.iter().cloned().map(Source::File).collect()
 }

@@ -1,5 +1,6 @@
 //! `rankfold train`: the main job.
 
+use crate::builtin;
 use crate::check::check;
 use crate::device::DeviceArgs;
 use crate::error::Result;
@@ -50,7 +51,6 @@ impl Train {
             Some(path) => self.options.clone().or(Options::read(path)?)?,
             None => self.options.clone(),
         };
-        check(&given)?;
         let options = match self.resume {
             true => folder::options_to_resume(self.out.as_deref().unwrap_or(Path::new("")), &given)?,
             false => given.clone().or(given.defaults())?,
@@ -58,6 +58,10 @@ impl Train {
         if let Some(out) = self.out.as_deref().filter(|out| self.resume && folder::is_finished(out)) {
             say!("the run in {} is finished: nothing to do", out.display())?;
             return Ok(());
+        }
+        check(&options)?;
+        if let Some(out) = &self.out {
+            folder::refuse_taken(out, self.resume, self.overwrite)?;
         }
         // The data and the model are opened before anything is written, so that a bad input leaves no folder.
         let job = Job::open(&options, self.threads)?;
@@ -170,7 +174,7 @@ fn data(options: &Options, folder: &Folder) -> Result<(Batches, Vec<Batch>, Opti
     }
     let tokenizer = folder.tokenizer()?;
     let held_out: Vec<Source> = options.eval_data.iter().cloned().map(Source::File).collect();
-    let data = Data::load(&tokenizer, &super::eval::sources(&options.data), &held_out)?;
+    let data = Data::load(&tokenizer, &builtin::sources(&options.data), &held_out)?;
     let rows = options.batch.unwrap_or(1);
     let shape = Shape { rows, seq: options.seq.unwrap_or(2), accumulate: options.accumulate.unwrap_or(1) };
     let loader = Loader::new(data.train, shape, options.seed.unwrap_or_default(), tokenizer.end_of_text())?;
@@ -237,7 +241,7 @@ fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Mo
     let share = 100.0 * trained as f64 / total as f64;
     eprintln!("training {} of {} parameters ({share:.2} %)", count(trained), count(total));
     if let Batches::Loader(loader) = batches {
-        let data = if options.data.is_empty() { vec![crate::builtin::TEXT_NAME.into()] } else { options.data.clone() };
+        let data = if options.data.is_empty() { vec![builtin::TEXT_NAME.into()] } else { options.data.clone() };
         let data: Vec<_> = data.iter().map(|path| path.display().to_string()).collect();
         let rows = loader.rows_an_epoch();
         eprintln!("{}: {rows} rows of {} tokens an epoch", data.join(", "), options.seq.unwrap_or_default());

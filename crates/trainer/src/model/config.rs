@@ -65,8 +65,6 @@ pub struct ModelConfig {
     pub rope_base: f64,
     /// How the rotary frequencies are stretched.
     pub rope_scaling: Scaling,
-    /// Positions that the model was made for.
-    pub max_positions: usize,
     /// Whether the head is the embedding.
     pub tied: bool,
     /// Biases on q, k and v.
@@ -79,8 +77,6 @@ pub struct ModelConfig {
     pub qk_norm: bool,
     /// The sliding window of each layer, if it has one.
     pub windows: Vec<Option<usize>>,
-    /// Tokens at which generation ends.
-    pub end_tokens: Vec<u32>,
     /// The file as read, for writing a folder of the same model.
     pub raw: Value,
 }
@@ -141,14 +137,12 @@ impl Fields<'_> {
             eps: self.eps()?,
             rope_base,
             rope_scaling,
-            max_positions: self.count_or("max_position_embeddings", 2048)?,
             tied: self.flag("tie_word_embeddings")?,
             qkv_bias: attention_bias || architecture == Architecture::Qwen2,
             output_bias: attention_bias && architecture != Architecture::Qwen2,
             mlp_bias: self.flag("mlp_bias")?,
             qk_norm: architecture == Architecture::Qwen3,
             windows: self.windows(architecture, layers)?,
-            end_tokens: self.end_tokens()?,
             raw: self.raw.clone(),
         })
     }
@@ -272,18 +266,6 @@ impl Fields<'_> {
         // Without layer_types, Qwen's window starts at layer max_window_layers.
         let first = if architecture == Architecture::Mistral { 0 } else { self.count_or("max_window_layers", 28)? };
         Ok((0..layers).map(|layer| (layer >= first).then_some(window)).collect())
-    }
-
-    fn end_tokens(&self) -> Result<Vec<u32>, String> {
-        let one = |value: &Value| {
-            let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
-            id.ok_or_else(|| format!("eos_token_id is {value}, expected a token id"))
-        };
-        match self.given("eos_token_id") {
-            None => Ok(Vec::new()),
-            Some(Value::Array(ids)) => ids.iter().map(one).collect(),
-            Some(id) => Ok(vec![one(id)?]),
-        }
     }
 }
 

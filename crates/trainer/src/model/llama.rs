@@ -113,7 +113,7 @@ impl Model {
         Cache::new(self.backend.clone(), self.blocks.len(), tokens, width)
     }
 
-    /// Append `ids` to the cache's sequence; the logits [vocab] of the token that follows.
+    /// Append `ids` to the cache's sequence; the logits `[vocab]` of the token that follows.
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache, compute: Compute) -> Result<Vec<f32>> {
         let (first, end) = (cache.len, cache.len + ids.len());
         if ids.is_empty() || ids.len() > cache.free() {

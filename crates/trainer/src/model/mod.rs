@@ -20,5 +20,4 @@ mod weights;
 pub use cache::Cache;
 pub use config::{Architecture, ModelConfig};
 pub use llama::{DeviceBatch, Model};
-pub(crate) use weights::check_finite;
 pub use weights::{Precision, Quantization};

@@ -80,6 +80,11 @@ impl ModelConfig {
         tensors
     }
 
+    /// Whether a tensor of that name is the weight of a linear layer other than the head: what 4 bits are for.
+    pub fn is_linear(name: &str) -> bool {
+        name.starts_with("model.layers.") && name.ends_with("_proj.weight")
+    }
+
     /// Parameters of the whole model, a tied head counted once.
     pub fn parameters(&self) -> usize {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -240,7 +245,7 @@ impl Reader<'_> {
         let mut buffer = self.backend.alloc(dtype, shape.iter().product())?;
         let read = |bytes: &mut [u8]| -> Result<()> {
             self.checkpoint.read_into(name, bytes)?;
-            check_finite(self.checkpoint, name, bytes)
+            Ok(self.checkpoint.check_finite(name, 0, bytes)?)
         };
         match self.backend.host_bytes_mut(&mut buffer) {
             Some(bytes) => read(bytes)?,
@@ -251,52 +256,5 @@ impl Reader<'_> {
             }
         }
         Ok(buffer)
-    }
-}
-
-/// That every value of a dense tensor, whose bytes these are, is finite.
-pub(crate) fn check_finite(checkpoint: &Checkpoint, name: &str, bytes: &[u8]) -> Result<()> {
-    match first_not_finite(checkpoint.dtype(name)?, bytes) {
-        None => Ok(()),
-        Some(index) => {
-            let why = format!("'{name}': element {index} is NaN or infinite, expected finite weights");
-            Err(Error::file(checkpoint.file(name), why))
-        }
-    }
-}
-
-/// The first element whose exponent is all ones.
-fn first_not_finite(dtype: DType, bytes: &[u8]) -> Option<usize> {
-    // The top bytes of each little-endian element hold the exponent.
-    let (size, mask) = match dtype {
-        DType::F16 => (2, 0x7c00),
-        DType::Bf16 => (2, 0x7f80),
-        _ => (4, 0x7f80),
-    };
-    let top = |element: &[u8]| u16::from_le_bytes([element[size - 2], element[size - 1]]);
-    bytes.chunks_exact(size).position(|element| top(element) & mask == mask)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn infinities_and_nan_are_found_in_every_type_and_the_largest_number_is_not() {
-        let f32s = |x: f32| x.to_le_bytes().to_vec();
-        let bf16s = |x: f32| half::bf16::from_f32(x).to_le_bytes().to_vec();
-        let f16s = |x: f32| half::f16::from_f32(x).to_le_bytes().to_vec();
-        let bytes = |dtype, x| match dtype {
-            DType::Bf16 => bf16s(x),
-            DType::F16 => f16s(x),
-            _ => f32s(x),
-        };
-        for (dtype, largest) in [(DType::F32, f32::MAX), (DType::Bf16, 3.38e38), (DType::F16, 65504.0)] {
-            let bytes = |x| bytes(dtype, x);
-            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                assert_eq!(first_not_finite(dtype, &[bytes(largest), bytes(bad)].concat()), Some(1));
-            }
-            assert_eq!(first_not_finite(dtype, &[bytes(largest), bytes(-0.0)].concat()), None);
-        }
     }
 }

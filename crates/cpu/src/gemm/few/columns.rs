@@ -11,14 +11,12 @@
 //! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
 //! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM.
 
-use super::{ALONE, finish};
-use crate::gemm::pack::Elements;
+use super::{ALONE, MOST, finish};
+use crate::gemm::pack::{Elements, with_elements};
 use crate::gemm::plan::{self, Segment};
-use crate::gemm::quantized::Decoder;
-use crate::gemm::{Gemm, Output, Shared, Term, WeightSlice};
+use crate::gemm::{Gemm, Output, Shared, Term};
 use crate::scratch;
 use crate::simd::{Float, Kernel, Simd};
-use crate::slices::Floats;
 use std::ops::Range;
 
 /// Segments of k whose sums are held at a time.
@@ -109,14 +107,7 @@ impl Kernel for AddRows<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: `product` checked the operands' lengths; this task alone writes these columns of the sums.
-        unsafe {
-            match self.segment.term.right.data {
-                WeightSlice::Dense(Floats::F32(data)) => self.from::<S, _>(&data.as_ptr()),
-                WeightSlice::Dense(Floats::Bf16(data)) => self.from::<S, _>(&data.as_ptr()),
-                WeightSlice::Dense(Floats::F16(data)) => self.from::<S, _>(&data.as_ptr()),
-                WeightSlice::Quantized(data) => self.from::<S, _>(&Decoder::<S>::new(data)),
-            }
-        }
+        unsafe { with_elements!(S, self.segment.term.right.data, elements => self.from::<S, _>(elements)) }
     }
 }
 
@@ -129,8 +120,7 @@ impl AddRows<'_> {
                 1 => self.all::<S, E, 1>(elements),
                 2 => self.all::<S, E, 2>(elements),
                 3 | 4 => self.all::<S, E, 4>(elements),
-                5..=8 => self.all::<S, E, 8>(elements),
-                rows => debug_assert!(false, "{rows} rows are not few"),
+                _ => self.all::<S, E, MOST>(elements),
             }
         }
     }

@@ -2,14 +2,13 @@
 //!
 //! T·R vectors hold the sums while i runs through the whole row; a vector of the weight is loaded or decoded once and
 //! multiplied with a vector of each of T rows of x, which lie in L1 or L2. At the end the lanes of a vector are summed
-//! by halves. T is a power of two (fewer variants to compile; the memory is what takes the time). So an element is LANES chains of FMAs from 0 in the order of i, whatever T and R are.
+//! by halves. So an element is LANES chains of FMAs from 0 in the order of i, whatever T and R are. T is a power of two:
+//! fewer variants to compile, and the memory is what takes the time.
 
-use super::{ALONE, finish};
-use crate::gemm::pack::Elements;
-use crate::gemm::quantized::Decoder;
-use crate::gemm::{Gemm, Output, Shared, Term, WeightSlice};
+use super::{ALONE, MOST, finish};
+use crate::gemm::pack::{Elements, with_elements};
+use crate::gemm::{Gemm, Output, Shared, Term};
 use crate::simd::{Float, Kernel, Simd};
-use crate::slices::Floats;
 use std::ops::Range;
 
 /// Elements of the weight in a task: some ten microseconds of work.
@@ -47,14 +46,7 @@ impl Kernel for Dots<'_> {
         for (i, term) in self.terms.iter().enumerate() {
             let keep = self.output.accumulate || i > 0;
             // SAFETY: `product` checked the operands' lengths; this task alone writes its columns of c.
-            unsafe {
-                match term.right.data {
-                    WeightSlice::Dense(Floats::F32(data)) => self.term::<S, _>(&data.as_ptr(), term, keep),
-                    WeightSlice::Dense(Floats::Bf16(data)) => self.term::<S, _>(&data.as_ptr(), term, keep),
-                    WeightSlice::Dense(Floats::F16(data)) => self.term::<S, _>(&data.as_ptr(), term, keep),
-                    WeightSlice::Quantized(data) => self.term::<S, _>(&Decoder::<S>::new(data), term, keep),
-                }
-            }
+            unsafe { with_elements!(S, term.right.data, elements => self.term::<S, _>(elements, term, keep)) }
         }
         for row in 0..self.output.rows {
             // SAFETY: this task's own part of the row.
@@ -80,8 +72,7 @@ impl Dots<'_> {
                 1 => self.rows::<S, E, 1, 4>(elements, term, keep),
                 2 => self.rows::<S, E, 2, 4>(elements, term, keep),
                 3 | 4 => self.rows::<S, E, 4, 2>(elements, term, keep),
-                5..=8 => self.rows::<S, E, 8, 1>(elements, term, keep),
-                rows => debug_assert!(false, "{rows} rows are not few"),
+                _ => self.rows::<S, E, MOST, 1>(elements, term, keep),
             }
         }
     }

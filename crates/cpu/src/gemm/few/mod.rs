@@ -18,11 +18,8 @@ use super::operand::Term;
 use super::{Gemm, Output};
 use std::ops::Range;
 
-/// The most rows of the left operand for which sums along the weight's rows beat the GEMM.
-const MOST_DOTS: usize = 4;
-
-/// The most rows of the left operand for which adding the weight's rows beats the GEMM.
-const MOST_COLUMNS: usize = 4;
+/// The most rows of the left operand for which these kernels beat the GEMM.
+const MOST: usize = 8;
 
 /// Weights of fewer elements take less time than waking a thread.
 const ALONE: usize = 1 << 18;
@@ -30,12 +27,14 @@ const ALONE: usize = 1 << 18;
 /// Whether the product has so few rows that the kernels of this module are faster.
 pub(super) fn serves(terms: &[Term], rows: usize) -> bool {
     let stored = |transposed| move |term: &Term| !term.left.transposed && term.right.transposed == transposed;
-    rows <= MOST_DOTS && terms.iter().all(stored(true)) || rows <= MOST_COLUMNS && terms.iter().all(stored(false))
+    rows <= MOST && (terms.iter().all(stored(true)) || terms.iter().all(stored(false)))
 }
 
 impl Gemm<'_> {
     /// [`Gemm::product`] where [`serves`] holds.
     pub(super) fn few(&self, terms: &[Term], output: Output) {
+        // The kernels read and write that many rows.
+        assert!(output.rows <= MOST, "{} rows are not few", output.rows);
         if terms.first().is_some_and(|term| term.right.transposed) {
             self.dots(terms, output);
         } else {
