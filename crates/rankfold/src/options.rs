@@ -139,7 +139,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<PathBuf>,
-    /// Optimiser steps [default: 150].
+    /// Optimiser steps [default: 250].
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
@@ -147,7 +147,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub batch: Option<usize>,
-    /// Tokens a row [default: 128].
+    /// Tokens a row [default: 256].
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seq: Option<usize>,
@@ -155,7 +155,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Learning rate [default: 4e-3 for builtin, else 2e-4].
+    /// Learning rate [default: 5e-3 for builtin, else 2e-4].
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
@@ -254,7 +254,7 @@ impl Options {
         let builtin = model == BUILTIN;
         let full = self.method == Some(Method::Full);
         let own = self.init_adapter.is_none() && !full;
-        let steps = self.steps.unwrap_or(150);
+        let steps = self.steps.unwrap_or(250);
         let rank = self.rank.unwrap_or(16);
         Self {
             quantize: Some(if builtin && !full { Quantize::Nf4 } else { Quantize::None }),
@@ -268,9 +268,9 @@ impl Options {
             targets: own.then(|| "all-linear".into()),
             steps: Some(steps),
             batch: self.tokens.is_none().then_some(8),
-            seq: self.tokens.is_none().then_some(128),
+            seq: self.tokens.is_none().then_some(256),
             accumulate: Some(1),
-            lr: Some(if builtin { 4e-3 } else { 2e-4 }),
+            lr: Some(if builtin { 5e-3 } else { 2e-4 }),
             schedule: Some(Schedule::Cosine),
             warmup: Some(steps / 20),
             weight_decay: Some(0.0),
