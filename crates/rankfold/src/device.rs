@@ -4,6 +4,7 @@ use crate::error::{Error, Result};
 use clap::{Args, ValueEnum};
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
+use rankfold_cpu::simd::Isa;
 use rankfold_reference::ReferenceBackend;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -17,6 +18,16 @@ pub enum Device {
     Cpu,
     /// The oracle: scalar, f64 sums, very slow.
     Reference,
+}
+
+impl Device {
+    /// The instruction sets that it may use on this machine, the fastest first; none where its bits depend on none.
+    pub fn instruction_sets(self) -> Vec<String> {
+        match self {
+            Self::Cpu => Isa::available().iter().map(ToString::to_string).collect(),
+            Self::Reference => Vec::new(),
+        }
+    }
 }
 
 /// A compute type by name.
@@ -37,7 +48,7 @@ impl From<ComputeType> for Compute {
 }
 
 /// The flags of every command that runs a model.
-#[derive(Clone, Copy, Debug, Default, Args)]
+#[derive(Clone, Debug, Default, Args)]
 pub struct DeviceArgs {
     /// Where to compute.
     #[arg(long, value_enum, default_value_t)]
@@ -45,6 +56,9 @@ pub struct DeviceArgs {
     /// Precision of the products' inputs.
     #[arg(long, value_enum, default_value_t)]
     pub compute: ComputeType,
+    /// Instruction set, which a result's bits depend on; `doctor` lists them [default: the fastest].
+    #[arg(long, value_name = "NAME")]
+    pub isa: Option<String>,
     /// Threads; all cores if not given. Never changes a result.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
@@ -52,12 +66,21 @@ pub struct DeviceArgs {
 
 impl DeviceArgs {
     /// The backend that the flags ask for.
-    pub fn open(self) -> Result<Arc<dyn Backend>> {
+    pub fn open(&self) -> Result<Arc<dyn Backend>> {
         if self.threads == Some(0) {
             return Err(Error::Usage("--threads 0: expected at least 1".into()));
         }
+        let there = self.device.instruction_sets();
+        if let Some(isa) = self.isa.as_ref().filter(|isa| !there.contains(isa)) {
+            let expected = if there.is_empty() { "none".into() } else { there.join(", ") };
+            return Err(Error::Usage(format!("isa {isa}, which this device lacks: expected {expected}")));
+        }
         Ok(match self.device {
-            Device::Cpu => Arc::new(CpuBackend::new(self.threads)),
+            Device::Cpu => {
+                let named = |isa: &Isa| self.isa.as_ref().is_none_or(|name| *name == isa.to_string());
+                let isa = Isa::available().into_iter().find(named).unwrap_or(Isa::PORTABLE);
+                Arc::new(CpuBackend::with_isa(isa, self.threads))
+            }
             Device::Reference => Arc::new(ReferenceBackend::new()),
         })
     }

@@ -211,6 +211,10 @@ pub struct Options {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compute: Option<ComputeType>,
+    /// Instruction set, which a result's bits depend on; `doctor` lists them [default: the fastest].
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub isa: Option<String>,
 }
 
 impl Options {
@@ -283,6 +287,7 @@ impl Options {
             checkpoint_every: Some(50),
             keep: Some(2),
             device: Some(Device::default()),
+            isa: self.device.unwrap_or_default().instruction_sets().first().cloned(),
             compute: Some(ComputeType::default()),
             model: Some(model),
             data: Vec::new(),

@@ -124,6 +124,23 @@ fn a_new_model_can_be_pretrained() {
 }
 
 #[test]
+fn a_resumed_run_stays_on_its_instruction_set() {
+    let place = Place::new();
+    let out = place.text("out");
+    let text = place.file("text.txt", "In the beginning was the word. ".repeat(60));
+    refuse(&run(&out, &["--isa", "abacus"]), &["isa abacus", "expected", "portable"]);
+    succeed(&run(&out, &["--isa", "portable", "--data", &text]));
+    assert!(std::fs::read_to_string(place.path("out/run.toml")).unwrap().contains("isa = \"portable\""));
+    let whole = adapter(&place.path("out"));
+    for product in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::remove_file(place.path("out").join(product)).unwrap();
+    }
+    std::fs::remove_dir_all(place.path("out/checkpoints/step-000006")).ok();
+    succeed(&["train", "--out", &out, "--resume"]);
+    assert!(whole == adapter(&place.path("out")));
+}
+
+#[test]
 fn bad_options_are_refused_in_one_line() {
     let place = Place::new();
     let out = place.text("out");

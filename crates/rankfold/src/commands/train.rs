@@ -88,7 +88,8 @@ struct Job {
 impl Job {
     fn open(options: &Options, threads: Option<usize>) -> Result<Self> {
         let device = options.device.unwrap_or_default();
-        let backend = DeviceArgs { device, threads, ..DeviceArgs::default() }.open()?;
+        let compute = options.compute.unwrap_or_default();
+        let backend = DeviceArgs { device, compute, isa: options.isa.clone(), threads }.open()?;
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;

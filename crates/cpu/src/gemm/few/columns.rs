@@ -2,7 +2,7 @@
 //! core's caches.
 //!
 //! ```text
-//! for k, GROUP at a time
+//! for k, SEGMENTS at a time
 //!   tasks: DEPTH of k by STRETCH columns, on all threads
 //!     for rows of the weight, ROWS at a time: sums[task] += Σ x w      (sums in L1 or L2)
 //!   tasks: columns of c: c += the sums of DEPTH after DEPTH            (a hundredth of the weight's bytes)
@@ -11,7 +11,7 @@
 //! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
 //! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM.
 
-use super::{ALONE, MOST, finish};
+use super::{ALONE, GROUP, finish};
 use crate::gemm::pack::{Elements, with_elements};
 use crate::gemm::plan::{self, Segment};
 use crate::gemm::{Gemm, Output, Shared, Term};
@@ -20,7 +20,7 @@ use crate::simd::{Float, Kernel, Simd};
 use std::ops::Range;
 
 /// Segments of k whose sums are held at a time.
-const GROUP: usize = 16;
+const SEGMENTS: usize = 16;
 
 /// Rows of the weight at a time.
 const ROWS: usize = 4;
@@ -53,11 +53,11 @@ impl Gemm<'_> {
             if elements < ALONE { (0..tasks).for_each(task) } else { self.threads.run(tasks, task) }
         };
         let c = Shared(output.c.as_mut_ptr());
-        // Rows of sums are a power of two (fewer variants to compile); those beyond c's stay 0.
-        let held = rows.next_power_of_two();
+        // Whole groups (fewer variants to compile); the sums beyond c's rows stay 0.
+        let held = rows.next_multiple_of(GROUP);
         let mut done = 0;
         loop {
-            let group = &segments[done..segments.len().min(done + GROUP)];
+            let group = &segments[done..segments.len().min(done + SEGMENTS)];
             let accumulate = output.accumulate || done > 0;
             done += group.len();
             let last = done == segments.len();
@@ -94,7 +94,7 @@ impl Gemm<'_> {
 /// One task: the sums of a segment, in some columns.
 struct AddRows<'a> {
     segment: &'a Segment<'a>,
-    /// Rows and columns of c; the sums have as many columns, and rows rounded up to a power of two.
+    /// Rows and columns of c; the sums have as many columns, and rows up to whole groups.
     rows: usize,
     columns: usize,
     part: Range<usize>,
@@ -114,39 +114,41 @@ impl Kernel for AddRows<'_> {
 impl AddRows<'_> {
     #[inline(always)]
     unsafe fn from<S: Simd, E: Elements<S>>(&self, elements: &E) {
-        // SAFETY: the caller's.
-        unsafe {
-            match self.rows {
-                1 => self.all::<S, E, 1>(elements),
-                2 => self.all::<S, E, 2>(elements),
-                3 | 4 => self.all::<S, E, 4>(elements),
-                _ => self.all::<S, E, MOST>(elements),
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn all<S: Simd, E: Elements<S>, const T: usize>(&self, elements: &E) {
         let Range { start, end } = self.segment.ks;
-        let whole = start + (end - start) / ROWS * ROWS;
-        // SAFETY: rows of the weight within the segment; this task's columns of T rows of sums.
+        // SAFETY: rows of the weight within the segment; this task's columns of the sums.
         unsafe {
-            for t in 0..T {
-                let sums = self.sums.0.add(t * self.columns + self.part.start);
+            for row in 0..self.rows.next_multiple_of(GROUP) {
+                let sums = self.sums.0.add(row * self.columns + self.part.start);
                 std::slice::from_raw_parts_mut(sums, self.part.len()).fill(0.0);
             }
+            let whole = start + (end - start) / ROWS * ROWS;
             for i in (start..whole).step_by(ROWS) {
-                self.add::<S, E, T, ROWS>(elements, i);
+                self.groups::<S, E, ROWS>(elements, i);
             }
             for i in whole..end {
-                self.add::<S, E, T, 1>(elements, i);
+                self.groups::<S, E, 1>(elements, i);
             }
         }
     }
 
-    /// sums += x_i w_i + … + x_(i+R−1) w_(i+R−1)
+    /// All rows of sums += x_i w_i + … + x_(i+R−1) w_(i+R−1)
     #[inline(always)]
-    unsafe fn add<S: Simd, E: Elements<S>, const T: usize, const R: usize>(&self, elements: &E, i: usize) {
+    unsafe fn groups<S: Simd, E: Elements<S>, const R: usize>(&self, elements: &E, i: usize) {
+        for row in (0..self.rows).step_by(GROUP) {
+            // SAFETY: the caller's.
+            unsafe {
+                match self.rows - row {
+                    1 => self.add::<S, E, 1, R>(elements, row, i),
+                    2 => self.add::<S, E, 2, R>(elements, row, i),
+                    _ => self.add::<S, E, GROUP, R>(elements, row, i),
+                }
+            }
+        }
+    }
+
+    /// T rows of them, from `row` on.
+    #[inline(always)]
+    unsafe fn add<S: Simd, E: Elements<S>, const T: usize, const R: usize>(&self, elements: &E, row: usize, i: usize) {
         let (left, stride, len) = (self.segment.term.left, self.segment.term.right.stride, self.part.len());
         let whole = if E::whole(stride) { len / S::LANES * S::LANES } else { 0 };
         let mut starts = [0; R];
@@ -155,11 +157,11 @@ impl AddRows<'_> {
         }
         // SAFETY: vectors lie within the columns, of their rows of the weight and of the sums.
         unsafe {
-            let sums = self.sums.0.add(self.part.start);
+            let sums = self.sums.0.add(row * self.columns + self.part.start);
             let mut x = [[S::splat(0.0); T]; R];
             for (r, x) in x.iter_mut().enumerate() {
-                for (t, x) in x.iter_mut().take(self.rows).enumerate() {
-                    *x = S::splat(*left.data.as_ptr().add(t * left.stride + i + r));
+                for (t, x) in x.iter_mut().take(self.rows - row).enumerate() {
+                    *x = S::splat(*left.data.as_ptr().add((row + t) * left.stride + i + r));
                 }
             }
             let mut j = 0;
