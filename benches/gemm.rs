@@ -3,6 +3,8 @@
 //! Each line names its shape as m×n×k: m rows of inputs, n outputs, sums of length k. Throughput counts 2·m·n·k
 //! operations. `benches/peers/gemm.py` runs this beside torch.
 
+mod machine;
+
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rankfold_backend::params::{Compute, Linear, Weight};
 use rankfold_backend::{Backend, DType, Format, Quantized, Result, philox};
@@ -21,8 +23,7 @@ const SHAPES: [(usize, usize, usize); 9] = [
 ];
 
 fn products(criterion: &mut Criterion) {
-    let backend = CpuBackend::new(None);
-    println!("{} with {} threads", backend.isa(), backend.threads());
+    let backend = machine::backend();
     for (m, n, k) in SHAPES {
         shape(criterion, &backend, m, n, k).expect("shapes that agree");
     }

@@ -5,10 +5,11 @@
 //! bandwidth that binds it: the bytes it must read, to quantise, or write, to dequantise, in that time.
 //! `benches/peers/quantize.py` runs this beside bitsandbytes.
 
+mod machine;
+
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use rankfold_backend::{Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, philox};
-use rankfold_cpu::CpuBackend;
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -91,8 +92,7 @@ fn measure(
 }
 
 fn quantisation(criterion: &mut Criterion) {
-    let backend = CpuBackend::new(None);
-    println!("{} with {} threads", backend.isa(), backend.threads());
+    let backend = machine::backend();
     let limits = bandwidth(backend.threads());
     println!("read {:.1} GB/s, write {:.1} GB/s", limits.read * 1e-9, limits.write * 1e-9);
     let mut group = criterion.benchmark_group(format!("{ROWS}x{COLUMNS}"));

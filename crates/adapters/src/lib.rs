@@ -30,7 +30,7 @@ pub use attach::{Attached, AttachedModule, attach_folder, attach_new};
 pub use config::AdapterConfig;
 pub use error::{Error, Result};
 pub use folder::{AdapterFolder, write_folder};
-pub use linear::{Bias, DropoutKey, Forward, Linear, Weight};
+pub use linear::{DropoutKey, Forward, Linear, Weight};
 pub use lora::{Init, Lora, LoraSpec};
 pub use merge::merged_weight;
 pub use targets::{Names, Targets};

@@ -6,7 +6,7 @@
 use crate::merge::Unmerged;
 use crate::streams::{self, LAYERS};
 use crate::{Error, Lora, Result};
-use rankfold_autograd::{Base, Parameter, Tape, Tensor};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::Compute;
 
 /// The matrix of a layer.
@@ -14,15 +14,6 @@ use rankfold_backend::Compute;
 pub enum Weight {
     /// As the file has it, or quantised: nothing asks for its gradient.
     Frozen(Base),
-    /// Full finetuning.
-    Trained(Parameter),
-}
-
-/// The bias of a layer.
-#[derive(Clone, Debug)]
-pub enum Bias {
-    /// As the file has it.
-    Frozen(Tensor),
     /// Full finetuning.
     Trained(Parameter),
 }
@@ -59,7 +50,7 @@ pub struct Linear {
     index: u64,
     is_head: bool,
     pub(crate) weight: Weight,
-    bias: Option<Bias>,
+    bias: Option<Value>,
     outputs: usize,
     inputs: usize,
     pub(crate) adapter: Option<Lora>,
@@ -73,7 +64,7 @@ impl Linear {
     /// linear layers: two layers of one number would drop out alike.
     ///
     /// Errors: a weight that is no matrix; a bias that is not of its outputs; an index that has no streams.
-    pub fn new(path: impl Into<String>, index: u64, weight: Weight, bias: Option<Bias>) -> Result<Self> {
+    pub fn new(path: impl Into<String>, index: u64, weight: Weight, bias: Option<Value>) -> Result<Self> {
         let path = path.into();
         if index >= LAYERS {
             return Err(Error::field(format!("{path}: index"), index, "a number below 1048576"));
@@ -83,13 +74,9 @@ impl Linear {
             weight => weight,
         };
         let [outputs, inputs] = base(&weight).dims()?;
-        let found = match &bias {
-            None => None,
-            Some(Bias::Frozen(tensor)) => Some(tensor.shape()),
-            Some(Bias::Trained(parameter)) => Some(parameter.shape()),
-        };
+        let found = bias.as_ref().map(|bias| bias.tensor().shape().clone());
         if let Some(found) = found.filter(|found| found.elements() != outputs) {
-            let (expected, found) = (format!("[{outputs}]"), found.clone());
+            let expected = format!("[{outputs}]");
             return Err(Error::Shape { module: path, tensor: "bias", expected, found });
         }
         Ok(Self { path, index, is_head: false, weight, bias, outputs, inputs, adapter: None, unmerged: None })
@@ -136,7 +123,7 @@ impl Linear {
     }
 
     /// The bias, if any.
-    pub fn bias(&self) -> Option<&Bias> {
+    pub fn bias(&self) -> Option<&Value> {
         self.bias.as_ref()
     }
 
@@ -178,10 +165,7 @@ impl Linear {
     pub fn forward(&self, tape: &Tape, x: &Tensor, mode: &Forward) -> Result<Tensor> {
         let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
         let adapter = self.adapter.as_ref().map(|lora| lora.on_tape(dropout));
-        let bias = self.bias.as_ref().map(|bias| match bias {
-            Bias::Frozen(tensor) => tensor.detach(),
-            Bias::Trained(parameter) => parameter.tensor(),
-        });
+        let bias = self.bias.as_ref().map(Value::tensor);
         Ok(tape.linear(x, &self.base(), bias.as_ref(), adapter.as_ref(), mode.compute)?)
     }
 
@@ -193,7 +177,7 @@ impl Linear {
         if let Weight::Trained(weight) = &self.weight {
             parameters.push((format!("{}.weight", self.path), weight.clone()));
         }
-        if let Some(Bias::Trained(bias)) = &self.bias {
+        if let Some(Value::Trained(bias)) = &self.bias {
             parameters.push((format!("{}.bias", self.path), bias.clone()));
         }
         if let Some(lora) = &self.adapter {

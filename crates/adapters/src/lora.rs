@@ -110,7 +110,7 @@ impl Lora {
         let a = match init {
             Init::Kaiming | Init::Random => uniform(0, elements, inputs),
             Init::Gaussian => {
-                (0..elements).map(|i| (normal(seed, stream, i as u64) / spec.rank as f64) as f32).collect()
+                (0..elements).map(|i| (philox::normal(seed, stream, i as u64) / spec.rank as f64) as f32).collect()
             }
         };
         let b = match init {
@@ -158,11 +158,4 @@ impl Lora {
             dropout: dropout.filter(|_| probability > 0.0).map(|(seed, stream)| Dropout { probability, seed, stream }),
         }
     }
-}
-
-/// A standard normal number from the words 2i and 2i + 1 (Box & Muller 1958): √(−2 ln u)·cos 2πv, u in (0, 1].
-fn normal(seed: u64, stream: u64, i: u64) -> f64 {
-    let [u, v] = [2 * i, 2 * i + 1].map(|position| f64::from(philox::word(seed, stream, position)));
-    let word = 2f64.powi(-32);
-    (-2.0 * ((u + 1.0) * word).ln()).sqrt() * (std::f64::consts::TAU * v * word).cos()
 }

@@ -5,9 +5,9 @@ mod common;
 use common::{layer, matrix, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use rankfold_adapters::{Bias, DropoutKey, Error, Forward, Init, Linear, Lora, LoraSpec, Weight, merged_weight};
+use rankfold_adapters::{DropoutKey, Error, Forward, Init, Linear, Lora, LoraSpec, Weight, merged_weight};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
-use rankfold_autograd::{Base, Parameter, Tape, Tensor};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::{Backend, Compute, DType, Format, Quantized};
 use rankfold_cpu::CpuBackend;
 use std::sync::Arc;
@@ -59,7 +59,7 @@ fn gradients_of_the_adapted_layer_match_differences() {
     let bias = parameter(&b, 3, &[3]).unwrap();
     let (lora_a, lora_b) = (parameter(&b, 4, &[2, 4]).unwrap(), parameter(&b, 5, &[3, 2]).unwrap());
     for (rslora, dropout) in [(false, 0.0), (true, 0.0), (false, 0.4)] {
-        let bias = Some(Bias::Trained(bias.clone()));
+        let bias = Some(Value::Trained(bias.clone()));
         let mut layer = Linear::new("m", 3, Weight::Frozen(Base::Dense(w.clone())), bias).unwrap();
         let spec = LoraSpec { rank: 2, alpha: 3.0, rslora, dropout };
         layer.set_adapter(Lora::new("m", lora_a.clone(), lora_b.clone(), spec).unwrap()).unwrap();
@@ -82,7 +82,7 @@ fn gradients_of_the_trained_layer_match_differences() {
     let b = reference();
     let x = parameter(&b, 1, &[5, 4]).unwrap();
     let (w, bias) = (parameter(&b, 2, &[3, 4]).unwrap(), parameter(&b, 3, &[3]).unwrap());
-    let layer = Linear::new("m", 0, Weight::Trained(w.clone()), Some(Bias::Trained(bias.clone()))).unwrap();
+    let layer = Linear::new("m", 0, Weight::Trained(w.clone()), Some(Value::Trained(bias.clone()))).unwrap();
     let names: Vec<String> = layer.parameters().into_iter().map(|(name, _)| name).collect();
     assert_eq!(names, ["m.weight", "m.bias"]);
     let worst = worst_error(&b, &[x.clone(), w, bias], |tape| {
@@ -117,7 +117,7 @@ fn a_layer_has_a_matrix_and_a_bias_of_its_outputs_and_an_index_with_streams() {
         Tensor::constant(b.upload(&vec![0f32; dims.iter().product()]).unwrap(), dims.to_vec()).unwrap()
     };
     let new = |index, w: &[usize], bias: &[usize]| {
-        Linear::new("m", index, Weight::Frozen(Base::Dense(tensor(w))), Some(Bias::Frozen(tensor(bias))))
+        Linear::new("m", index, Weight::Frozen(Base::Dense(tensor(w))), Some(Value::Frozen(tensor(bias))))
     };
     assert!(new(0, &[3, 4], &[3]).is_ok());
     let message = |result: Result<Linear, Error>| result.unwrap_err().to_string();

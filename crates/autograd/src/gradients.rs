@@ -1,7 +1,7 @@
 //! Gradients on their way: of the tape's nodes while the walk goes, of parameters until the optimiser's step.
 
-use crate::{Parameter, ParameterId, Result, Variable};
-use rankfold_backend::{Backend, Buffer, DType};
+use crate::{Parameter, ParameterId, Result, Tensor, Variable};
+use rankfold_backend::{Backend, Buffer, DType, ViewMut};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -23,6 +23,15 @@ pub struct Taken {
     pub buffer: Buffer,
     /// Whether it holds a gradient already.
     pub accumulate: bool,
+}
+
+/// A gradient that a kernel is to form, with the variable whose it is; `None` for a constant, so that no memory is
+/// taken for its gradient and no kernel asked for it.
+pub(crate) type Slot = Option<(Variable, Buffer)>;
+
+/// A slot as a kernel takes it.
+pub(crate) fn output(slot: &mut Slot) -> Option<ViewMut<'_>> {
+    slot.as_mut().map(|(_, buffer)| buffer.view_mut())
 }
 
 impl Gradients {
@@ -77,6 +86,22 @@ impl Gradients {
             self.backend.fill(0.0, taken.buffer.view_mut())?;
         }
         Ok(taken.buffer)
+    }
+
+    /// [`Gradients::take_for_adding`] where there is a variable; what is in the slot is put back.
+    pub(crate) fn slot_for_adding(&mut self, variable: Option<Variable>, dtype: DType, len: usize) -> Result<Slot> {
+        variable.map(|variable| Ok((variable, self.take_for_adding(variable, dtype, len)?))).transpose()
+    }
+
+    /// Memory for x's gradient, for a kernel that only overwrites; what it wrote goes to [`Gradients::add_slot`].
+    pub(crate) fn slot(&self, x: &Tensor) -> Result<Slot> {
+        let len = x.shape().elements();
+        x.variable().map(|variable| Ok((variable, self.backend.alloc(x.dtype(), len)?))).transpose()
+    }
+
+    /// [`Gradients::add`] of what a kernel wrote into a slot.
+    pub(crate) fn add_slot(&mut self, slot: Slot) -> Result<()> {
+        slot.map_or(Ok(()), |(variable, gradient)| self.add(variable, gradient))
     }
 
     /// Add a finished gradient to a variable's.

@@ -2,7 +2,7 @@
 
 use crate::{Gradients, Result, Tensor, Variable};
 use rankfold_backend::{Backend, Buffer, DType, Shape};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::sync::Arc;
 
 /// One operation's backward pass: a struct that holds what it needs, made by the forward pass.
@@ -20,22 +20,29 @@ type Node = Option<Box<dyn Op>>;
 pub struct Tape {
     backend: Arc<dyn Backend>,
     nodes: Option<RefCell<Vec<Node>>>,
+    /// Whether an operation has had a variable among its inputs, remembered or not.
+    trains: Cell<bool>,
 }
 
 impl Tape {
     /// A tape that remembers.
     pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, nodes: Some(RefCell::default()) }
+        Self { backend, nodes: Some(RefCell::default()), trains: Cell::new(false) }
     }
 
     /// A tape that only runs: nothing is saved, no tensor has a gradient.
     pub fn inference(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, nodes: None }
+        Self { backend, nodes: None, trains: Cell::new(false) }
     }
 
     /// Where the operations run.
     pub fn backend(&self) -> &Arc<dyn Backend> {
         &self.backend
+    }
+
+    /// Whether what ran so far had variables among its inputs.
+    pub(crate) fn trains(&self) -> bool {
+        self.trains.get()
     }
 
     /// Whether an input's gradient is to be computed on this tape.
@@ -54,26 +61,29 @@ impl Tape {
         op: impl FnOnce(&Arc<Buffer>) -> O,
     ) -> Result<Tensor> {
         let output = Tensor::constant(output, shape)?;
-        let Some(nodes) = self.nodes.as_ref().filter(|_| inputs.iter().any(Option::is_some)) else {
+        if inputs.iter().all(Option::is_none) {
             return Ok(output);
-        };
+        }
+        self.trains.set(true);
+        let Some(nodes) = &self.nodes else { return Ok(output) };
         let op = op(output.buffer());
         Ok(push(&mut nodes.borrow_mut(), output, Some(Box::new(op))))
     }
 
     /// [`Tape::record`] of an output that exists as a tensor already, whatever its inputs are.
     pub(crate) fn record_shared<O: Op + 'static>(&self, output: &Tensor, op: impl FnOnce() -> O) -> Tensor {
+        self.trains.set(true);
         match &self.nodes {
             Some(nodes) => push(&mut nodes.borrow_mut(), output.detach(), Some(Box::new(op()))),
             None => output.detach(),
         }
     }
 
-    /// A variable with no producer: its gradient stays in [`Gradients`] after the walk.
+    /// A variable with no producer, whose gradient stays in [`Gradients`] after the walk; a constant of a constant.
     pub(crate) fn leaf(&self, tensor: &Tensor) -> Tensor {
         match &self.nodes {
-            Some(nodes) => push(&mut nodes.borrow_mut(), tensor.detach(), None),
-            None => tensor.detach(),
+            Some(nodes) if tensor.variable().is_some() => push(&mut nodes.borrow_mut(), tensor.detach(), None),
+            _ => tensor.detach(),
         }
     }
 

@@ -129,7 +129,7 @@ impl Value {
     /// Its value now; a variable where it is trained.
     pub fn tensor(&self) -> Tensor {
         match self {
-            Self::Frozen(tensor) => tensor.clone(),
+            Self::Frozen(tensor) => tensor.detach(),
             Self::Trained(parameter) => parameter.tensor(),
         }
     }

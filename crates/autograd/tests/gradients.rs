@@ -195,7 +195,7 @@ fn checkpointed_gradients_are_those_of_the_plain_tape_to_the_bit() {
         let tape = Tape::new(b.clone());
         let mut h = x.tensor();
         for _ in 0..2 {
-            h = if checkpointed { tape.checkpoint(&h, true, block.clone()) } else { block(&tape, &h) }.unwrap();
+            h = if checkpointed { tape.checkpoint(&h, block.clone()) } else { block(&tape, &h) }.unwrap();
         }
         let seed = b.filled(DType::F64, 12, 0.7).unwrap();
         let mut gradients = Gradients::new(b.clone());

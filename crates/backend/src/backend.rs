@@ -11,6 +11,8 @@ use std::fmt::Debug;
 
 /// Kernels on plain buffers. Every method checks lengths and element types before it writes anything.
 ///
+/// An output that is an `Option` is formed where it is asked for, with the same bits whichever others are.
+///
 /// Tensors are row-major. "x + y" in a kernel's formula is elementwise; `d` marks a gradient of the loss.
 pub trait Backend: Debug + Send + Sync {
     /// For messages: "cpu (avx2)", "reference".
@@ -129,8 +131,8 @@ pub trait Backend: Debug + Send + Sync {
     /// y_i = gain_i · x_i / ρ with ρ = √(mean(x²) + ε) a row (Zhang & Sennrich 2019, eq. 4); inv_rms = 1/ρ `[rows]`.
     fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, y: ViewMut, inv_rms: ViewMut) -> Result<()>;
 
-    /// dx_i = (gain_i dy_i − x_i c)/ρ with c = Σ_j gain_j x_j dy_j / (width·ρ²), or dx += that; and, where asked
-    /// for, dgain_i += Σ_rows dy_i x_i / ρ.
+    /// dx_i = (gain_i dy_i − x_i c)/ρ with c = Σ_j gain_j x_j dy_j / (width·ρ²), or dx += that where `accumulate`;
+    /// dgain_i += Σ_rows dy_i x_i / ρ, always added. Each where asked for.
     fn rms_norm_grad(
         &self,
         p: &RmsNorm,
@@ -139,7 +141,7 @@ pub trait Backend: Debug + Send + Sync {
         inv_rms: View,
         dy: View,
         accumulate: bool,
-        dx: ViewMut,
+        dx: Option<ViewMut>,
         dgain: Option<ViewMut>,
     ) -> Result<()>;
 
@@ -150,6 +152,9 @@ pub trait Backend: Debug + Send + Sync {
 
     /// out = softmax(scale · q kᵀ over the visible keys) · v; lse [batch, heads, queries] is the log of the
     /// softmax's denominator, saved for backward.
+    ///
+    /// Where a key or value that a query does not see is not finite, the query's rows of out and dq are unspecified if
+    /// the backend takes both in one block, in which 0 times that value is NaN; `reference` skips it.
     fn attention(
         &self,
         p: &Attention,
@@ -162,22 +167,21 @@ pub trait Backend: Debug + Send + Sync {
     ) -> Result<()>;
 
     /// With P = exp(scale·q kᵀ − lse), dP = dout vᵀ, D_i = Σ dout_i out_i, dS = P ∘ (dP − D):
-    /// dq = scale·dS k, dk = scale·dSᵀ q, dv = Pᵀ dout, summed over the query heads of a group.
-    fn attention_grad(
-        &self,
-        p: &Attention,
-        saved: AttentionSaved,
-        dout: View,
-        dq: ViewMut,
-        dk: ViewMut,
-        dv: ViewMut,
-    ) -> Result<()>;
+    /// dq = scale·dS k, dk = scale·dSᵀ q, dv = Pᵀ dout, summed over the query heads of a group. Each where asked for.
+    fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()>;
 
     /// out = gate · σ(gate) · up
     fn silu_mul(&self, gate: View, up: View, out: ViewMut) -> Result<()>;
 
-    /// With σ = σ(gate): dgate = dout · up · σ(1 + gate(1 − σ)), dup = dout · gate · σ.
-    fn silu_mul_grad(&self, gate: View, up: View, dout: View, dgate: ViewMut, dup: ViewMut) -> Result<()>;
+    /// With σ = σ(gate): dgate = dout · up · σ(1 + gate(1 − σ)), dup = dout · gate · σ. Each where asked for.
+    fn silu_mul_grad(
+        &self,
+        gate: View,
+        up: View,
+        dout: View,
+        dgate: Option<ViewMut>,
+        dup: Option<ViewMut>,
+    ) -> Result<()>;
 
     /// rows_t = table_(ids_t), cast to rows' type; ids u32.
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()>;

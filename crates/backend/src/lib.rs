@@ -34,6 +34,6 @@ pub use dtype::{DType, Element};
 pub use dynamic_map::{DynamicMap, NESTED_BLOCK};
 pub use error::{Error, Result};
 pub use format::{Format, Thresholds, linspace_f32};
-pub use params::{AttentionSaved, Compute, LinearGrads, LowRank, Weight};
+pub use params::{AttentionGrads, AttentionSaved, Compute, LinearGrads, LowRank, Weight};
 pub use quantized::{Quantized, Scales, check_block};
 pub use shape::Shape;

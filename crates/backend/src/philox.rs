@@ -35,9 +35,27 @@ pub fn unit(word: u32) -> f32 {
     (word >> 8) as f32 * (1.0 / 16_777_216.0)
 }
 
+/// The `i`th number of `stream` from N(0, 1), from the first two words of group `i` (Box & Muller 1958): √(−2 ln u)·cos
+/// 2πv, u in (0, 1], for the logarithm of 0 is not wanted.
+pub fn normal(seed: u64, stream: u64, i: u64) -> f64 {
+    let [a, b, ..] = words(seed, stream, i);
+    let (u, v) = ((f64::from(a) + 1.0) / 4_294_967_296.0, f64::from(b) / 4_294_967_296.0);
+    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn normal_numbers_have_mean_zero_and_variance_one() {
+        let n = 40_000;
+        let draws: Vec<f64> = (0..n).map(|i| normal(3, 1, i)).collect();
+        let mean = draws.iter().sum::<f64>() / n as f64;
+        let variance = draws.iter().map(|x| x * x).sum::<f64>() / n as f64;
+        // Five standard errors: 5/√n of the mean, 5·√(2/n) of the variance.
+        assert!(mean.abs() < 0.025 && (variance - 1.0).abs() < 0.036, "{mean} {variance}");
+    }
 
     /// The known answers of the authors' Random123 distribution.
     #[test]

@@ -14,8 +14,8 @@ use crate::{adamw, cross_entropy, dropout, elementwise, embedding, quantize8, sc
 use half::{bf16, f16};
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result, Scales, View,
-    ViewMut, check_block,
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result,
+    Scales, View, ViewMut, check_block,
 };
 use std::sync::Arc;
 
@@ -332,12 +332,12 @@ impl Backend for CpuBackend {
         let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
         let (w, low_rank) = (weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
         let grads = GradSlices {
-            weight: grads.weight.as_mut().map(|g| s.get_mut("d weight", g)).transpose()?,
-            bias: grads.bias.as_mut().map(|g| s.get_mut("d bias", g)).transpose()?,
-            a: grads.a.as_mut().map(|g| s.get_mut("d a", g)).transpose()?,
-            b: grads.b.as_mut().map(|g| s.get_mut("d b", g)).transpose()?,
-            per_rank: grads.per_rank.as_mut().map(|g| s.get_mut("d per_rank", g)).transpose()?,
-            row_scale: grads.row_scale.as_mut().map(|g| s.get_mut("d row_scale", g)).transpose()?,
+            weight: s.some_mut("d weight", &mut grads.weight)?,
+            bias: s.some_mut("d bias", &mut grads.bias)?,
+            a: s.some_mut("d a", &mut grads.a)?,
+            b: s.some_mut("d b", &mut grads.b)?,
+            per_rank: s.some_mut("d per_rank", &mut grads.per_rank)?,
+            row_scale: s.some_mut("d row_scale", &mut grads.row_scale)?,
         };
         self.gemm().linear_grad_weight(p, x, dy, w, low_rank.as_ref(), grads);
         Ok(())
@@ -360,15 +360,14 @@ impl Backend for CpuBackend {
         inv_rms: View,
         dy: View,
         accumulate: bool,
-        mut dx: ViewMut,
+        mut dx: Option<ViewMut>,
         mut dgain: Option<ViewMut>,
     ) -> Result<()> {
         let s = Slices("rms_norm_grad");
-        p.check_grad(&x, &gain, &inv_rms, &dy, &dx, dgain.as_ref())?;
+        p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
         let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
         let saved = Saved { x, gain, inv_rms: s.get("inv_rms", inv_rms)?, dy: s.get("dy", dy)? };
-        let dx = s.get_mut("dx", &mut dx)?;
-        let dgain = dgain.as_mut().map(|dgain| s.get_mut("dgain", dgain)).transpose()?;
+        let (dx, dgain) = (s.some_mut("dx", &mut dx)?, s.some_mut("dgain", &mut dgain)?);
         rms_norm::rms_norm_grad(&self.threads, self.isa, p, saved, accumulate, dx, dgain);
         Ok(())
     }
@@ -399,17 +398,9 @@ impl Backend for CpuBackend {
         attention::attention(&self.threads, self.isa, p, inputs, starts, out, lse)
     }
 
-    fn attention_grad(
-        &self,
-        p: &Attention,
-        saved: AttentionSaved,
-        dout: View,
-        mut dq: ViewMut,
-        mut dk: ViewMut,
-        mut dv: ViewMut,
-    ) -> Result<()> {
+    fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
         let s = Slices("attention_grad");
-        p.check_grad(&saved, &dout, &dq, &dk, &dv)?;
+        p.check_grad(&saved, &dout, &grads)?;
         let AttentionSaved { q, k, v, starts, out, lse } = saved;
         let saved = attention::Saved {
             q: s.get("q", q)?,
@@ -420,8 +411,12 @@ impl Backend for CpuBackend {
             lse: s.get("lse", lse)?,
             dout: s.get("dout", dout)?,
         };
-        let gradients =
-            Gradients { dq: s.get_mut("dq", &mut dq)?, dk: s.get_mut("dk", &mut dk)?, dv: s.get_mut("dv", &mut dv)? };
+        let AttentionGrads { mut dq, mut dk, mut dv } = grads;
+        let gradients = Gradients {
+            dq: s.some_mut("dq", &mut dq)?,
+            dk: s.some_mut("dk", &mut dk)?,
+            dv: s.some_mut("dv", &mut dv)?,
+        };
         attention::attention_grad(&self.threads, self.isa, p, saved, gradients)
     }
 
@@ -434,15 +429,22 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn silu_mul_grad(&self, gate: View, up: View, dout: View, mut dgate: ViewMut, mut dup: ViewMut) -> Result<()> {
+    fn silu_mul_grad(
+        &self,
+        gate: View,
+        up: View,
+        dout: View,
+        mut dgate: Option<ViewMut>,
+        mut dup: Option<ViewMut>,
+    ) -> Result<()> {
         let (s, len) = (Slices("silu_mul_grad"), gate.len());
         expect(s.0, "up", up.len(), len)?;
         expect(s.0, "dout", dout.len(), len)?;
-        expect(s.0, "dgate", dgate.len(), len)?;
-        expect(s.0, "dup", dup.len(), len)?;
+        expect_some(s.0, "dgate", dgate.as_ref().map(ViewMut::len), len)?;
+        expect_some(s.0, "dup", dup.as_ref().map(ViewMut::len), len)?;
         let inputs = [s.get("gate", gate)?, s.get("up", up)?, s.get("dout", dout)?];
-        let (dgate, dup) = (s.get_mut("dgate", &mut dgate)?, s.get_mut("dup", &mut dup)?);
-        silu_mul::silu_mul_grad(&self.threads, self.isa, inputs, dgate, dup);
+        let outputs = [s.some_mut("dgate", &mut dgate)?, s.some_mut("dup", &mut dup)?];
+        silu_mul::silu_mul_grad(&self.threads, self.isa, inputs, outputs);
         Ok(())
     }
 

@@ -148,7 +148,8 @@ impl Gemm<'_> {
             let term = Term { left: Left::transposed(dy, n), right: Right::rows(x.into(), k), k: m };
             self.product(&[term], Output { accumulate: true, ..Output::new(dw, n, k) });
         }
-        let Some(l) = low_rank else { return };
+        let of_update = [&grads.a, &grads.b, &grads.per_rank, &grads.row_scale];
+        let Some(l) = low_rank.filter(|_| of_update.into_iter().any(Option::is_some)) else { return };
         let r = l.rank;
         self.with_dropped(l.dropout, x, |x| {
             self.with_column_scaled(l.row_scale.map(|g| (g, 0.0)), dy, |dz| {

@@ -82,20 +82,21 @@ pub(crate) fn rms_norm_grad(
     p: &RmsNorm,
     saved: Saved,
     accumulate: bool,
-    dx: &mut [f32],
+    dx: Option<&mut [f32]>,
     dgain: Option<&mut [f32]>,
 ) {
     let (rows_a_task, width) = (rows_a_task(p), p.width);
     let parts = if dgain.is_some() { p.rows.div_ceil(rows_a_task) * width } else { 0 };
-    let dx = Disjoint::new(dx);
+    let dx = dx.map(Disjoint::new);
     scratch::with(parts, |parts| {
         let all = Disjoint::new(&mut *parts);
         threads.run_chunks(p.rows, rows_a_task, |rows| {
             let elements = rows.start * width..rows.end * width;
             let part = rows.start / rows_a_task * width;
             // SAFETY: the rows of two tasks do not overlap, nor do their parts of dgain.
-            let (dx, dgain) =
-                unsafe { (dx.get(elements.clone()), dgain.is_some().then(|| all.get(part..part + width))) };
+            let (dx, dgain) = unsafe {
+                (dx.map(|dx| dx.get(elements.clone())), dgain.is_some().then(|| all.get(part..part + width)))
+            };
             let (x, dy, inv_rms) = (&saved.x[elements.clone()], &saved.dy[elements], &saved.inv_rms[rows]);
             isa.run(Backward { width, saved: Saved { x, dy, inv_rms, ..saved }, accumulate, dx, dgain });
         });
@@ -111,7 +112,7 @@ struct Backward<'a> {
     width: usize,
     saved: Saved<'a>,
     accumulate: bool,
-    dx: &'a mut [f32],
+    dx: Option<&'a mut [f32]>,
     dgain: Option<&'a mut [f32]>,
 }
 
@@ -125,15 +126,18 @@ impl Kernel for Backward<'_> {
         }
         for (row, &inverse) in self.saved.inv_rms.iter().enumerate() {
             let row = row * width..(row + 1) * width;
-            let (x, dy, dx) = (&self.saved.x[row.clone()], &self.saved.dy[row.clone()], &mut self.dx[row]);
-            let c = (pull(gain, x, dy) * f64::from(inverse) * f64::from(inverse) / width as f64) as f32;
-            if self.accumulate {
-                for i in 0..width {
-                    dx[i] += (gain[i] * dy[i] - x[i] * c) * inverse;
-                }
-            } else {
-                for i in 0..width {
-                    dx[i] = (gain[i] * dy[i] - x[i] * c) * inverse;
+            let (x, dy) = (&self.saved.x[row.clone()], &self.saved.dy[row.clone()]);
+            if let Some(dx) = &mut self.dx {
+                let dx = &mut dx[row];
+                let c = (pull(gain, x, dy) * f64::from(inverse) * f64::from(inverse) / width as f64) as f32;
+                if self.accumulate {
+                    for i in 0..width {
+                        dx[i] += (gain[i] * dy[i] - x[i] * c) * inverse;
+                    }
+                } else {
+                    for i in 0..width {
+                        dx[i] = (gain[i] * dy[i] - x[i] * c) * inverse;
+                    }
                 }
             }
             if let Some(dgain) = &mut self.dgain {

@@ -53,6 +53,15 @@ impl Slices {
         Ok(bytemuck::cast_slice_mut(bytes_mut(view)?))
     }
 
+    /// [`Slices::get_mut`] of an output that may not be asked for.
+    pub(crate) fn some_mut<'a, T: Element>(
+        self,
+        tensor: &'static str,
+        view: &'a mut Option<ViewMut<'_>>,
+    ) -> Result<Option<&'a mut [T]>> {
+        view.as_mut().map(|view| self.get_mut(tensor, view)).transpose()
+    }
+
     /// f32, bf16 or f16 elements.
     pub(crate) fn floats<'a>(self, tensor: &'static str, view: View<'a>) -> Result<Floats<'a>> {
         match view.dtype() {

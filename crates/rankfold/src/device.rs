@@ -70,18 +70,19 @@ impl DeviceArgs {
         if self.threads == Some(0) {
             return Err(Error::Usage("--threads 0: expected at least 1".into()));
         }
-        let there = self.device.instruction_sets();
-        if let Some(isa) = self.isa.as_ref().filter(|isa| !there.contains(isa)) {
-            let expected = if there.is_empty() { "none".into() } else { there.join(", ") };
-            return Err(Error::Usage(format!("isa {isa}, which this device lacks: expected {expected}")));
-        }
-        Ok(match self.device {
-            Device::Cpu => {
-                let named = |isa: &Isa| self.isa.as_ref().is_none_or(|name| *name == isa.to_string());
-                let isa = Isa::available().into_iter().find(named).unwrap_or(Isa::PORTABLE);
+        let missing = |isa: &str| {
+            let there = self.device.instruction_sets().join(", ");
+            let expected = if there.is_empty() { "none" } else { &there };
+            Error::Usage(format!("isa {isa}, which this device lacks: expected {expected}"))
+        };
+        Ok(match (self.device, self.isa.as_deref()) {
+            (Device::Cpu, None) => Arc::new(CpuBackend::new(self.threads)),
+            (Device::Cpu, Some(name)) => {
+                let isa = Isa::named(name).ok_or_else(|| missing(name))?;
                 Arc::new(CpuBackend::with_isa(isa, self.threads))
             }
-            Device::Reference => Arc::new(ReferenceBackend::new()),
+            (Device::Reference, None) => Arc::new(ReferenceBackend::new()),
+            (Device::Reference, Some(name)) => return Err(missing(name)),
         })
     }
 }

@@ -9,7 +9,7 @@
 
 use crate::operands::Kernel;
 use rankfold_backend::params::Attention;
-use rankfold_backend::{AttentionSaved, Result, View, ViewMut};
+use rankfold_backend::{AttentionGrads, AttentionSaved, Result, View, ViewMut};
 use std::ops::RangeInclusive;
 
 /// One query: where it, its keys and its results lie.
@@ -110,19 +110,17 @@ pub(crate) fn attention_grad(
     p: &Attention,
     saved: AttentionSaved,
     dout: View,
-    mut dq: ViewMut,
-    mut dk: ViewMut,
-    mut dv: ViewMut,
+    mut grads: AttentionGrads,
 ) -> Result<()> {
     let kernel = Kernel("attention_grad");
-    p.check_grad(&saved, &dout, &dq, &dk, &dv)?;
+    p.check_grad(&saved, &dout, &grads)?;
     let AttentionSaved { q, k, v, starts, out, lse } = saved;
     let queries = queries(p, kernel, starts)?;
     let (q, k, v) = (kernel.floats("q", q)?, kernel.floats("k", k)?, kernel.floats("v", v)?);
     let (out, lse, dout) = (kernel.floats("out", out)?, kernel.floats("lse", lse)?, kernel.floats("dout", dout)?);
-    let mut dq = kernel.floats_mut("dq", &mut dq)?;
-    let mut dk = kernel.floats_mut("dk", &mut dk)?;
-    let mut dv = kernel.floats_mut("dv", &mut dv)?;
+    let dq = grads.dq.as_mut().map(|dq| kernel.floats_mut("dq", dq)).transpose()?;
+    let dk = grads.dk.as_mut().map(|dk| kernel.floats_mut("dk", dk)).transpose()?;
+    let dv = grads.dv.as_mut().map(|dv| kernel.floats_mut("dv", dv)).transpose()?;
 
     let scale = f64::from(p.scale);
     let mut grad_q = vec![0.0; p.query_elements()];
@@ -141,9 +139,11 @@ pub(crate) fn attention_grad(
             add_scaled(scale * ds, q, &mut grad_k[at_key]);
         }
     }
-    dq.store(grad_q);
-    dk.store(grad_k);
-    dv.store(grad_v);
+    for (asked, grad) in [(dq, grad_q), (dk, grad_k), (dv, grad_v)] {
+        if let Some(mut out) = asked {
+            out.store(grad);
+        }
+    }
     Ok(())
 }
 
@@ -192,7 +192,8 @@ mod tests {
             out: out.view(),
             lse: lse.view(),
         };
-        BACKEND.attention_grad(p, saved, dout.view(), dq.view_mut(), dk.view_mut(), dv.view_mut()).unwrap();
+        let [dq, dk, dv] = [dq, dk, dv].map(|grad| Some(grad.view_mut()));
+        BACKEND.attention_grad(p, saved, dout.view(), AttentionGrads { dq, dk, dv }).unwrap();
         grads.map(|grad| values(&grad))
     }
 

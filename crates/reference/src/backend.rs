@@ -5,7 +5,9 @@ use crate::*;
 use rankfold_backend::params::{
     AdamW, Attention, CrossEntropy, Dropout, Embedding, Linear, LinearGrads, LowRank, MatMul, RmsNorm, Rope, Weight,
 };
-use rankfold_backend::{AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, View, ViewMut};
+use rankfold_backend::{
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, View, ViewMut,
+};
 
 /// The reference implementation of every kernel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -143,7 +145,7 @@ impl Backend for ReferenceBackend {
         inv_rms: View,
         dy: View,
         accumulate: bool,
-        dx: ViewMut,
+        dx: Option<ViewMut>,
         dgain: Option<ViewMut>,
     ) -> Result<()> {
         rms_norm::rms_norm_grad(p, x, gain, inv_rms, dy, accumulate, dx, dgain)
@@ -166,23 +168,22 @@ impl Backend for ReferenceBackend {
         attention::attention(p, q, k, v, starts, out, lse)
     }
 
-    fn attention_grad(
-        &self,
-        p: &Attention,
-        saved: AttentionSaved,
-        dout: View,
-        dq: ViewMut,
-        dk: ViewMut,
-        dv: ViewMut,
-    ) -> Result<()> {
-        attention::attention_grad(p, saved, dout, dq, dk, dv)
+    fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
+        attention::attention_grad(p, saved, dout, grads)
     }
 
     fn silu_mul(&self, gate: View, up: View, out: ViewMut) -> Result<()> {
         silu_mul::silu_mul(gate, up, out)
     }
 
-    fn silu_mul_grad(&self, gate: View, up: View, dout: View, dgate: ViewMut, dup: ViewMut) -> Result<()> {
+    fn silu_mul_grad(
+        &self,
+        gate: View,
+        up: View,
+        dout: View,
+        dgate: Option<ViewMut>,
+        dup: Option<ViewMut>,
+    ) -> Result<()> {
         silu_mul::silu_mul_grad(gate, up, dout, dgate, dup)
     }
 

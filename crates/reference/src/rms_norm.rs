@@ -40,14 +40,14 @@ pub(crate) fn rms_norm_grad(
     inv_rms: View,
     dy: View,
     accumulate: bool,
-    mut dx: ViewMut,
+    mut dx: Option<ViewMut>,
     mut dgain: Option<ViewMut>,
 ) -> Result<()> {
     let kernel = Kernel("rms_norm_grad");
-    p.check_grad(&x, &gain, &inv_rms, &dy, &dx, dgain.as_ref())?;
+    p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
     let (x, gain) = (kernel.floats("x", x)?, kernel.floats("gain", gain)?);
     let (inv_rms, dy) = (kernel.floats("inv_rms", inv_rms)?, kernel.floats("dy", dy)?);
-    let mut dx = kernel.floats_mut("dx", &mut dx)?;
+    let dx = dx.as_mut().map(|dx| kernel.floats_mut("dx", dx)).transpose()?;
     let dgain = dgain.as_mut().map(|dgain| kernel.floats_mut("dgain", dgain)).transpose()?;
 
     let mut grad_x = Vec::with_capacity(x.len());
@@ -62,10 +62,10 @@ pub(crate) fn rms_norm_grad(
             grad_gain[i] += dy[i] * x[i] * inverse;
         }
     }
-    if accumulate {
-        dx.add(grad_x);
-    } else {
-        dx.store(grad_x);
+    match dx {
+        Some(mut dx) if accumulate => dx.add(grad_x),
+        Some(mut dx) => dx.store(grad_x),
+        None => {}
     }
     if let Some(mut dgain) = dgain {
         dgain.add(grad_gain);
@@ -90,7 +90,7 @@ mod tests {
         let (_, inv_rms) = forward(p, x, gain);
         let (x, gain, inv_rms, dy) = (buffer(x), buffer(gain), buffer(&inv_rms), buffer(dy));
         let (mut dx, mut dgain) = (buffer(&vec![before; x.len()]), buffer(&vec![before; p.width]));
-        let (out, out_gain) = (dx.view_mut(), Some(dgain.view_mut()));
+        let (out, out_gain) = (Some(dx.view_mut()), Some(dgain.view_mut()));
         let accumulate = before != 0.0;
         BACKEND.rms_norm_grad(p, x.view(), gain.view(), inv_rms.view(), dy.view(), accumulate, out, out_gain).unwrap();
         (values(&dx), values(&dgain))

@@ -3,7 +3,7 @@
 //! gate, up, out: any one length. σ(g) = 1/(1 + e^−g).
 
 use crate::operands::Kernel;
-use rankfold_backend::params::expect;
+use rankfold_backend::params::{expect, expect_some};
 use rankfold_backend::{Result, View, ViewMut};
 
 fn sigmoid(x: f64) -> f64 {
@@ -21,22 +21,32 @@ pub(crate) fn silu_mul(gate: View, up: View, mut out: ViewMut) -> Result<()> {
 }
 
 /// dgate = dout · up · σ(1 + gate(1 − σ)), from silu' = σ + gate·σ' and σ' = σ(1 − σ); dup = dout · gate · σ.
-pub(crate) fn silu_mul_grad(gate: View, up: View, dout: View, mut dgate: ViewMut, mut dup: ViewMut) -> Result<()> {
+pub(crate) fn silu_mul_grad(
+    gate: View,
+    up: View,
+    dout: View,
+    mut dgate: Option<ViewMut>,
+    mut dup: Option<ViewMut>,
+) -> Result<()> {
     let kernel = Kernel("silu_mul_grad");
     let len = gate.len();
     expect(kernel.0, "up", up.len(), len)?;
     expect(kernel.0, "dout", dout.len(), len)?;
-    expect(kernel.0, "dgate", dgate.len(), len)?;
-    expect(kernel.0, "dup", dup.len(), len)?;
+    expect_some(kernel.0, "dgate", dgate.as_ref().map(ViewMut::len), len)?;
+    expect_some(kernel.0, "dup", dup.as_ref().map(ViewMut::len), len)?;
     let (gate, up) = (kernel.floats("gate", gate)?, kernel.floats("up", up)?);
     let dout = kernel.floats("dout", dout)?;
-    let mut dgate = kernel.floats_mut("dgate", &mut dgate)?;
-    let mut dup = kernel.floats_mut("dup", &mut dup)?;
-    dgate.store((0..len).map(|i| {
-        let sigma = sigmoid(gate[i]);
-        dout[i] * up[i] * sigma * (1.0 + gate[i] * (1.0 - sigma))
-    }));
-    dup.store((0..len).map(|i| dout[i] * gate[i] * sigmoid(gate[i])));
+    let dgate = dgate.as_mut().map(|dgate| kernel.floats_mut("dgate", dgate)).transpose()?;
+    let dup = dup.as_mut().map(|dup| kernel.floats_mut("dup", dup)).transpose()?;
+    if let Some(mut dgate) = dgate {
+        dgate.store((0..len).map(|i| {
+            let sigma = sigmoid(gate[i]);
+            dout[i] * up[i] * sigma * (1.0 + gate[i] * (1.0 - sigma))
+        }));
+    }
+    if let Some(mut dup) = dup {
+        dup.store((0..len).map(|i| dout[i] * gate[i] * sigmoid(gate[i])));
+    }
     Ok(())
 }
 
@@ -62,7 +72,8 @@ mod tests {
         let (gate, up, dout) = (numbers(1, 8), numbers(2, 8), numbers(3, 8));
         let (mut dgate, mut dup) = (output(8), output(8));
         let (g, u, d) = (buffer(&gate), buffer(&up), buffer(&dout));
-        BACKEND.silu_mul_grad(g.view(), u.view(), d.view(), dgate.view_mut(), dup.view_mut()).unwrap();
+        let (out_gate, out_up) = (Some(dgate.view_mut()), Some(dup.view_mut()));
+        BACKEND.silu_mul_grad(g.view(), u.view(), d.view(), out_gate, out_up).unwrap();
         assert_gradient("gate", &gate, &values(&dgate), |gate| dot(&forward(gate, &up), &dout));
         assert_gradient("up", &up, &values(&dup), |up| dot(&forward(&gate, up), &dout));
     }

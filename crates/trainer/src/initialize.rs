@@ -43,7 +43,7 @@ pub fn initialize(config: &str, path: &Path, tokenizer: &Tokenizer, seed: u64, o
         let values: Vec<f32> = match shape.len() {
             1 if name.ends_with(".bias") => vec![0.0; elements],
             1 => vec![1.0; elements],
-            _ => (0..elements as u64).map(|i| (sigma * normal(seed, stream as u64, i)) as f32).collect(),
+            _ => (0..elements as u64).map(|i| (sigma * philox::normal(seed, stream as u64, i)) as f32).collect(),
         };
         match dtype {
             DType::F32 => writer.write(name, bytemuck::cast_slice(&values))?,
@@ -57,27 +57,4 @@ pub fn initialize(config: &str, path: &Path, tokenizer: &Tokenizer, seed: u64, o
     write_tokenizer(out, tokenizer)?;
     write_atomically(&out.join("config.json"), format!("{text}\n").as_bytes())?;
     Ok(config.parameters())
-}
-
-/// A standard normal number (Box & Muller 1958): one of a pair from two uniform ones.
-fn normal(seed: u64, stream: u64, i: u64) -> f64 {
-    let [a, b, ..] = philox::words(seed, stream, i);
-    // In (0, 1]: the logarithm of 0 is not wanted.
-    let radius = (-2.0 * ((f64::from(a) + 1.0) / 4_294_967_296.0).ln()).sqrt();
-    radius * (std::f64::consts::TAU * f64::from(b) / 4_294_967_296.0).cos()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_draws_have_mean_zero_and_variance_one() {
-        let n = 40_000;
-        let draws: Vec<f64> = (0..n).map(|i| normal(3, 1, i)).collect();
-        let mean = draws.iter().sum::<f64>() / n as f64;
-        let variance = draws.iter().map(|x| x * x).sum::<f64>() / n as f64;
-        // Five standard errors: 5/√n of the mean, 5·√(2/n) of the variance.
-        assert!(mean.abs() < 0.025 && (variance - 1.0).abs() < 0.036, "{mean} {variance}");
-    }
 }

@@ -3,8 +3,9 @@
 //! Saved: q, k, v, out and the log-sum-exp of every row, from which backward forms the probabilities again, block
 //! by block (Dao et al. 2022, FlashAttention, algorithm 4); T×T is never in memory.
 
+use crate::gradients::output;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
-use rankfold_backend::{AttentionSaved, Backend, Buffer, params};
+use rankfold_backend::{AttentionGrads, AttentionSaved, Backend, Buffer, params};
 use std::sync::Arc;
 
 /// What the tensors' own shapes do not say.
@@ -75,17 +76,11 @@ impl Tape {
 impl Op for Attention {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, q, k, v, starts, out, lse } = *self;
-        let mut dq = backend.alloc(q.dtype(), p.query_elements())?;
-        let mut dk = backend.alloc(k.dtype(), p.key_elements())?;
-        let mut dv = backend.alloc(v.dtype(), p.key_elements())?;
+        let [mut dq, mut dk, mut dv] = [gradients.slot(&q)?, gradients.slot(&k)?, gradients.slot(&v)?];
         let starts = starts.as_ref().map(|starts| starts.view());
         let saved = AttentionSaved { q: q.view(), k: k.view(), v: v.view(), starts, out: out.view(), lse: lse.view() };
-        backend.attention_grad(&p, saved, grad.view(), dq.view_mut(), dk.view_mut(), dv.view_mut())?;
-        for (variable, gradient) in [(q.variable(), dq), (k.variable(), dk), (v.variable(), dv)] {
-            if let Some(variable) = variable {
-                gradients.add(variable, gradient)?;
-            }
-        }
-        Ok(())
+        let grads = AttentionGrads { dq: output(&mut dq), dk: output(&mut dk), dv: output(&mut dv) };
+        backend.attention_grad(&p, saved, grad.view(), grads)?;
+        [dq, dk, dv].into_iter().try_for_each(|slot| gradients.add_slot(slot))
     }
 }

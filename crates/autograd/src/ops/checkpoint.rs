@@ -2,7 +2,8 @@
 //!
 //! Forward runs f on a tape that forgets. Backward runs f again on a tape of its own, with x as a leaf, and walks
 //! that tape at once: the gradients of f's parameters land where they always do, x's is handed on. Randomness is
-//! counter-based, so the second run is the first one bit for bit.
+//! counter-based, so the second run is the first one bit for bit. A constant x stays one in the second run, and where
+//! f trains nothing either, there is none.
 
 use crate::{Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer};
@@ -18,17 +19,10 @@ struct Checkpoint {
 
 impl Tape {
     /// f(x), whose intermediate tensors are computed again in backward instead of kept.
-    ///
-    /// `trains` says whether f has parameters of its own: if not, and x is a constant, nothing is remembered.
-    pub fn checkpoint(
-        &self,
-        x: &Tensor,
-        trains: bool,
-        f: impl Fn(&Tape, &Tensor) -> Result<Tensor> + 'static,
-    ) -> Result<Tensor> {
+    pub fn checkpoint(&self, x: &Tensor, f: impl Fn(&Tape, &Tensor) -> Result<Tensor> + 'static) -> Result<Tensor> {
         let forgetful = Tape::inference(self.backend().clone());
         let y = f(&forgetful, &x.detach())?;
-        if !trains && x.variable().is_none() {
+        if !forgetful.trains() && x.variable().is_none() {
             return Ok(y);
         }
         Ok(self.record_shared(&y, || Checkpoint { backend: self.backend().clone(), x: x.clone(), f: Box::new(f) }))
@@ -45,9 +39,10 @@ impl Op for Checkpoint {
         let walked = tape.backward(&y, grad, &mut inner);
         std::mem::swap(&mut inner.parameters, &mut gradients.parameters);
         walked?;
-        if let (Some(outer), Some(dx)) = (self.x.variable(), inner.nodes[0].take()) {
-            gradients.add(outer, dx)?;
+        // x is the first node where it is a variable, and there are none where y is a constant.
+        match (self.x.variable(), inner.nodes.first_mut().and_then(Option::take)) {
+            (Some(outer), Some(dx)) => gradients.add(outer, dx),
+            _ => Ok(()),
         }
-        Ok(())
     }
 }

@@ -6,7 +6,7 @@
 //! Backward asks the kernels for those gradients alone that are wanted: dx where x is a variable, dW and dbias where
 //! the base is trained, dA, dB, de, dg where the adapter is. x is saved only where one of the latter needs it.
 
-use crate::gradients::Taken;
+use crate::gradients::{Taken, output};
 use crate::{Base, Error, Gradients, Op, Result, Tape, Tensor, Variable};
 use rankfold_backend::params::{Dropout, Linear as Params};
 use rankfold_backend::{Backend, Buffer, Compute, LinearGrads, LowRank};
@@ -101,9 +101,6 @@ impl Tape {
     }
 }
 
-/// A gradient taken out of [`Gradients`] for adding, with where it goes back.
-type Slot = Option<(Variable, Buffer)>;
-
 impl Op for Linear {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, input, x, base, bias, adapter } = *self;
@@ -112,9 +109,7 @@ impl Op for Linear {
 
         let rank = adapter.as_ref().map_or(0, LinearAdapter::rank);
         let [a, b, e, g] = adapter.as_ref().map_or([None; 4], LinearAdapter::variables);
-        let mut slot = |variable: Option<Variable>, len: usize| -> Result<Slot> {
-            variable.map(|v| Ok((v, gradients.take_for_adding(v, dtype, len)?))).transpose()
-        };
+        let mut slot = |variable: Option<Variable>, len: usize| gradients.slot_for_adding(variable, dtype, len);
         let mut slots = [
             slot(base.variable(), p.outputs * p.inputs)?,
             slot(bias, p.outputs)?,
@@ -125,8 +120,7 @@ impl Op for Linear {
         ];
         // x was saved if and only if something beside the input is trained.
         if let Some(x) = x {
-            let [weight_grad, bias, a, b, per_rank, row_scale] =
-                slots.each_mut().map(|slot| slot.as_mut().map(|(_, buffer)| buffer.view_mut()));
+            let [weight_grad, bias, a, b, per_rank, row_scale] = slots.each_mut().map(output);
             let grads = LinearGrads { weight: weight_grad, bias, a, b, per_rank, row_scale };
             backend.linear_grad_weight(&p, x.view(), grad.view(), &weight, low_rank.as_ref(), grads)?;
             for (variable, buffer) in slots.into_iter().flatten() {

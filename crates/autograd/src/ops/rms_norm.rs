@@ -2,6 +2,7 @@
 //!
 //! Saved: x and 1/ρ of every row. The kernel's comment derives dx and dgain.
 
+use crate::gradients::{Taken, output};
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer, params};
 use std::sync::Arc;
@@ -33,33 +34,26 @@ impl Tape {
 impl Op for RmsNorm {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, x, gain, inv_rms } = *self;
-        let mut dgain = gain
-            .variable()
-            .map(|variable| gradients.take_for_adding(variable, gain.dtype(), p.width).map(|buffer| (variable, buffer)))
-            .transpose()?;
-        // The kernel always forms dx; for a constant x (the first norm after a frozen embedding) it is dropped.
-        let mut dx = match x.variable() {
-            Some(variable) => gradients.take(variable, x.dtype(), x.shape().elements())?,
-            None => {
-                crate::gradients::Taken { buffer: backend.alloc(x.dtype(), x.shape().elements())?, accumulate: false }
+        let mut dgain = gradients.slot_for_adding(gain.variable(), gain.dtype(), p.width)?;
+        let (mut dx, accumulate) = match x.variable() {
+            Some(variable) => {
+                let Taken { buffer, accumulate } = gradients.take(variable, x.dtype(), x.shape().elements())?;
+                (Some((variable, buffer)), accumulate)
             }
+            None => (None, false),
         };
-        let dgain_view = dgain.as_mut().map(|(_, buffer)| buffer.view_mut());
         backend.rms_norm_grad(
             &p,
             x.view(),
             gain.view(),
             inv_rms.view(),
             grad.view(),
-            dx.accumulate,
-            dx.buffer.view_mut(),
-            dgain_view,
+            accumulate,
+            output(&mut dx),
+            output(&mut dgain),
         )?;
-        if let Some((variable, buffer)) = dgain {
-            gradients.put(variable, buffer);
-        }
-        if let Some(variable) = x.variable() {
-            gradients.put(variable, dx.buffer);
+        for (variable, gradient) in [dx, dgain].into_iter().flatten() {
+            gradients.put(variable, gradient);
         }
         Ok(())
     }

@@ -2,6 +2,7 @@
 //!
 //! dgate = dy ∘ up ∘ σ(1 + gate(1 − σ)), dup = dy ∘ silu(gate); the kernel's comment derives it.
 
+use crate::gradients::output;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer};
 use std::sync::Arc;
@@ -27,15 +28,10 @@ impl Tape {
 
 impl Op for SiluMul {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
-        let mut dgate = backend.alloc(grad.dtype(), grad.len())?;
-        let mut dup = backend.alloc(grad.dtype(), grad.len())?;
+        let (mut dgate, mut dup) = (gradients.slot(&self.gate)?, gradients.slot(&self.up)?);
         let (gate, up) = (self.gate.view(), self.up.view());
-        backend.silu_mul_grad(gate, up, grad.view(), dgate.view_mut(), dup.view_mut())?;
-        for (variable, gradient) in [(self.gate.variable(), dgate), (self.up.variable(), dup)] {
-            if let Some(variable) = variable {
-                gradients.add(variable, gradient)?;
-            }
-        }
-        Ok(())
+        backend.silu_mul_grad(gate, up, grad.view(), output(&mut dgate), output(&mut dup))?;
+        gradients.add_slot(dgate)?;
+        gradients.add_slot(dup)
     }
 }

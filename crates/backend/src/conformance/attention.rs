@@ -20,7 +20,7 @@ use super::bound::{DENORMAL, EXP, FLUSHED, UNIT, gamma, second_order};
 use super::draw::Draw;
 use super::harness::*;
 use crate::params::Attention;
-use crate::{AttentionSaved, Backend};
+use crate::{AttentionGrads, AttentionSaved, Backend};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -29,6 +29,8 @@ use proptest::sample::select;
 struct Case {
     p: Attention,
     segments: bool,
+    /// Which of dq, dk and dv are asked for in the second of two calls.
+    asked: [bool; 3],
     seed: u64,
 }
 
@@ -41,8 +43,8 @@ fn cases() -> impl Strategy<Value = Case> {
     );
     let heads = (1..4usize, 1..4usize, select(vec![1, 2, 7, 8, 16, 31, 64, 72]));
     let window = option::of(select(vec![1, 2, 5, 16, 100]));
-    (lengths, heads, window, any::<bool>(), any::<u64>()).prop_map(
-        |((batch, queries, query_offset, beyond), (kv_heads, group, head_dim), window, segments, seed)| Case {
+    (lengths, heads, window, any::<bool>(), any::<[bool; 3]>(), any::<u64>()).prop_map(
+        |((batch, queries, query_offset, beyond), (kv_heads, group, head_dim), window, segments, asked, seed)| Case {
             p: Attention {
                 batch,
                 queries,
@@ -55,6 +57,7 @@ fn cases() -> impl Strategy<Value = Case> {
                 window,
             },
             segments,
+            asked,
             seed,
         },
     )
@@ -108,7 +111,13 @@ fn forward_call<T: Real>(backend: &dyn Backend, case: &Case, data: &Data) -> Tes
     Ok(vec![desk.take(&out)?, desk.take(&lse)?])
 }
 
-fn backward_call<T: Real>(backend: &dyn Backend, case: &Case, data: &Data) -> TestCaseResult<Outputs<T>> {
+/// dq, dk and dv, each blank where it is not asked for.
+fn backward_call<T: Real>(
+    backend: &dyn Backend,
+    case: &Case,
+    data: &Data,
+    asked: [bool; 3],
+) -> TestCaseResult<Outputs<T>> {
     let desk = Desk::new(backend, case.seed);
     let (q, k, v) = (desk.real::<T>(&data.q)?, desk.real::<T>(&data.k)?, desk.real::<T>(&data.v)?);
     let starts = data.starts.as_ref().map(|starts| desk.put(starts)).transpose()?;
@@ -123,7 +132,12 @@ fn backward_call<T: Real>(backend: &dyn Backend, case: &Case, data: &Data) -> Te
         out: out.view(),
         lse: lse.view(),
     };
-    backend.attention_grad(&case.p, saved, dout.view(), dq.view_mut(), dk.view_mut(), dv.view_mut())?;
+    let grads = AttentionGrads {
+        dq: asked[0].then(|| dq.view_mut()),
+        dk: asked[1].then(|| dk.view_mut()),
+        dv: asked[2].then(|| dv.view_mut()),
+    };
+    backend.attention_grad(&case.p, saved, dout.view(), grads)?;
     Ok(vec![desk.take(&dq)?, desk.take(&dk)?, desk.take(&dv)?])
 }
 
@@ -233,19 +247,21 @@ pub fn forward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     })
 }
 
-/// dq, dk and dv, from the oracle's own forward, rounded to f32 for both.
+/// dq, dk and dv, from the oracle's own forward, rounded to f32 for both; the same bits whichever are asked for.
 pub fn backward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     check(128, &cases(), |case| {
         let mut data = Data::draw(&case);
         let saved = forward_call::<f64>(oracle, &case, &data)?;
         let [out, lse] = [0, 1].map(|output: usize| saved[output].iter().map(|&x| x as f32).collect());
         (data.out, data.lse) = (out, lse);
-        let found = twice(|| backward_call::<f32>(candidate, &case, &data))?;
-        let exact = backward_call::<f64>(oracle, &case, &data)?;
+        let found = twice(|| backward_call::<f32>(candidate, &case, &data, [true; 3]))?;
+        let exact = backward_call::<f64>(oracle, &case, &data, [true; 3])?;
+        let some = backward_call::<f32>(candidate, &case, &data, case.asked)?;
         let bounds = backward_bounds(&case.p, &data);
-        for (output, tensor) in ["dq", "dk", "dv"].into_iter().enumerate() {
+        let tensors = ["dq", "dk", "dv"];
+        for (output, tensor) in tensors.into_iter().enumerate() {
             agree(tensor, &found[output], &exact[output], |i| bounds[output][i])?;
         }
-        Ok(())
+        same_where_asked(tensors, case.asked, &some, &found)
     })
 }

@@ -145,20 +145,28 @@ fn silu_error(gate: f64, factor: f64) -> f64 {
 /// dup = dout·gate·σ as the forward. dgate = dout·up·σ·h with h = 1 + gate(1 − σ), whose error is
 /// |gate|(δσ + u(1 − σ)) from 1 − σ, and a rounding each of the product and of the sum; three products follow. The
 /// other way to write it, σ + gate·σ(1 − σ), takes as many roundings of terms that are each no larger than those of
-/// σ(1 + |gate|(1 − σ)), which the bound therefore weighs: four roundings of each term.
+/// σ(1 + |gate|(1 − σ)), which the bound therefore weighs: four roundings of each term. Each has the same bits
+/// whichever are asked for.
 pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    fn call<T: Real>(backend: &dyn Backend, case: &Case, inputs: &[Vec<f32>; 3]) -> TestCaseResult<Outputs<T>> {
+    fn call<T: Real>(
+        backend: &dyn Backend,
+        case: &Case,
+        inputs: &[Vec<f32>; 3],
+        asked: [bool; 2],
+    ) -> TestCaseResult<Outputs<T>> {
         let desk = Desk::new(backend, case.seed);
         let [gate, up, dout] = inputs;
         let (gate, up, dout) = (desk.real::<T>(gate)?, desk.real::<T>(up)?, desk.real::<T>(dout)?);
         let (mut dgate, mut dup) = (desk.blank(T::DTYPE, case.len)?, desk.blank(T::DTYPE, case.len)?);
-        backend.silu_mul_grad(gate.view(), up.view(), dout.view(), dgate.view_mut(), dup.view_mut())?;
+        let (into_gate, into_up) = (asked[0].then(|| dgate.view_mut()), asked[1].then(|| dup.view_mut()));
+        backend.silu_mul_grad(gate.view(), up.view(), dout.view(), into_gate, into_up)?;
         Ok(vec![desk.take(&dgate)?, desk.take(&dup)?])
     }
-    check(128, &case(), |case| {
+    check(128, &(case(), any::<[bool; 2]>()), |(case, asked)| {
         let inputs: [Vec<f32>; 3] = case.draw();
-        let found = twice(|| call::<f32>(candidate, &case, &inputs))?;
-        let exact = call::<f64>(oracle, &case, &inputs)?;
+        let found = twice(|| call::<f32>(candidate, &case, &inputs, [true; 2]))?;
+        let exact = call::<f64>(oracle, &case, &inputs, [true; 2])?;
+        let some = call::<f32>(candidate, &case, &inputs, asked)?;
         let at = |i: usize| [0, 1, 2].map(|tensor: usize| f64::from(inputs[tensor][i]));
         agree("dgate", &found[0], &exact[0], |i| {
             let [gate, up, dout] = at(i);
@@ -171,7 +179,8 @@ pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         agree("dup", &found[1], &exact[1], |i| {
             let [gate, _, dout] = at(i);
             silu_error(gate, dout)
-        })
+        })?;
+        same_where_asked(["dgate", "dup"], asked, &some, &found)
     })
 }
 

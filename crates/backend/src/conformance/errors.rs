@@ -5,7 +5,9 @@
 
 use super::harness::*;
 use crate::params::*;
-use crate::{AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, Result, Storage, View, ViewMut};
+use crate::{
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, Result, Storage, View, ViewMut,
+};
 use proptest::prelude::*;
 use std::any::Any;
 
@@ -127,9 +129,13 @@ fn kernels() -> Vec<Kernel> {
             [(F, 6), (F, 3), (F, 2), (F, 6)],
             [(F, 6), (F, 3)],
             |on, [x, gain, inv_rms, dy], [dx, dgain]| {
-                on.rms_norm_grad(&RMS, *x, *gain, *inv_rms, *dy, true, dx, Some(dgain))
+                on.rms_norm_grad(&RMS, *x, *gain, *inv_rms, *dy, true, Some(dx), Some(dgain))
             },
         ),
+        // One gradient asked for alone, whether it needs every input or not.
+        kernel("rms_norm_grad", [(F, 6), (F, 3), (F, 2), (F, 6)], [(F, 3)], |on, [x, gain, inv_rms, dy], [dgain]| {
+            on.rms_norm_grad(&RMS, *x, *gain, *inv_rms, *dy, true, None, Some(dgain))
+        }),
         kernel("rope", [(F, 8), (u32, 2), (F, 6), (F, 6)], [(F, 8)], |on, [x, positions, cos, sin], [y]| {
             on.rope(&ROPE, *x, *positions, *cos, *sin, y)
         }),
@@ -145,12 +151,25 @@ fn kernels() -> Vec<Kernel> {
             [(F, 8), (F, 6), (F, 6)],
             |on, [q, k, v, starts, out, lse, dout], [dq, dk, dv]| {
                 let saved = AttentionSaved { q: *q, k: *k, v: *v, starts: Some(*starts), out: *out, lse: *lse };
-                on.attention_grad(&ATTENTION, saved, *dout, dq, dk, dv)
+                let [dq, dk, dv] = [dq, dk, dv].map(Some);
+                on.attention_grad(&ATTENTION, saved, *dout, AttentionGrads { dq, dk, dv })
+            },
+        ),
+        kernel(
+            "attention_grad",
+            [(F, 8), (F, 6), (F, 6), (u32, 2), (F, 8), (F, 4), (F, 8)],
+            [(F, 6)],
+            |on, [q, k, v, starts, out, lse, dout], [dv]| {
+                let saved = AttentionSaved { q: *q, k: *k, v: *v, starts: Some(*starts), out: *out, lse: *lse };
+                on.attention_grad(&ATTENTION, saved, *dout, AttentionGrads { dv: Some(dv), ..Default::default() })
             },
         ),
         kernel("silu_mul", [(F, 4), (F, 4)], [(F, 4)], |on, [gate, up], [out]| on.silu_mul(*gate, *up, out)),
         kernel("silu_mul_grad", [(F, 4), (F, 4), (F, 4)], [(F, 4), (F, 4)], |on, [gate, up, dout], [dgate, dup]| {
-            on.silu_mul_grad(*gate, *up, *dout, dgate, dup)
+            on.silu_mul_grad(*gate, *up, *dout, Some(dgate), Some(dup))
+        }),
+        kernel("silu_mul_grad", [(F, 4), (F, 4), (F, 4)], [(F, 4)], |on, [gate, up, dout], [dup]| {
+            on.silu_mul_grad(*gate, *up, *dout, None, Some(dup))
         }),
         kernel("embedding", [(u32, 2), (F, 6)], [(F, 4)], |on, [ids, table], [rows]| {
             on.embedding(&EMBEDDING, *ids, *table, rows)

@@ -226,6 +226,16 @@ pub fn same<T: Pod + PartialEq + Display>(tensor: &str, candidate: &[T], oracle:
     Ok(())
 }
 
+/// That in a call that asks for some of a kernel's outputs, these have the bits that they have where all are asked for.
+pub fn same_where_asked<const N: usize>(
+    tensors: [&str; N],
+    asked: [bool; N],
+    some: &Outputs<f32>,
+    all: &Outputs<f32>,
+) -> TestCaseResult {
+    (0..N).filter(|&i| asked[i]).try_for_each(|i| same(tensors[i], &some[i], &all[i]))
+}
+
 /// Why the candidate cannot be judged, where its answer to a trial call is [`Error::Unsupported`].
 pub fn unsupported(trial: Result<()>) -> Option<Verdict> {
     match trial {

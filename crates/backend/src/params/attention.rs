@@ -72,22 +72,15 @@ impl Attention {
     }
 
     /// The dimensions' agreement and the lengths for `attention_grad`.
-    pub fn check_grad(
-        &self,
-        saved: &AttentionSaved,
-        dout: &View,
-        dq: &ViewMut,
-        dk: &ViewMut,
-        dv: &ViewMut,
-    ) -> Result<()> {
+    pub fn check_grad(&self, saved: &AttentionSaved, dout: &View, grads: &AttentionGrads) -> Result<()> {
         let (kernel, s) = ("attention_grad", saved);
         self.check_inputs(kernel, &s.q, &s.k, &s.v, s.starts.as_ref())?;
         expect(kernel, "out", s.out.len(), self.query_elements())?;
         expect(kernel, "lse", s.lse.len(), self.lse_elements())?;
         expect(kernel, "dout", dout.len(), self.query_elements())?;
-        expect(kernel, "dq", dq.len(), self.query_elements())?;
-        expect(kernel, "dk", dk.len(), self.key_elements())?;
-        expect(kernel, "dv", dv.len(), self.key_elements())
+        expect_some(kernel, "dq", grads.dq.as_ref().map(ViewMut::len), self.query_elements())?;
+        expect_some(kernel, "dk", grads.dk.as_ref().map(ViewMut::len), self.key_elements())?;
+        expect_some(kernel, "dv", grads.dv.as_ref().map(ViewMut::len), self.key_elements())
     }
 
     fn check_inputs(&self, kernel: &'static str, q: &View, k: &View, v: &View, starts: Option<&View>) -> Result<()> {
@@ -132,4 +125,15 @@ pub struct AttentionSaved<'a> {
     pub out: View<'a>,
     /// The forward's log-sum-exps.
     pub lse: View<'a>,
+}
+
+/// Where [`Backend::attention_grad`](crate::Backend::attention_grad) writes the gradients that are asked for.
+#[derive(Debug, Default)]
+pub struct AttentionGrads<'a> {
+    /// [batch, queries, heads, head_dim]
+    pub dq: Option<ViewMut<'a>>,
+    /// [batch, keys, kv_heads, head_dim]
+    pub dk: Option<ViewMut<'a>>,
+    /// [batch, keys, kv_heads, head_dim]
+    pub dv: Option<ViewMut<'a>>,
 }

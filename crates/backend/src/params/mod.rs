@@ -11,7 +11,7 @@ mod rope;
 mod tokens;
 
 pub use adamw::AdamW;
-pub use attention::{Attention, AttentionSaved};
+pub use attention::{Attention, AttentionGrads, AttentionSaved};
 pub use dropout::Dropout;
 pub use products::{Layout, Linear, LinearGrads, LowRank, MatMul, Weight};
 pub use rms_norm::RmsNorm;
@@ -43,7 +43,7 @@ pub fn expect(kernel: &'static str, tensor: &'static str, found: usize, expected
 }
 
 /// [`expect`] of a view that may be absent.
-fn expect_some(kernel: &'static str, tensor: &'static str, found: Option<usize>, expected: usize) -> Result<()> {
+pub fn expect_some(kernel: &'static str, tensor: &'static str, found: Option<usize>, expected: usize) -> Result<()> {
     found.map_or(Ok(()), |found| expect(kernel, tensor, found, expected))
 }
 

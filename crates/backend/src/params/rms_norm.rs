@@ -28,13 +28,13 @@ impl RmsNorm {
         gain: &View,
         inv_rms: &View,
         dy: &View,
-        dx: &ViewMut,
+        dx: Option<&ViewMut>,
         dgain: Option<&ViewMut>,
     ) -> Result<()> {
         let kernel = "rms_norm_grad";
         self.check_inputs(kernel, x, gain, inv_rms.len())?;
         expect(kernel, "dy", dy.len(), self.elements())?;
-        expect(kernel, "dx", dx.len(), self.elements())?;
+        expect_some(kernel, "dx", dx.map(ViewMut::len), self.elements())?;
         expect_some(kernel, "dgain", dgain.map(ViewMut::len), self.width)
     }
 

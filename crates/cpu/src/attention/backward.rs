@@ -8,6 +8,8 @@
 //!
 //! A task is one key head of one sequence with all query heads of its group, so that dk and dv have one writer and
 //! the order of their sums is that of the queries, head by head.
+//!
+//! dq, dk and dv are formed each where asked for, and dP and dS only for dq and dk.
 
 use super::pack::{self, Transpose};
 use super::product::Product;
@@ -32,14 +34,14 @@ pub(crate) struct Saved<'a> {
     pub(crate) dout: &'a [f32],
 }
 
-/// What is written.
+/// What is written: those that are asked for.
 pub(crate) struct Gradients<'a> {
-    pub(crate) dq: &'a mut [f32],
-    pub(crate) dk: &'a mut [f32],
-    pub(crate) dv: &'a mut [f32],
+    pub(crate) dq: Option<&'a mut [f32]>,
+    pub(crate) dk: Option<&'a mut [f32]>,
+    pub(crate) dv: Option<&'a mut [f32]>,
 }
 
-/// dq, dk and dv.
+/// dq, dk and dv, each where asked for.
 pub(crate) fn attention_grad(
     threads: &Threads,
     isa: Isa,
@@ -49,7 +51,7 @@ pub(crate) fn attention_grad(
 ) -> Result<()> {
     let shape = Shape::new(isa, p, saved.starts)?;
     let Gradients { dq, dk, dv } = gradients;
-    let [dq, dk, dv] = [dq, dk, dv].map(Disjoint::new);
+    let [dq, dk, dv] = [dq, dk, dv].map(|grad| grad.map(Disjoint::new));
     threads.run(p.batch * p.kv_heads, |task| {
         KeyHead { shape, saved, b: task / p.kv_heads, g: task % p.kv_heads, dq, dk, dv }.run();
     });
@@ -62,12 +64,12 @@ struct KeyHead<'a> {
     saved: Saved<'a>,
     b: usize,
     g: usize,
-    dq: Disjoint<'a, f32>,
-    dk: Disjoint<'a, f32>,
-    dv: Disjoint<'a, f32>,
+    dq: Option<Disjoint<'a, f32>>,
+    dk: Option<Disjoint<'a, f32>>,
+    dv: Option<Disjoint<'a, f32>>,
 }
 
-/// The keys and values from key `first` on, and their gradients.
+/// The keys and values from key `first` on, and their gradients. What no gradient asked for needs is empty.
 struct Keys<'a> {
     first: usize,
     /// kᵀ and vᵀ [blocks][head_dim][KEYS]
@@ -79,7 +81,7 @@ struct Keys<'a> {
     dv: &'a mut [f32],
 }
 
-/// A block of queries of one head.
+/// A block of queries of one head. What no gradient asked for needs is empty.
 struct Block<'a> {
     /// scale·q, dout and Σ dS k, [QUERIES, width] each
     q: &'a mut [f32],
@@ -91,28 +93,36 @@ struct Block<'a> {
 }
 
 impl KeyHead<'_> {
+    /// Whether a gradient is asked for that dS goes into.
+    fn needs_ds(&self) -> bool {
+        self.dq.is_some() || self.dk.is_some()
+    }
+
     fn run(&self) {
         let (Shape { p, width, .. }, b) = (self.shape, self.b);
         let span = self.shape.span(b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
         let keys = (span.end - first).next_multiple_of(KEYS);
+        let [dq, dk, dv, ds] = [self.dq.is_some(), self.dk.is_some(), self.dv.is_some(), self.needs_ds()];
+        // Long enough for all three.
         let len = keys * (2 * p.head_dim + 3 * width) + QUERIES * (3 * width + 2 * KEYS);
         scratch::with(len, |mut s| {
+            let mut take_if = |needed: bool, len: usize| take(&mut s, if needed { len } else { 0 });
             let mut keys = Keys {
                 first,
-                kt: take(&mut s, keys * p.head_dim),
-                vt: take(&mut s, keys * p.head_dim),
-                k: take(&mut s, keys * width),
-                dk: take(&mut s, keys * width),
-                dv: take(&mut s, keys * width),
+                kt: take_if(true, keys * p.head_dim),
+                vt: take_if(ds, keys * p.head_dim),
+                k: take_if(dq, keys * width),
+                dk: take_if(dk, keys * width),
+                dv: take_if(dv, keys * width),
             };
             self.pack(&mut keys, first..span.end);
             let mut block = Block {
-                q: take(&mut s, QUERIES * width),
-                dout: take(&mut s, QUERIES * width),
-                dq: take(&mut s, QUERIES * width),
-                p: take(&mut s, QUERIES * KEYS),
-                ds: take(&mut s, QUERIES * KEYS),
+                q: take_if(true, QUERIES * width),
+                dout: take_if(true, QUERIES * width),
+                dq: take_if(dq, QUERIES * width),
+                p: take_if(true, QUERIES * KEYS),
+                ds: take_if(ds, QUERIES * KEYS),
             };
             let group = self.shape.group();
             for h in self.g * group..(self.g + 1) * group {
@@ -146,17 +156,20 @@ impl KeyHead<'_> {
         pack::rows(saved.dout, 1.0, width, queries.clone().map(elements), block.dout);
         block.dq.fill(0.0);
         let mut d = [0.0; QUERIES];
-        for (d, i) in d.iter_mut().zip(queries.clone()) {
-            let (dout, out) = (&saved.dout[elements(i)], &saved.out[elements(i)]);
-            *d = isa.run(Dot(dout, out)) as f32;
+        if self.needs_ds() {
+            for (d, i) in d.iter_mut().zip(queries.clone()) {
+                let (dout, out) = (&saved.dout[elements(i)], &saved.out[elements(i)]);
+                *d = isa.run(Dot(dout, out)) as f32;
+            }
         }
         let span = self.shape.span(b, queries.clone());
         for key in (span.start / KEYS * KEYS..span.end).step_by(KEYS) {
             self.block(keys, block, key, h, queries.clone(), &d);
         }
+        let Some(dq) = self.dq else { return };
         for (r, i) in queries.enumerate() {
             // SAFETY: this task alone writes the query heads of its group.
-            let dq = unsafe { self.dq.get(elements(i)) };
+            let dq = unsafe { dq.get(elements(i)) };
             dq.iter_mut().zip(&block.dq[r * width..]).for_each(|(dq, sum)| *dq = p.scale * sum);
         }
     }
@@ -169,7 +182,9 @@ impl KeyHead<'_> {
             let (row, m) = (rows.start - queries.start, rows.len());
             let seen = within(&self.shape.span(self.b, rows.clone()), key);
             let columns = padded(&seen);
-            for (a, b, c) in [(&*block.q, &*keys.kt, &mut *block.p), (&*block.dout, &*keys.vt, &mut *block.ds)] {
+            let scores = (true, &*block.q, &*keys.kt, &mut *block.p);
+            let dp = (self.needs_ds(), &*block.dout, &*keys.vt, &mut *block.ds);
+            for (_, a, b, c) in [scores, dp].into_iter().filter(|(needed, ..)| *needed) {
                 isa.run(Product {
                     m,
                     n: columns.len(),
@@ -188,30 +203,34 @@ impl KeyHead<'_> {
                 let of_row = (row + r) * KEYS..(row + r + 1) * KEYS;
                 isa.run(ScoreGradients {
                     p: &mut block.p[of_row.clone()],
-                    ds: &mut block.ds[of_row],
+                    ds: self.needs_ds().then(|| &mut block.ds[of_row]),
                     seen: within(&self.shape.visible(self.b, i), key),
                     lse: *lse,
                     d: d[row + r],
                 });
             }
-            isa.run(Product {
-                m,
-                n: width,
-                k: seen.len(),
-                a: &block.ds[row * KEYS + seen.start..],
-                strides: [KEYS, 1],
-                b: &keys.k[(start + seen.start) * width..],
-                b_row: width,
-                c: &mut block.dq[row * width..],
-                c_row: width,
-                accumulate: true,
-            });
+            if self.dq.is_some() {
+                isa.run(Product {
+                    m,
+                    n: width,
+                    k: seen.len(),
+                    a: &block.ds[row * KEYS + seen.start..],
+                    strides: [KEYS, 1],
+                    b: &keys.k[(start + seen.start) * width..],
+                    b_row: width,
+                    c: &mut block.dq[row * width..],
+                    c_row: width,
+                    accumulate: true,
+                });
+            }
         }
         for columns in parts(within(&self.shape.span(self.b, queries.clone()), key), ROWS) {
             // The causal triangle: queries before the first of these keys do not see it.
             let row = (key + columns.start).saturating_sub(p.query_offset + queries.start);
             let (n, first) = (queries.len() - row, (start + columns.start) * width);
-            for (a, b, c) in [(&*block.p, &*block.dout, &mut *keys.dv), (&*block.ds, &*block.q, &mut *keys.dk)] {
+            let dv = (self.dv.is_some(), &*block.p, &*block.dout, &mut *keys.dv);
+            let dk = (self.dk.is_some(), &*block.ds, &*block.q, &mut *keys.dk);
+            for (_, a, b, c) in [dv, dk].into_iter().filter(|(asked, ..)| *asked) {
                 isa.run(Product {
                     m: columns.len(),
                     n: width,
@@ -228,31 +247,30 @@ impl KeyHead<'_> {
         }
     }
 
-    /// dk and dv of every key; 0 of those that no query sees.
+    /// dk and dv of every key, each where asked for; 0 of those that no query sees.
     fn write_keys(&self, keys: &Keys, packed: Range<usize>) {
         let (Shape { p, width, .. }, b) = (self.shape, self.b);
-        for j in 0..p.keys {
-            // SAFETY: this task alone writes this key head of this sequence.
-            let (dk, dv) =
-                unsafe { (self.dk.get(self.shape.key(b, j, self.g)), self.dv.get(self.shape.key(b, j, self.g))) };
-            if packed.contains(&j) {
-                let row = (j - keys.first) * width..(j - keys.first) * width + p.head_dim;
-                dk.copy_from_slice(&keys.dk[row.clone()]);
-                dv.copy_from_slice(&keys.dv[row]);
-            } else {
-                dk.fill(0.0);
-                dv.fill(0.0);
+        for (grad, sums) in [(self.dk, &*keys.dk), (self.dv, &*keys.dv)] {
+            let Some(grad) = grad else { continue };
+            for j in 0..p.keys {
+                // SAFETY: this task alone writes this key head of this sequence.
+                let grad = unsafe { grad.get(self.shape.key(b, j, self.g)) };
+                if packed.contains(&j) {
+                    grad.copy_from_slice(&sums[(j - keys.first) * width..][..p.head_dim]);
+                } else {
+                    grad.fill(0.0);
+                }
             }
         }
     }
 }
 
-/// One query's scores of a block become P, and its dP become dS; both 0 outside `seen`.
+/// One query's scores of a block become P, and its dP, where given, become dS; both 0 outside `seen`.
 struct ScoreGradients<'a> {
     /// [KEYS]
     p: &'a mut [f32],
     /// [KEYS]
-    ds: &'a mut [f32],
+    ds: Option<&'a mut [f32]>,
     seen: Range<usize>,
     lse: f32,
     d: f32,
@@ -262,20 +280,23 @@ impl Kernel for ScoreGradients<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { p, ds, seen, lse, d } = self;
-        assert!(p.len() == KEYS && ds.len() == KEYS && KEYS.is_multiple_of(S::LANES));
+        let Self { p, mut ds, seen, lse, d } = self;
+        assert!(p.len() == KEYS && ds.as_ref().is_none_or(|ds| ds.len() == KEYS) && KEYS.is_multiple_of(S::LANES));
         let columns = if seen.is_empty() { 0..0 } else { padded(&seen) };
         // SAFETY: LANES elements from each i < KEYS.
         unsafe {
             let (lse, d) = (S::splat(lse), S::splat(d));
             for i in columns.step_by(S::LANES) {
-                let (at_p, at_ds) = (p.as_mut_ptr().add(i), ds.as_mut_ptr().add(i));
+                let at_p = p.as_mut_ptr().add(i);
                 let probability = exp::<S>(S::sub(S::load(at_p), lse));
                 S::store(at_p, probability);
-                S::store(at_ds, S::mul(probability, S::sub(S::load(at_ds), d)));
+                if let Some(ds) = &mut ds {
+                    let at_ds = ds.as_mut_ptr().add(i);
+                    S::store(at_ds, S::mul(probability, S::sub(S::load(at_ds), d)));
+                }
             }
         }
-        for x in [p, ds] {
+        for x in [Some(p), ds].into_iter().flatten() {
             x[..seen.start].fill(0.0);
             x[seen.end..].fill(0.0);
         }

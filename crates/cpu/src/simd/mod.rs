@@ -176,6 +176,11 @@ impl Isa {
         found
     }
 
+    /// The one of [`Isa::available`] with this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::available().into_iter().find(|isa| isa.to_string() == name)
+    }
+
     /// Elements of its vectors.
     pub fn lanes(self) -> usize {
         match self.0 {

@@ -2,8 +2,8 @@
 
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Element, Error, Format, LinearGrads, LowRank,
-    Quantized, Result, View, ViewMut, Weight,
+    AttentionGrads, AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Element, Error, Format, LinearGrads,
+    LowRank, Quantized, Result, View, ViewMut, Weight,
 };
 use rankfold_reference::ReferenceBackend;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +26,8 @@ pub enum Fault {
     Skip(&'static str, usize),
     /// A parameter is not listened to.
     Deaf(&'static str),
+    /// One element of an output is off by a last bit where the output after it (the first after the last) is absent.
+    Lonely(&'static str, usize),
     /// An error is not reported.
     Lenient(&'static str),
     /// An error is reported, but only after an output was written.
@@ -53,47 +55,74 @@ impl Mutant {
     fn run<const N: usize>(
         &self,
         kernel: &'static str,
-        mut outputs: [ViewMut; N],
+        outputs: [ViewMut; N],
         call: impl FnOnce([ViewMut; N]) -> Result<()>,
     ) -> Result<()> {
+        self.run_asked(kernel, outputs.map(Some), |outputs| call(outputs.map(|output| output.expect("asked for"))))
+    }
+
+    /// [`Mutant::run`] where outputs may be absent.
+    fn run_asked<const N: usize>(
+        &self,
+        kernel: &'static str,
+        mut outputs: [Option<ViewMut>; N],
+        call: impl FnOnce([Option<ViewMut>; N]) -> Result<()>,
+    ) -> Result<()> {
         let skipped = match self.fault {
-            Skip(name, output) if name == kernel => Some((output, bytes(&outputs[output])?)),
+            Skip(name, output) if name == kernel => outputs[output].as_ref().map(bytes).transpose()?,
             _ => None,
         };
-        let answer = call(outputs.each_mut().map(|output| output.reborrow()));
+        let answer = call(outputs.each_mut().map(|output| output.as_mut().map(ViewMut::reborrow)));
         if self.fault == Lenient(kernel) {
             return Ok(());
         }
         if self.fault == Hasty(kernel) && answer.is_err() {
             // A spoilt output may be nobody's memory, which cannot be written.
-            outputs.iter_mut().try_for_each(|output| match ORACLE.fill(0.0, output.reborrow()) {
+            outputs.iter_mut().flatten().try_for_each(|output| match ORACLE.fill(0.0, output.reborrow()) {
                 Err(Error::Foreign { .. }) => Ok(()),
                 filled => filled,
             })?;
         }
         answer?;
-        if let Some((output, before)) = skipped {
-            let (size, out) = (outputs[output].dtype().size(), &mut outputs[output]);
-            if let Some(last) = out.len().checked_sub(1) {
-                ORACLE.write(&before[last * size..], out.slice_mut(last, 1)?)?;
-            }
-        }
+        let absent = outputs.each_ref().map(Option::is_none);
+        let (Nudge(name, output, _)
+        | Unsteady(name, output)
+        | Spill(name, output)
+        | Skip(name, output)
+        | Lonely(name, output)) = self.fault
+        else {
+            return Ok(());
+        };
+        let Some(out) = outputs.get_mut(output).and_then(Option::as_mut).filter(|_| name == kernel) else {
+            return Ok(());
+        };
         match self.fault {
-            Nudge(name, output, by) if name == kernel => nudge(&mut outputs[output], by),
-            Unsteady(name, output) if name == kernel && self.odd.fetch_xor(true, Ordering::Relaxed) => {
-                nudge(&mut outputs[output], f64::from(f32::EPSILON))
-            }
-            Spill(name, output) if name == kernel => {
-                let out = &mut outputs[output];
-                let end = out.offset() + out.len();
-                if end < out.buffer_mut().len() {
-                    ORACLE.fill(0.0, out.buffer_mut().slice_mut(end, 1)?)?;
-                }
-                Ok(())
-            }
+            Nudge(_, _, by) => nudge(out, by),
+            Unsteady(..) if self.odd.fetch_xor(true, Ordering::Relaxed) => nudge(out, LAST_BIT),
+            Lonely(..) if absent[(output + 1) % N] => nudge(out, LAST_BIT),
+            Spill(..) => spill(out),
+            Skip(..) => restore_last(out, &skipped.expect("taken before the call")),
             _ => Ok(()),
         }
     }
+}
+
+/// As a part of a number: at least one step of f32.
+const LAST_BIT: f64 = f32::EPSILON as f64;
+
+/// The element beyond the output is overwritten, where the buffer has one.
+fn spill(out: &mut ViewMut) -> Result<()> {
+    let end = out.offset() + out.len();
+    if end < out.buffer_mut().len() {
+        ORACLE.fill(0.0, out.buffer_mut().slice_mut(end, 1)?)?;
+    }
+    Ok(())
+}
+
+/// The last element gets back what it was in `before`.
+fn restore_last(out: &mut ViewMut, before: &[u8]) -> Result<()> {
+    let Some(last) = out.len().checked_sub(1) else { return Ok(()) };
+    ORACLE.write(&before[last * out.dtype().size()..], out.slice_mut(last, 1)?)
 }
 
 fn bytes(x: &ViewMut) -> Result<Vec<u8>> {
@@ -272,26 +301,15 @@ impl Backend for Mutant {
         dy: View,
         w: &Weight,
         low_rank: Option<&LowRank>,
-        mut grads: LinearGrads,
+        grads: LinearGrads,
     ) -> Result<()> {
         let low_rank = self.update(low_rank);
-        let LinearGrads { weight, bias, a, b, per_rank, row_scale } = &mut grads;
-        let copy = LinearGrads {
-            weight: weight.as_mut().map(ViewMut::reborrow),
-            bias: bias.as_mut().map(ViewMut::reborrow),
-            a: a.as_mut().map(ViewMut::reborrow),
-            b: b.as_mut().map(ViewMut::reborrow),
-            per_rank: per_rank.as_mut().map(ViewMut::reborrow),
-            row_scale: row_scale.as_mut().map(ViewMut::reborrow),
-        };
-        ORACLE.linear_grad_weight(&self.precision(p), x, dy, w, low_rank.as_ref(), copy)?;
-        let each = [weight, bias, a, b, per_rank, row_scale];
-        for (grad, name) in each.into_iter().zip(["dW", "d bias", "dA", "dB", "de", "dg"]) {
-            if let Some(grad) = grad {
-                self.run(name, [grad.reborrow()], |_| Ok(()))?;
-            }
-        }
-        Ok(())
+        let LinearGrads { weight, bias, a, b, per_rank, row_scale } = grads;
+        let outputs = [weight, bias, a, b, per_rank, row_scale];
+        self.run_asked("linear_grad_weight", outputs, |[weight, bias, a, b, per_rank, row_scale]| {
+            let grads = LinearGrads { weight, bias, a, b, per_rank, row_scale };
+            ORACLE.linear_grad_weight(&self.precision(p), x, dy, w, low_rank.as_ref(), grads)
+        })
     }
 
     fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, y: ViewMut, inv_rms: ViewMut) -> Result<()> {
@@ -307,13 +325,13 @@ impl Backend for Mutant {
         inv_rms: View,
         dy: View,
         accumulate: bool,
-        dx: ViewMut,
-        mut dgain: Option<ViewMut>,
+        dx: Option<ViewMut>,
+        dgain: Option<ViewMut>,
     ) -> Result<()> {
         let accumulate = accumulate && !self.deaf("accumulate of rms_norm");
-        let into = dgain.as_mut().map(ViewMut::reborrow);
-        self.run("rms_norm_grad", [dx], |[dx]| ORACLE.rms_norm_grad(p, x, gain, inv_rms, dy, accumulate, dx, into))?;
-        dgain.map_or(Ok(()), |dgain| self.run("dgain", [dgain], |_| Ok(())))
+        self.run_asked("rms_norm_grad", [dx, dgain], |[dx, dgain]| {
+            ORACLE.rms_norm_grad(p, x, gain, inv_rms, dy, accumulate, dx, dgain)
+        })
     }
 
     fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, y: ViewMut) -> Result<()> {
@@ -335,18 +353,11 @@ impl Backend for Mutant {
         self.run("attention", [out, lse], |[out, lse]| ORACLE.attention(&p, q, k, v, starts, out, lse))
     }
 
-    fn attention_grad(
-        &self,
-        p: &Attention,
-        saved: AttentionSaved,
-        dout: View,
-        dq: ViewMut,
-        dk: ViewMut,
-        dv: ViewMut,
-    ) -> Result<()> {
+    fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
         let (p, starts) = self.heard(p, saved.starts);
-        self.run("attention_grad", [dq, dk, dv], |[dq, dk, dv]| {
-            ORACLE.attention_grad(&p, AttentionSaved { starts, ..saved }, dout, dq, dk, dv)
+        let AttentionGrads { dq, dk, dv } = grads;
+        self.run_asked("attention_grad", [dq, dk, dv], |[dq, dk, dv]| {
+            ORACLE.attention_grad(&p, AttentionSaved { starts, ..saved }, dout, AttentionGrads { dq, dk, dv })
         })
     }
 
@@ -354,8 +365,15 @@ impl Backend for Mutant {
         self.run("silu_mul", [out], |[out]| ORACLE.silu_mul(gate, up, out))
     }
 
-    fn silu_mul_grad(&self, gate: View, up: View, dout: View, dgate: ViewMut, dup: ViewMut) -> Result<()> {
-        self.run("silu_mul_grad", [dgate, dup], |[dgate, dup]| ORACLE.silu_mul_grad(gate, up, dout, dgate, dup))
+    fn silu_mul_grad(
+        &self,
+        gate: View,
+        up: View,
+        dout: View,
+        dgate: Option<ViewMut>,
+        dup: Option<ViewMut>,
+    ) -> Result<()> {
+        self.run_asked("silu_mul_grad", [dgate, dup], |[dgate, dup]| ORACLE.silu_mul_grad(gate, up, dout, dgate, dup))
     }
 
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {

@@ -77,7 +77,7 @@ impl Model {
         for block in &self.blocks {
             h = if checkpointing {
                 let (block, place, mode) = (block.clone(), place.clone(), *mode);
-                tape.checkpoint(&h, true, move |tape, h| {
+                tape.checkpoint(&h, move |tape, h| {
                     block.forward(tape, h, &place, &mode, None).map_err(Error::into_autograd)
                 })?
             } else {

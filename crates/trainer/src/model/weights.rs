@@ -4,7 +4,7 @@ use super::ModelConfig;
 use super::block::Block;
 use super::llama::Model;
 use crate::{Error, Result};
-use rankfold_adapters::{Bias, Linear, Weight};
+use rankfold_adapters::{Linear, Weight};
 use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
 use rankfold_backend::{Backend, Buffer, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, quantized};
@@ -180,14 +180,7 @@ impl Reader<'_> {
 
     fn linear(&self, path: String, index: u64, shape: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{path}.weight");
-        let bias = if bias {
-            Some(match self.vector(&format!("{path}.bias"), shape[0])? {
-                Value::Frozen(tensor) => Bias::Frozen(tensor),
-                Value::Trained(parameter) => Bias::Trained(parameter),
-            })
-        } else {
-            None
-        };
+        let bias = bias.then(|| self.vector(&format!("{path}.bias"), shape[0])).transpose()?;
         if let Some(loaded) = quantized::load(self.checkpoint, &name, self.backend.as_ref())? {
             if self.precision == Precision::Trained {
                 let why = format!("'{name}' is stored in 4 bits and cannot be trained: dequantise the model first");

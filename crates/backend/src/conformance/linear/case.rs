@@ -38,6 +38,8 @@ pub struct Case {
     pub bias: bool,
     /// Of dx.
     pub accumulate: bool,
+    /// Whether every gradient is asked for that the case has, or only some.
+    pub all: bool,
     pub seed: u64,
 }
 
@@ -50,13 +52,13 @@ impl Case {
         self.update.is_some_and(|update| update.row_scale)
     }
 
-    /// Which of dW, d bias, dA, dB, de and dg are asked for: each that the case has, three times in four.
+    /// Which of dW, d bias, dA, dB, de and dg are asked for: each that the case has, or three in four of those.
     pub fn asked(&self) -> [bool; 6] {
         let mut draw = Draw::new(!self.seed);
         let update = self.update.is_some();
         let dense = !matches!(self.storage, Storage::Quantized { .. }) && !self.row_scale();
         let per_rank = self.update.is_some_and(|update| update.per_rank);
-        [dense, true, update, update, per_rank, self.row_scale()].map(|exists| exists && !draw.once_in(4))
+        [dense, true, update, update, per_rank, self.row_scale()].map(|exists| exists && (!draw.once_in(4) || self.all))
     }
 
     pub fn dropout(&self) -> Option<Dropout> {
@@ -93,6 +95,7 @@ fn with_dims(dims: impl Strategy<Value = (usize, usize, usize)>, compute: Comput
             update,
             bias,
             accumulate,
+            all: false,
             seed,
         },
     )

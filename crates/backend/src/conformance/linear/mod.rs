@@ -51,6 +51,10 @@ fn law(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel, case: &Cas
         };
         agree(tensor, found, exact, |i| gamma(sums + OUTSIDE) * mass[output][i])?;
     }
+    if kernel == Kernel::GradWeight {
+        let all = run::call::<f32>(candidate, kernel, &Case { all: true, ..*case }, &data, &Held::stored)?;
+        same_where_asked(chains.map(|(tensor, _)| tensor), case.asked(), &found, &all)?;
+    }
     Ok(())
 }
 
@@ -68,7 +72,7 @@ pub fn grad_input(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     judge(candidate, oracle, Kernel::GradInput)
 }
 
-/// Every gradient that the case has, added to what is there.
+/// The gradients that are asked for, added to what is there; the same bits whichever they are.
 pub fn grad_weight(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     judge(candidate, oracle, Kernel::GradWeight)
 }
