@@ -10,62 +10,12 @@ mod machine;
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use rankfold_backend::{Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, philox};
-use std::hint::black_box;
-use std::time::Instant;
 
 const ROWS: usize = 4096;
 const COLUMNS: usize = 4096;
 const BLOCK: usize = 64;
 const BLOCK_8BIT: usize = 256;
 const ELEMENTS: usize = ROWS * COLUMNS;
-
-/// Bytes a second.
-#[derive(Clone, Copy)]
-struct Bandwidth {
-    read: f64,
-    write: f64,
-}
-
-/// Seconds of the fastest of `times` calls.
-fn fastest(times: usize, mut f: impl FnMut()) -> f64 {
-    let mut best = f64::INFINITY;
-    for _ in 0..times {
-        let begun = Instant::now();
-        f();
-        best = best.min(begun.elapsed().as_secs_f64());
-    }
-    best
-}
-
-/// Of 256 MiB, an equal part to each thread.
-fn bandwidth(threads: usize) -> Bandwidth {
-    const WORDS: usize = 32 << 20;
-    let mut memory = vec![1u64; WORDS];
-    let part = WORDS.div_ceil(threads);
-    let read = fastest(20, || {
-        std::thread::scope(|scope| {
-            for part in memory.chunks(part) {
-                // Thirty-two sums beside each other: additions do not wait for one another.
-                scope.spawn(move || {
-                    let mut sums = [0u64; 32];
-                    for words in part.chunks_exact(32) {
-                        sums.iter_mut().zip(words).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
-                    }
-                    black_box(sums)
-                });
-            }
-        });
-    });
-    let write = fastest(20, || {
-        std::thread::scope(|scope| {
-            for part in memory.chunks_mut(part) {
-                scope.spawn(move || black_box(part).fill(2));
-            }
-        });
-    });
-    let bytes = (WORDS * size_of::<u64>()) as f64;
-    Bandwidth { read: bytes / read, write: bytes / write }
-}
 
 /// Runs a kernel in the group, and says how near the limit its fastest call came.
 fn measure(
@@ -75,33 +25,22 @@ fn measure(
     limit: (&str, f64),
     mut kernel: impl FnMut() -> Result<()>,
 ) {
-    let mut best = f64::INFINITY;
-    group.bench_function(name, |bencher| {
-        bencher.iter_custom(|iterations| {
-            let begun = Instant::now();
-            for _ in 0..iterations {
-                let begun = Instant::now();
-                kernel().expect("a right call");
-                best = best.min(begun.elapsed().as_secs_f64());
-            }
-            begun.elapsed()
-        });
-    });
-    let (rate, part) = (ELEMENTS as f64 / best * 1e-9, bytes as f64 / best / limit.1);
-    println!("{name}: {rate:.2} Gelem/s, {:.0} % of the {} bandwidth", 100.0 * part, limit.0);
+    if let Some(best) = machine::fastest_of(group, name, || kernel().expect("a right call")) {
+        let (rate, part) = (ELEMENTS as f64 / best * 1e-9, bytes as f64 / best / limit.1);
+        println!("{name}: {rate:.2} Gelem/s, {:.0} % of the {} bandwidth", 100.0 * part, limit.0);
+    }
 }
 
 fn quantisation(criterion: &mut Criterion) {
     let backend = machine::backend();
-    let limits = bandwidth(backend.threads());
-    println!("read {:.1} GB/s, write {:.1} GB/s", limits.read * 1e-9, limits.write * 1e-9);
+    let limits = machine::bandwidth(backend.threads());
     let mut group = criterion.benchmark_group(format!("{ROWS}x{COLUMNS}"));
     group.throughput(Throughput::Elements(ELEMENTS as u64));
     run(&mut group, &backend, limits).expect("shapes that agree");
     group.finish();
 }
 
-fn run(group: &mut BenchmarkGroup<WallTime>, b: &dyn Backend, limits: Bandwidth) -> Result<()> {
+fn run(group: &mut BenchmarkGroup<WallTime>, b: &dyn Backend, limits: machine::Bandwidth) -> Result<()> {
     let (reading, writing) = (("read", limits.read), ("write", limits.write));
     // No kernel branches on a value: any numbers take the same time.
     let draw = |i| 2.0 * philox::unit(philox::word(1, 0, i)) - 1.0;

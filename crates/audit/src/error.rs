@@ -1,6 +1,5 @@
 //! Everything that can be wrong with an audit.
 
-use rankfold_backend::Format;
 use std::path::PathBuf;
 
 /// The result of an audit.
@@ -28,12 +27,6 @@ pub enum Error {
              only finite weights can be quantised"
     )]
     NonFinite { path: PathBuf, tensor: String, index: usize, row: usize, column: usize, value: f32 },
-    /// Scales so large that quantising them leaves the range of f32.
-    #[error(
-        "{path}: tensor '{tensor}': element {index} decodes to infinity in {format}, block {block}, with double \
-             quantisation: its scales are at the end of f32's range"
-    )]
-    Overflow { path: PathBuf, tensor: String, index: usize, format: Format, block: usize },
     /// A checkpoint without a weight to quantise.
     #[error("{path}: nothing to audit: expected {expected}")]
     Nothing { path: PathBuf, expected: &'static str },

@@ -27,6 +27,9 @@ pub enum Error {
     /// A value that cannot be quantised.
     #[error("element {index} is {value}: only finite values can be quantised")]
     NonFinite { index: usize, value: f64 },
+    /// A block's scale that is not finite once its own quantisation is undone.
+    #[error("block {block}: its double-quantised scale decodes to {value}, expected a finite number")]
+    Scale { block: usize, value: f32 },
     /// A token id that the table lacks.
     #[error("token id {id} at position {position} is beyond the vocabulary of {vocab}")]
     TokenId { position: usize, id: i64, vocab: usize },

@@ -1,7 +1,7 @@
 //! A weight in 4 bits: codes, the scales of its blocks, and the one way to make it.
 
 use crate::params::{elements, expect};
-use crate::{Backend, Buffer, DType, Error, Format, NESTED_BLOCK, Result, View};
+use crate::{Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Result, View};
 
 /// A matrix [outputs, inputs] as 4-bit codes of its flattened row-major elements, scaled block by block.
 ///
@@ -44,7 +44,8 @@ impl Quantized {
     /// NaN and infinities have no code. [`Backend::quantize_4bit`] says what becomes of −0 and of denormals.
     ///
     /// Errors: a block that the formats do not have; a length that is not the shape's; the first value that is not
-    /// finite, by its index (who knows the tensor's name adds it).
+    /// finite, by its index (who knows the tensor's name adds it); [`Quantized::check_scales`], for the largest values
+    /// of f32 and bf16.
     pub fn quantize(
         backend: &dyn Backend,
         w: View,
@@ -67,7 +68,9 @@ impl Quantized {
         } else {
             Scales::Plain(absmax)
         };
-        Ok(Self { codes, scales, format, block, shape })
+        let made = Self { codes, scales, format, block, shape };
+        made.check_scales(backend)?;
+        Ok(made)
     }
 
     /// Elements of the matrix.
@@ -101,6 +104,20 @@ impl Quantized {
                 expect(kernel, "nested absmax", absmax.len(), self.blocks().div_ceil(NESTED_BLOCK))
             }
         }
+    }
+
+    /// That every nested scale decodes to a finite number: finite parts may add up to an infinity.
+    pub fn check_scales(&self, backend: &dyn Backend) -> Result<()> {
+        let Scales::Nested { codes, absmax, offset } = &self.scales else { return Ok(()) };
+        let (codes, absmax) = (backend.download::<u8>(codes.view())?, backend.download::<f32>(absmax.view())?);
+        let map = DynamicMap::Signed.values();
+        for (block, code) in codes.iter().enumerate() {
+            let value = map[usize::from(*code)] * absmax[block / NESTED_BLOCK] + offset;
+            if !value.is_finite() {
+                return Err(Error::Scale { block, value });
+            }
+        }
+        Ok(())
     }
 }
 

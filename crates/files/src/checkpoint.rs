@@ -7,7 +7,7 @@
 
 use crate::finite::first_not_finite;
 use crate::header::{self, MAX_HEADER};
-use crate::pairs::Pairs;
+use crate::pairs::{Object, Pairs};
 use crate::{Error, PART, Result, TensorInfo, parts};
 use half::{bf16, f16};
 use rankfold_backend::{Backend, Buffer, DType, Element};
@@ -68,7 +68,8 @@ impl Checkpoint {
         }
         let mut json = Vec::new();
         source.take(MAX_HEADER).read_to_end(&mut json).map_err(Error::io(index, "read"))?;
-        let Index { weight_map: Pairs(places) } = serde_json::from_slice(&json).map_err(|e| invalid(e.to_string()))?;
+        let Object(Index { weight_map: Pairs(places) }) =
+            serde_json::from_slice(&json).map_err(|e| invalid(e.to_string()))?;
 
         let mut files = Vec::new();
         let mut shards: BTreeMap<String, (usize, BTreeMap<String, TensorInfo>)> = BTreeMap::new();

@@ -10,7 +10,7 @@
 //! rules are those of the format: every tensor's bytes are its shape's, the tensors fill the data from its first
 //! byte to the file's last, none overlap. One rule is ours: a name may stand in the header once only.
 
-use crate::pairs::Pairs;
+use crate::pairs::{Object, Pairs};
 use crate::{Error, Result};
 use rankfold_backend::DType;
 use safetensors::Dtype;
@@ -81,7 +81,7 @@ pub(crate) fn stored(dtype: DType) -> Dtype {
 struct Entry {
     dtype: String,
     shape: Vec<usize>,
-    data_offsets: (u64, u64),
+    data_offsets: [u64; 2],
 }
 
 /// Read the header from the start of `source`, a file of `len` bytes that messages call `path`.
@@ -106,22 +106,22 @@ pub fn read(path: &Path, source: &mut impl Read, len: u64) -> Result<BTreeMap<St
     // n is at most the file's length and MAX_HEADER, so the allocation and the cast are safe.
     let mut json = vec![0; n as usize];
     source.read_exact(&mut json).map_err(Error::io(path, "read the header"))?;
-    let Pairs(entries) = serde_json::from_slice::<Pairs<Entry>>(&json)
+    let Pairs(entries) = serde_json::from_slice::<Pairs<Object<Entry>>>(&json)
         .map_err(|e| Error::Header { path: path.into(), why: e.to_string() })?;
     check(path, entries, data_start, len)
 }
 
 fn check(
     path: &Path,
-    mut entries: Vec<(String, Entry)>,
+    mut entries: Vec<(String, Object<Entry>)>,
     data_start: u64,
     len: u64,
 ) -> Result<BTreeMap<String, TensorInfo>> {
-    entries.sort_by_key(|(_, entry)| entry.data_offsets);
+    entries.sort_by_key(|(_, Object(entry))| entry.data_offsets);
     let mut tensors = BTreeMap::new();
     let mut filled = 0;
-    for (name, entry) in entries {
-        let (begin, end) = entry.data_offsets;
+    for (name, Object(entry)) in entries {
+        let [begin, end] = entry.data_offsets;
         let (stored, bytes) = measure(path, &name, &entry)?;
         let lying = |why: String| Error::Lying { path: path.into(), tensor: name.clone(), why };
         if begin > end || end - begin != bytes as u64 {

@@ -1,8 +1,9 @@
-//! A JSON object as the pairs that its text holds, in order and with repeated keys.
+//! JSON objects read strictly: as the pairs that the text holds, in order and with repeated keys, or as a struct.
 //!
 //! A map type keeps the last of two equal keys and says nothing; the text of a header that names a tensor twice is
 //! wrong, and only this form can tell. The key `__metadata__`, which cannot name a tensor, is passed over.
 
+use serde::de::value::MapAccessDeserializer;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 use std::fmt;
 use std::marker::PhantomData;
@@ -41,5 +42,29 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Collect<T> {
             pairs.push((key, value));
         }
         Ok(pairs)
+    }
+}
+
+/// A struct written as a JSON object: serde alone would take its fields from an array too, by their places.
+#[derive(Debug)]
+pub(crate) struct Object<T>(pub T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(Fields(PhantomData)).map(Self)
+    }
+}
+
+struct Fields<T>(PhantomData<T>);
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+    type Value = T;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, object: A) -> Result<T, A::Error> {
+        T::deserialize(MapAccessDeserializer::new(object))
     }
 }

@@ -9,6 +9,7 @@
 //! 0.50.2 wrote). The name of the tensor ends in the maker and the format; Int4, which bitsandbytes does not have,
 //! is ours.
 
+use crate::pairs::Object;
 use rankfold_backend::{DType, Format, NESTED_BLOCK};
 use serde::Deserialize;
 use std::fmt::Write;
@@ -59,7 +60,8 @@ impl QuantState {
     /// Errors, as a sentence for [`crate::Error::QuantState`]: no such JSON; an unknown format, block or type; a
     /// shape that is not of two dimensions or whose product overflows; nested fields that are not all there.
     pub fn parse(json: &[u8]) -> Result<Self, String> {
-        let json: Json = serde_json::from_slice(json).map_err(|e| format!("its quantisation state: {e}"))?;
+        let Object(json): Object<Json> =
+            serde_json::from_slice(json).map_err(|e| format!("its quantisation state: {e}"))?;
         let format = json.quant_type.parse()?;
         let block = json.blocksize;
         if !(block.is_power_of_two() && (32..=4096).contains(&block)) {
@@ -190,6 +192,15 @@ mod tests {
     }
 
     const WHOLE: &str = r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [64, 192], "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}"#;
+
+    #[test]
+    fn a_state_is_an_object() {
+        let fields = r#"["nf4", 64, "float32", [64, 192], 256, "float32", 0.25]"#;
+        for (text, found) in [(fields, "sequence"), ("[]", "sequence"), ("null", "null"), ("3", "integer")] {
+            let error = QuantState::parse(text.as_bytes()).unwrap_err();
+            assert!(error.contains(found) && error.contains("expected an object"), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn every_field_is_checked() {

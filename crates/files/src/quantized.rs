@@ -35,6 +35,32 @@ pub fn side_names(name: &str, format: Format, double: bool) -> Vec<String> {
     sides.chain([QuantState::key(format)]).map(|side| format!("{name}.{side}")).collect()
 }
 
+/// The name of the weight beside which a tensor of this name would stand; `None` for a name of no such form.
+fn weight_of(name: &str) -> Option<&str> {
+    let ends = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+    let by_end = ends.iter().find_map(|end| name.strip_suffix(end));
+    by_end.or_else(|| name.split_once(".quant_state.").map(|(weight, _)| weight))
+}
+
+/// A checkpoint's tensors but those beside 4-bit weights, in order.
+///
+/// Errors: those of [`state`]; a tensor named as if it stood beside a 4-bit weight that does not have it.
+pub fn names(checkpoint: &Checkpoint) -> Result<Vec<&str>> {
+    let mut names = Vec::new();
+    for name in checkpoint.names() {
+        let Some(weight) = weight_of(name) else {
+            names.push(name);
+            continue;
+        };
+        let state = state(checkpoint, weight)?.filter(|_| checkpoint.contains(weight));
+        if !state.is_some_and(|s| side_names(weight, s.format, s.offset.is_some()).iter().any(|side| side == name)) {
+            let why = format!("'{name}' stands beside it, but is no part of a 4-bit weight of that name");
+            return Err(wrong(checkpoint.file(name), weight, why));
+        }
+    }
+    Ok(names)
+}
+
 /// The names of a checkpoint's 4-bit weights.
 pub fn weights(checkpoint: &Checkpoint) -> Vec<&str> {
     let ends = Format::ALL.map(|format| format!(".{}", QuantState::key(format)));
@@ -70,8 +96,8 @@ pub fn state(checkpoint: &Checkpoint, name: &str) -> Result<Option<QuantState>> 
 /// Read a 4-bit weight into `backend`, `None` where `name` is not stored in 4 bits.
 ///
 /// Errors: those of [`state`]; a tensor of the table above that is missing, too many, or of another element type or
-/// number of elements than the state's shape and block ask for; a map that is not the format's; a scale that is not
-/// finite.
+/// number of elements than the state's shape and block ask for; a map that is not the format's; a scale that is
+/// negative or not finite, as stored or as decoded.
 pub fn load(checkpoint: &Checkpoint, name: &str, backend: &dyn Backend) -> Result<Option<Loaded>> {
     let Some(state) = state(checkpoint, name)? else { return Ok(None) };
     let side = |end: &str| format!("{name}.{end}");
@@ -81,7 +107,7 @@ pub fn load(checkpoint: &Checkpoint, name: &str, backend: &dyn Backend) -> Resul
         checkpoint.expect(&side("absmax"), &[DType::U8], &[blocks])?;
         expect_map(checkpoint, name, "nested_quant_map", DynamicMap::Signed.values())?;
         let codes = checkpoint.load(&side("absmax"), backend)?;
-        let absmax = finite_scales(checkpoint, name, "nested_absmax", blocks.div_ceil(NESTED_BLOCK))?;
+        let absmax = magnitudes(checkpoint, name, "nested_absmax", blocks.div_ceil(NESTED_BLOCK))?;
         Scales::Nested { codes, absmax: upload(checkpoint, name, backend, &absmax)?, offset }
     } else {
         for nested in ["nested_absmax", "nested_quant_map"].map(side) {
@@ -90,11 +116,12 @@ pub fn load(checkpoint: &Checkpoint, name: &str, backend: &dyn Backend) -> Resul
                 return Err(wrong(checkpoint.file(&nested), name, why));
             }
         }
-        Scales::Plain(upload(checkpoint, name, backend, &finite_scales(checkpoint, name, "absmax", blocks)?)?)
+        Scales::Plain(upload(checkpoint, name, backend, &magnitudes(checkpoint, name, "absmax", blocks)?)?)
     };
     let codes = load_codes(checkpoint, name, &state, backend)?;
     let weight = Quantized { codes, scales, format: state.format, block: state.block, shape: state.shape };
-    weight.check().map_err(Error::backend(checkpoint.file(name), name))?;
+    let sound = weight.check().and_then(|()| weight.check_scales(backend));
+    sound.map_err(Error::backend(checkpoint.file(name), name))?;
     Ok(Some(Loaded { weight, dtype: state.dtype }))
 }
 
@@ -130,14 +157,15 @@ fn expect_map(checkpoint: &Checkpoint, name: &str, side: &str, values: &[f32]) -
     }
 }
 
-fn finite_scales(checkpoint: &Checkpoint, name: &str, side: &str, len: usize) -> Result<Vec<f32>> {
+/// Largest magnitudes: finite, and never negative.
+fn magnitudes(checkpoint: &Checkpoint, name: &str, side: &str, len: usize) -> Result<Vec<f32>> {
     let key = format!("{name}.{side}");
     checkpoint.expect(&key, &[DType::F32], &[len])?;
     let scales = checkpoint.read::<f32>(&key)?;
-    match scales.iter().position(|scale| !scale.is_finite()) {
+    match scales.iter().position(|scale| !scale.is_finite() || *scale < 0.0) {
         None => Ok(scales),
         Some(i) => {
-            let why = format!("'{side}' holds {} at {i}, expected finite numbers", scales[i]);
+            let why = format!("'{side}' holds {} at {i}, expected finite numbers of at least 0", scales[i]);
             Err(wrong(checkpoint.file(&key), name, why))
         }
     }

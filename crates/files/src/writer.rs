@@ -10,6 +10,7 @@
 //! their bound the header ends in spaces, which the format allows.
 
 use crate::atomic::StagedFile;
+use crate::finite::first_not_finite;
 use crate::header::{MAX_HEADER, PREFIX, stored};
 use crate::pairs::METADATA;
 use crate::{Checkpoint, Error, PART, Result, parts};
@@ -109,11 +110,20 @@ impl Writer {
     }
 
     /// A tensor from a backend's memory, a part at a time.
+    ///
+    /// Errors: a float that is NaN or infinite, which no reader would take.
     pub fn write_view(&mut self, name: &str, backend: &dyn Backend, x: View) -> Result<()> {
         let dtype = x.dtype();
         self.stream(name, dtype, x.len() * dtype.size(), |path, offset, part| {
             let elements = x.slice(offset / dtype.size(), part.len() / dtype.size());
-            elements.and_then(|x| backend.read(x, part)).map_err(Error::backend(path, name))
+            elements.and_then(|x| backend.read(x, part)).map_err(Error::backend(path, name))?;
+            match first_not_finite(dtype, part) {
+                None => Ok(()),
+                Some(i) => {
+                    let index = offset / dtype.size() + i;
+                    Err(Error::NotFinite { path: path.into(), tensor: name.into(), index })
+                }
+            }
         })
     }
 

@@ -66,6 +66,13 @@ fn every_lie_of_a_header_is_a_typed_error() {
         (r#""dtype":"U8","#, "", "tensor 'b': missing field `dtype`"),
         (r#""shape":[3]"#, r#""dtype":"U8""#, "tensor 'b': duplicate field"),
         ("{", "[", "expected an object keyed by tensor names"),
+        (
+            r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#,
+            r#"["F32",[2],[0,8]]"#,
+            "'a': invalid type: sequence, expected an object",
+        ),
+        (r#"{"dtype":"F32","shape":[2],"data_offsets":[0,8]}"#, "null", "'a': invalid type: null, expected an object"),
+        ("[0,8]", "[0]", "'a': invalid length 1, expected an array of length 2"),
         (r#""b"}}"#, r#""b"}"#, "EOF"),
     ] {
         let error = with(whole, broken);
@@ -173,7 +180,14 @@ fn an_index_that_lies_is_a_typed_error() {
         let error = error(&format!(r#"{{"weight_map":{{"a":"{outside}"}}}}"#));
         assert!(matches!(&error, Error::Index { why, .. } if why.contains("file beside it")), "{error}");
     }
-    for broken in ["", "{}", "[]", r#"{"weight_map":{"a":1}}"#, r#"{"weight_map":{},"weight_map":{}}"#] {
+    for broken in [
+        "",
+        "{}",
+        "[]",
+        r#"[{"a":"1.safetensors"}]"#,
+        r#"{"weight_map":{"a":1}}"#,
+        r#"{"weight_map":{},"weight_map":{}}"#,
+    ] {
         assert!(matches!(error(broken), Error::Index { .. }));
     }
 }

@@ -178,6 +178,7 @@ fn every_part_of_a_weight_is_checked() {
     check(broken(2, &|t| t.3[28..32].copy_from_slice(&(-0f32).to_le_bytes())), "'quant_map' holds -0 at 7");
     check(broken(4, &|t| t.3[1020] ^= 1), "'nested_quant_map' holds 1");
     check(broken(3, &|t| t.3.copy_from_slice(&f32::NAN.to_le_bytes())), "'nested_absmax' holds NaN at 0");
+    check(broken(3, &|t| t.3.copy_from_slice(&(-1f32).to_le_bytes())), "'nested_absmax' holds -1 at 0");
     check(broken(5, &json("[8, 80]", "[7, 91]")), "expected 319 bytes of U8");
     check(broken(5, &json("[8, 80]", "[4294967295, 4294967296]")), "'w.absmax' has shape [10], expected [");
     check(broken(5, &json("[8, 80]", "[4294967296, 4294967296]")), "more elements than a machine can hold");
@@ -244,6 +245,35 @@ fn a_plain_weight_with_nested_tensors_is_refused() {
     tensors[1].3[8..12].copy_from_slice(&f32::INFINITY.to_le_bytes());
     let error = load(&tensors).unwrap_err().to_string();
     assert!(error.contains("'absmax' holds inf at 2, expected finite"), "{error}");
+    tensors[1].3[8..12].copy_from_slice(&(-0.5f32).to_le_bytes());
+    let error = load(&tensors).unwrap_err().to_string();
+    assert!(error.contains("'absmax' holds -0.5 at 2, expected finite numbers of at least 0"), "{error}");
+}
+
+/// Every stored part is finite; block 4's code is the map's last value, 1, so its scale is nested + offset.
+#[test]
+fn a_nested_scale_that_decodes_to_infinity_is_refused_with_its_block() {
+    let mut tensors = whole();
+    tensors[1].3.fill(127);
+    tensors[1].3[4] = 255;
+    tensors[3].3.copy_from_slice(&2e38f32.to_le_bytes());
+    let state = |offset| {
+        let state = QuantState { format: Format::Nf4, block: 64, dtype: DType::F32, shape: [8, 80], offset };
+        state.to_json().into_bytes()
+    };
+    for (offset, scale) in [(2e38, "inf"), (1e38, "")] {
+        let json = state(Some(offset));
+        (tensors[5].2, tensors[5].3) = (vec![json.len()], json);
+        match load(&tensors) {
+            Ok(_) => assert_eq!(scale, ""),
+            Err(error) => {
+                let text =
+                    format!("'w': block 4: its double-quantised scale decodes to {scale}, expected a finite number");
+                assert!(error.to_string().ends_with(&text), "{error}");
+                assert_eq!(scale, "inf");
+            }
+        }
+    }
 }
 
 #[test]

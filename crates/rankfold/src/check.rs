@@ -22,13 +22,7 @@ fn ranges(o: &Options) -> Result<()> {
         ("keep", o.keep),
     ];
     for (name, value) in counts {
-        let least = if name == "seq" { 2 } else { 1 };
-        let most = if name == "steps" { usize::MAX } else { MOST };
-        match value {
-            Some(n) if n < least => return Err(Error::Usage(format!("--{name} {n}: expected at least {least}"))),
-            Some(n) if n > most => return Err(Error::Usage(format!("--{name} {n}: expected at most {most}"))),
-            _ => {}
-        }
+        count(name, value)?;
     }
     let number = |name: &str, value: Option<f64>, fits: fn(f64) -> bool, expected: &str| match value {
         Some(value) if !fits(value) => Err(Error::Usage(format!("--{name} {value}: expected {expected}"))),
@@ -42,6 +36,17 @@ fn ranges(o: &Options) -> Result<()> {
         (Some(warmup), Some(steps)) if warmup > steps => {
             Err(Error::Usage(format!("--warmup {warmup}: expected no more than the {steps} steps")))
         }
+        _ => Ok(()),
+    }
+}
+
+/// That a count is one that a machine could do.
+pub fn count(name: &str, value: Option<usize>) -> Result<()> {
+    let least = if name == "seq" { 2 } else { 1 };
+    let most = if name == "steps" { usize::MAX } else { MOST };
+    match value {
+        Some(n) if n < least => Err(Error::Usage(format!("--{name} {n}: expected at least {least}"))),
+        Some(n) if n > most => Err(Error::Usage(format!("--{name} {n}: expected at most {most}"))),
         _ => Ok(()),
     }
 }

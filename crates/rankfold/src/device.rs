@@ -67,9 +67,7 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// The backend that the flags ask for.
     pub fn open(&self) -> Result<Arc<dyn Backend>> {
-        if self.threads == Some(0) {
-            return Err(Error::Usage("--threads 0: expected at least 1".into()));
-        }
+        check_threads(self.threads)?;
         let missing = |isa: &str| {
             let there = self.device.instruction_sets().join(", ");
             let expected = if there.is_empty() { "none" } else { &there };
@@ -84,5 +82,18 @@ impl DeviceArgs {
             (Device::Reference, None) => Arc::new(ReferenceBackend::new()),
             (Device::Reference, Some(name)) => return Err(missing(name)),
         })
+    }
+}
+
+/// The most threads: beyond it, a typing error is likelier than a machine with as many cores.
+const MOST_THREADS: usize = 1024;
+
+/// That `--threads` is a number of threads.
+pub fn check_threads(threads: Option<usize>) -> Result<()> {
+    match threads {
+        Some(n) if !(1..=MOST_THREADS).contains(&n) => {
+            Err(Error::Usage(format!("--threads {n}: expected 1 to {MOST_THREADS}")))
+        }
+        _ => Ok(()),
     }
 }

@@ -1,5 +1,6 @@
 //! What the user is told.
 
+use crate::show::printable;
 use std::path::PathBuf;
 
 /// The result of a command.
@@ -44,8 +45,9 @@ impl Error {
         Self::Usage(paragraphs.collect::<Vec<_>>().join("; "))
     }
 
-    /// The message without line ends: libraries' own messages may have several.
+    /// The message without line ends (libraries' own messages may have several) and other control characters (names
+    /// from files may have any).
     pub fn one_line(&self) -> String {
-        self.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+        printable(&self.to_string().split_whitespace().collect::<Vec<_>>().join(" "))
     }
 }

@@ -1,5 +1,6 @@
 //! How much memory a run will take.
 
+use crate::error::{Error, Result};
 use crate::options::Options;
 use crate::show::bytes;
 use rankfold_trainer::model::Model;
@@ -26,16 +27,38 @@ impl Memory {
             weights: model.base_bytes(),
             // Value, gradient and two moments, f32 each.
             training: 16 * trained,
-            activations: 4 * (tokens * (blocks * saved + kept + 2 * c.width) + logits),
+            activations: tokens.saturating_mul(4 * (blocks * saved + kept + 2 * c.width)).saturating_add(4 * logits),
         }
     }
+
+    fn sum(&self) -> usize {
+        [self.weights, self.training, self.activations].into_iter().fold(0, usize::saturating_add)
+    }
+
+    /// That the machine has as much, where the system tells.
+    pub fn check(&self) -> Result<()> {
+        match of_the_machine() {
+            Some(total) if self.sum() as u64 > total => {
+                let (sum, total) = (bytes(self.sum() as u64), bytes(total));
+                let why = "expected a smaller --batch, --seq or --rank, or --checkpointing";
+                Err(Error::Usage(format!("the run needs about {sum} of memory, this machine has {total}: {why}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The machine's memory in bytes, where the system tells.
+pub fn of_the_machine() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 impl std::fmt::Display for Memory {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [weights, training, activations, sum] =
-            [self.weights, self.training, self.activations, self.weights + self.training + self.activations]
-                .map(|n| bytes(n as u64));
+            [self.weights, self.training, self.activations, self.sum()].map(|n| bytes(n as u64));
         write!(
             f,
             "weights {weights}, trained values with gradients and moments {training}, activations {activations}: about {sum} and the program itself"

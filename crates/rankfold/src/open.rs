@@ -3,7 +3,7 @@
 use crate::builtin;
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
-use crate::options::Quantize;
+use crate::options::{Options, Quantize};
 use clap::Args;
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
 use rankfold_backend::{Backend, Compute, DType, check_block};
@@ -15,6 +15,9 @@ use std::sync::Arc;
 
 /// The name of the embedded model.
 pub const BUILTIN: &str = "builtin";
+
+/// Weights that share a scale, if nothing else is said.
+pub const BLOCK: usize = 64;
 
 /// A model's folder, on the disk or embedded.
 #[derive(Debug)]
@@ -79,6 +82,26 @@ impl Folder {
         Ok(self.checkpoint.dtype("model.embed_tokens.weight")?)
     }
 
+    /// The flags of [`Folder::precision`] that the commands which use a run's adapter need, where they differ from what
+    /// these take by themselves.
+    pub fn flags(&self, options: &Options) -> String {
+        let by_itself = if self.builtin { Quantize::Nf4 } else { Quantize::None };
+        let quantize = options.quantize.unwrap_or(by_itself);
+        let mut flags = String::new();
+        if quantize != by_itself {
+            flags += &format!(" --quantize {}", quantize.name());
+        }
+        if quantize != Quantize::None {
+            if options.double_quant.is_some_and(|double| double != self.builtin) {
+                flags += if self.builtin { " --double-quant false" } else { " --double-quant" };
+            }
+            if let Some(block) = options.block.filter(|&block| block != BLOCK) {
+                flags += &format!(" --block {block}");
+            }
+        }
+        flags
+    }
+
     /// Read the model.
     pub fn load(&self, backend: Arc<dyn Backend>, precision: Precision) -> Result<Model> {
         Ok(Model::load(backend, &self.checkpoint, self.config.clone(), precision)?)
@@ -93,7 +116,7 @@ impl Folder {
         double: Option<bool>,
     ) -> Result<Precision> {
         let quantize = quantize.unwrap_or(if self.builtin { Quantize::Nf4 } else { Quantize::None });
-        let (block, double) = (block.unwrap_or(64), double.unwrap_or(self.builtin));
+        let (block, double) = (block.unwrap_or(BLOCK), double.unwrap_or(self.builtin));
         check_block(block)?;
         if quantize == Quantize::None && double && !self.builtin {
             tracing::warn!("--double-quant without --quantize: nothing is quantised");
@@ -175,9 +198,12 @@ pub fn attach_fresh(model: &mut Model, config: &AdapterConfig, seed: u64) -> Res
 }
 
 fn warn_of(attached: &Attached) {
-    for module in attached.modules.iter().filter(|module| module.is_wasteful) {
-        let (path, rank) = (&module.path, module.spec.rank);
-        tracing::warn!("{path}: rank {rank} is above the smaller side of its matrix: legal, and wasteful");
+    let mut wasteful = attached.modules.iter().filter(|module| module.is_wasteful);
+    if let Some(first) = wasteful.next() {
+        let (path, rank, others) = (&first.path, first.spec.rank, wasteful.count());
+        tracing::warn!(
+            "{path} and {others} more: rank {rank} is above the smaller side of the matrix: legal, and wasteful"
+        );
     }
     for unused in &attached.unused {
         tracing::warn!("{unused} means no layer of this model");

@@ -5,7 +5,7 @@
 
 use crate::device::{ComputeType, Device};
 use crate::error::{Error, Result};
-use crate::open::BUILTIN;
+use crate::open::{BLOCK, BUILTIN};
 use clap::{Args, ValueEnum};
 use rankfold_backend::Format;
 use rankfold_trainer::schedule::Decay;
@@ -37,6 +37,16 @@ pub enum Quantize {
 }
 
 impl Quantize {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nf4 => "nf4",
+            Self::Fp4 => "fp4",
+            Self::Int4 => "int4",
+            Self::None => "none",
+        }
+    }
+
     /// The format, which `none` is not.
     pub fn format(self) -> Result<Format> {
         match self {
@@ -139,7 +149,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_adapter: Option<PathBuf>,
-    /// Optimiser steps [default: 250].
+    /// Optimiser steps [default: 200].
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
@@ -155,7 +165,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Learning rate [default: 5e-3 for builtin, else 2e-4].
+    /// Learning rate [default: 6e-3 for builtin, else 2e-4].
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
@@ -258,12 +268,12 @@ impl Options {
         let builtin = model == BUILTIN;
         let full = self.method == Some(Method::Full);
         let own = self.init_adapter.is_none() && !full;
-        let steps = self.steps.unwrap_or(250);
+        let steps = self.steps.unwrap_or(200);
         let rank = self.rank.unwrap_or(16);
         Self {
             quantize: Some(if builtin && !full { Quantize::Nf4 } else { Quantize::None }),
             double_quant: Some(builtin && !full),
-            block: Some(64),
+            block: Some(BLOCK),
             method: self.init_adapter.is_none().then_some(Method::Lora),
             rank: own.then_some(rank),
             alpha: own.then_some(2.0 * rank as f64),
@@ -274,7 +284,7 @@ impl Options {
             batch: self.tokens.is_none().then_some(8),
             seq: self.tokens.is_none().then_some(256),
             accumulate: Some(1),
-            lr: Some(if builtin { 5e-3 } else { 2e-4 }),
+            lr: Some(if builtin { 6e-3 } else { 2e-4 }),
             schedule: Some(Schedule::Cosine),
             warmup: Some(steps / 20),
             weight_decay: Some(0.0),

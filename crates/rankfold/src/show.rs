@@ -24,6 +24,12 @@ pub fn print(text: std::fmt::Arguments) -> Result<()> {
     }
 }
 
+/// Text from a file with its control characters escaped: a terminal would obey them.
+pub fn printable(text: &str) -> String {
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(escaped).collect()
+}
+
 /// 1536 → "1.50 KiB".
 pub fn bytes(n: u64) -> String {
     HumanBytes(n).to_string()

@@ -33,7 +33,8 @@ fn one_and_two_threads_give_the_same_bits_with_and_without_checkpointing() {
 fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     let place = Place::new();
     let (whole, killed) = (place.text("whole"), place.text("killed"));
-    let more = ["--steps", "40", "--eval-every", "10"];
+    // All are kept, so that the one waited for is not gone before it is seen.
+    let more = ["--steps", "40", "--eval-every", "10", "--keep", "20"];
     let args = |out| run(out, &more);
     succeed(&args(&whole));
 
@@ -124,6 +125,23 @@ fn a_new_model_can_be_pretrained() {
 }
 
 #[test]
+fn the_next_command_names_the_base_that_the_adapter_was_trained_on() {
+    let place = Place::new();
+    let text = place.file("text.txt", "In the beginning was the word. ".repeat(60));
+    for (given, named) in [
+        (&[][..], "--model builtin --adapter"),
+        (&["--quantize", "none"], "--model builtin --quantize none --adapter"),
+        (
+            &["--quantize", "fp4", "--double-quant", "false", "--block", "128"],
+            "--model builtin --quantize fp4 --double-quant false --block 128 --adapter",
+        ),
+    ] {
+        let said = succeed(&run(&place.text("out"), &[&["--data", &text, "--overwrite"], given].concat()));
+        assert!(said.contains(named), "{given:?}: {said}");
+    }
+}
+
+#[test]
 fn a_resumed_run_stays_on_its_instruction_set() {
     let place = Place::new();
     let out = place.text("out");
@@ -145,6 +163,11 @@ fn bad_options_are_refused_in_one_line() {
     let place = Place::new();
     let out = place.text("out");
     refuse(&run(&out, &["--ranks", "8"]), &["unexpected argument '--ranks'", "Usage: rankfold train"]);
+    refuse(&run(&out, &["--lr", "-1"]), &["--lr -1", "positive"]);
+    refuse(&run(&out, &["--batch", "1000000", "--seq", "1000000"]), &["memory", "smaller --batch"]);
+    refuse(&run(&out, &["--threads", "100000"]), &["--threads 100000", "1 to 1024"]);
+    refuse(&["eval", "--seq", "100000000000"], &["--seq 100000000000", "at most"]);
+    refuse(&["eval", "--batch", "0"], &["--batch 0", "at least 1"]);
     refuse(&run(&out, &["--rank", "0"]), &["rank 0", "at least 1"]);
     refuse(&run(&out, &["--block", "48"]), &["block 48", "power of two"]);
     refuse(&run(&out, &["--targets", "no_such_proj"]), &["no_such_proj", "matches no"]);

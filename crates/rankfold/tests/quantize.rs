@@ -121,6 +121,41 @@ fn a_quantisation_state_that_lies_is_refused_with_its_tensor() {
     }
 }
 
+/// Of an element type that does not exist, so that the message quotes both.
+#[test]
+fn control_characters_from_a_file_do_not_reach_the_terminal() {
+    let place = Place::new();
+    let file = |dtype: &str| {
+        let header = format!(r#"{{"a\u001b[31m\u009b":{{"dtype":"{dtype}","shape":[1],"data_offsets":[0,1]}}}}"#);
+        place.file("x.safetensors", [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[0]].concat())
+    };
+    // The escapes are shown, and `refuse` would not find them had the characters been passed on.
+    refuse(&["inspect", &file(r"U\u001b")], &[r"'a\u{1b}[31m\u{9b}'", r"dtype 'U\u{1b}'"]);
+    let shown = succeed(&["inspect", &file("U8")]);
+    assert!(shown.contains(r"a\u{1b}[31m\u{9b}"), "{shown:?}");
+    assert!(shown.chars().all(|c| c == '\n' || !c.is_control()), "{shown:?}");
+}
+
+/// transformers gives a checkpoint to bitsandbytes by this name, and bitsandbytes has no int4.
+#[test]
+fn only_formats_that_bitsandbytes_has_are_said_to_be_its_own_and_all_are_read_back() {
+    let place = Place::new();
+    let base = place.base();
+    for (format, method) in [("nf4", "bitsandbytes"), ("fp4", "bitsandbytes"), ("int4", "rankfold")] {
+        let (four, dense) = (place.text(format), place.text(&format!("{format}-dense")));
+        succeed(&["quantize", "--model", &base, "--out", &four, "--format", format]);
+        let config = fs::read(place.path(format).join("config.json")).unwrap();
+        let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        let quantization = &config["quantization_config"];
+        assert_eq!(quantization["quant_method"], method);
+        assert_eq!(quantization.get("bnb_4bit_quant_type").is_some(), method == "bitsandbytes");
+        assert!(succeed(&["inspect", &four]).contains(&format!("← {format} ")));
+        succeed(&["dequantize", "--model", &four, "--out", &dense]);
+    }
+    let help = succeed(&["quantize", "--help"]);
+    assert!(help.split_whitespace().collect::<Vec<_>>().join(" ").contains("bitsandbytes load nf4 and fp4 alone"));
+}
+
 /// Killed at any moment: the folder is not there, or it is there with every file whole.
 #[test]
 fn a_killed_conversion_leaves_the_whole_folder_or_none() {

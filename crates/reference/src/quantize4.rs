@@ -212,6 +212,22 @@ mod tests {
         assert!(decoded(&q)[0] < 0.0);
     }
 
+    /// Of 256 scales 40 are 0, the others c: with p = 40 / 256 the mean is (1 − p)·c, a centred c is p·c, the nested
+    /// scale (1 − p)·c, and the map rounds p / (1 − p) up by 0.006: the sum is 1.005·c, while f32 ends at 1.004 times
+    /// bf16's largest number.
+    #[test]
+    fn a_scale_that_double_quantisation_makes_infinite_is_refused_with_its_block() {
+        let quantize = |largest: f32| {
+            let mut w = vec![bf16::from_f32(largest); 256 * 32];
+            w[..40 * 32].fill(bf16::ZERO);
+            let w = BACKEND.upload(&w).unwrap();
+            Quantized::quantize(BACKEND, w.view(), [256, 32], Format::Nf4, 32, true)
+        };
+        let error = quantize(bf16::MAX.to_f32()).unwrap_err();
+        assert_eq!(error, Error::Scale { block: 40, value: f32::INFINITY });
+        assert!(quantize(bf16::MAX.to_f32() / 2.0).is_ok());
+    }
+
     proptest! {
         /// |w − ŵ| is at most half the widest gap of the format, times absmax; the f32 arithmetic (reciprocal,
         /// product, midpoint, product back) rounds by 2⁻²⁴ four times: absmax·2⁻²².

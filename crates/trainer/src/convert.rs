@@ -1,15 +1,15 @@
 //! A model's folder into another: quantised, dequantised, merged. Tensor by tensor, so that memory stays near the
-//! largest of them (a merge holds the whole model).
+//! largest of them (a merge holds the whole model). What the file holds beyond the config's tensors goes along.
 
 use crate::model::{Model, ModelConfig, Quantization};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
 use rankfold_adapters::{Linear, merged_weight};
 use rankfold_autograd::Base;
-use rankfold_backend::{Backend, DType, Quantized};
+use rankfold_backend::{Backend, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, Spec, Writer, quantized, write_atomically};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// What a conversion did, for its last line.
@@ -25,7 +25,8 @@ pub struct Converted {
 
 /// Write `checkpoint` with every linear layer but the head in 4 bits, in bitsandbytes' layout.
 ///
-/// Errors: a model that is in 4 bits already; a weight that is not finite.
+/// Errors: a model that is in 4 bits already, or has parts of 4-bit weights; a weight that is not finite, or so large
+/// that its scales overflow when they are quantised.
 pub fn quantize(
     backend: &dyn Backend,
     checkpoint: &Checkpoint,
@@ -38,26 +39,25 @@ pub fn quantize(
     }
     let Quantization { format, block, double } = how;
     let mut done = Converted::default();
+    let tensors = tensors(checkpoint, config)?;
     let mut specs = Vec::new();
-    for (name, shape) in config.tensors() {
-        let dtype = expect_float(checkpoint, &name, &shape)?;
-        if ModelConfig::is_linear(&name) {
-            specs.extend(quantized::specs(&name, [shape[0], shape[1]], format, block, double));
-        } else {
-            specs.push(Spec::new(name, dtype, shape));
+    for tensor in &tensors {
+        match tensor.linear {
+            Some(shape) => specs.extend(quantized::specs(&tensor.name, shape, format, block, double)),
+            None => specs.push(tensor.spec()),
         }
     }
     let mut writer = Writer::create(&out.join("model.safetensors"), specs)?;
-    for (name, shape) in config.tensors() {
-        let dtype = checkpoint.dtype(&name)?;
-        done.before += checkpoint.info(&name)?.bytes as u64;
-        if !ModelConfig::is_linear(&name) {
-            done.after += checkpoint.info(&name)?.bytes as u64;
+    for Tensor { name, dtype, linear, .. } in tensors {
+        let bytes = checkpoint.info(&name)?.bytes as u64;
+        done.before += bytes;
+        let Some(shape) = linear else {
+            done.after += bytes;
             writer.copy(&name, checkpoint)?;
             continue;
-        }
+        };
         let dense = checkpoint.load(&name, backend)?;
-        let weight = Quantized::quantize(backend, dense.view(), [shape[0], shape[1]], format, block, double)
+        let weight = Quantized::quantize(backend, dense.view(), shape, format, block, double)
             .map_err(|e| Error::file(checkpoint.file(&name), format!("'{name}': {e}")))?;
         quantized::write(&mut writer, &name, backend, &weight, dtype)?;
         done.after += weight.bytes() as u64;
@@ -68,11 +68,12 @@ pub fn quantize(
     Ok(done)
 }
 
-/// `config.json` as transformers writes it beside a 4-bit checkpoint.
+/// `config.json` as transformers writes it beside a 4-bit checkpoint; for int4, which bitsandbytes lacks, one that
+/// makes it say that it does not know the method.
 fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Path) -> Result<()> {
     let mut config = raw.clone();
     if let Some(object) = config.as_object_mut() {
-        let quantization = json!({
+        let bitsandbytes = json!({
             "_load_in_4bit": true,
             "_load_in_8bit": false,
             "bnb_4bit_compute_dtype": dtype_name(dtype),
@@ -87,6 +88,15 @@ fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Pa
             "load_in_8bit": false,
             "quant_method": "bitsandbytes",
         });
+        let quantization = match how.format {
+            Format::Nf4 | Format::Fp4 => bitsandbytes,
+            Format::Int4 => json!({
+                "block": how.block,
+                "double_quant": how.double,
+                "format": how.format.to_string(),
+                "quant_method": "rankfold",
+            }),
+        };
         object.insert("quantization_config".into(), quantization);
     }
     let path = out.join("config.json");
@@ -96,7 +106,7 @@ fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Pa
 
 /// Write `checkpoint` with every 4-bit weight as the dense values that it stands for, in the type its state names.
 ///
-/// Errors: a model that has none.
+/// Errors: a model that has none; parts of 4-bit weights without their weight; a value beyond the range of its type.
 pub fn dequantize(
     backend: &dyn Backend,
     checkpoint: &Checkpoint,
@@ -104,29 +114,13 @@ pub fn dequantize(
     out: &Path,
 ) -> Result<Converted> {
     let mut done = Converted::default();
-    let mut specs = Vec::new();
-    for (name, shape) in config.tensors() {
-        let dtype = match quantized::state(checkpoint, &name)? {
-            Some(state) => state.dtype,
-            None => expect_float(checkpoint, &name, &shape)?,
-        };
-        specs.push(Spec::new(name, dtype, shape));
-    }
-    let mut writer = Writer::create(&out.join("model.safetensors"), specs)?;
-    for (name, shape) in config.tensors() {
-        let Some(loaded) = quantized::load(checkpoint, &name, backend)? else {
-            done.before += checkpoint.info(&name)?.bytes as u64;
-            done.after += checkpoint.info(&name)?.bytes as u64;
-            writer.copy(&name, checkpoint)?;
-            continue;
-        };
-        expect_shape(checkpoint, &name, &loaded.weight, &shape)?;
-        let mut dense = backend.alloc(loaded.dtype, loaded.weight.elements())?;
-        backend.dequantize_4bit(&loaded.weight, dense.view_mut())?;
-        writer.write_view(&name, backend, dense.view())?;
-        done.before += loaded.weight.bytes() as u64;
-        done.after += dense.bytes() as u64;
-        done.layers += 1;
+    let tensors = tensors(checkpoint, config)?;
+    let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
+    for tensor in &tensors {
+        let before = write_dense(&mut writer, backend, checkpoint, tensor)?;
+        done.layers += usize::from(before.is_some());
+        done.before += before.unwrap_or(tensor.bytes());
+        done.after += tensor.bytes();
     }
     if done.layers == 0 {
         return Err(Error::file(checkpoint.path(), "no weight is in 4 bits: there is nothing to dequantise"));
@@ -142,31 +136,26 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
     let (config, backend) = (&model.config, model.backend().as_ref());
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
     let mut done = Converted::default();
-    let mut specs = Vec::new();
-    for (name, shape) in config.tensors() {
-        let dtype = match quantized::state(checkpoint, &name)? {
-            Some(state) => state.dtype,
-            None => expect_float(checkpoint, &name, &shape)?,
-        };
-        specs.push((name, dtype, shape));
-    }
-    let declared = specs.iter().map(|(name, dtype, shape)| Spec::new(&**name, *dtype, &**shape)).collect();
-    let mut writer = Writer::create(&out.join("model.safetensors"), declared)?;
-    for (name, dtype, shape) in specs {
-        done.after += (shape.iter().product::<usize>() * dtype.size()) as u64;
-        let linear = layers.get(&name);
+    let tensors = tensors(checkpoint, config)?;
+    let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
+    for tensor in &tensors {
+        let Tensor { name, dtype, .. } = tensor;
+        done.after += tensor.bytes();
+        let linear = layers.get(name);
         match linear.map(|linear| (linear, linear.base(), linear.adapter())) {
             Some((linear, base, Some(lora))) => {
-                let merged = merged_weight(backend, linear.path(), &base, lora, dtype)?;
-                writer.write_view(&name, backend, merged.view())?;
+                let merged = merged_weight(backend, linear.path(), &base, lora, *dtype)?;
+                writer.write_view(name, backend, merged.view())?;
                 done.layers += 1;
             }
             Some((_, Base::Quantized(weight), None)) => {
-                let mut dense = backend.alloc(dtype, weight.elements())?;
+                let mut dense = backend.alloc(*dtype, weight.elements())?;
                 backend.dequantize_4bit(&weight, dense.view_mut())?;
-                writer.write_view(&name, backend, dense.view())?;
+                writer.write_view(name, backend, dense.view())?;
             }
-            _ => writer.copy(&name, checkpoint)?,
+            _ => {
+                write_dense(&mut writer, backend, checkpoint, tensor)?;
+            }
         }
     }
     writer.finish()?;
@@ -174,8 +163,63 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
     Ok(done)
 }
 
-fn expect_float(checkpoint: &Checkpoint, name: &str, shape: &[usize]) -> Result<DType> {
-    Ok(checkpoint.expect(name, &[DType::F32, DType::Bf16, DType::F16], shape)?)
+/// A tensor of the dense model that a checkpoint stands for.
+struct Tensor {
+    name: String,
+    shape: Vec<usize>,
+    dtype: DType,
+    /// [outputs, inputs] of a linear layer that the config knows.
+    linear: Option<[usize; 2]>,
+}
+
+impl Tensor {
+    fn spec(&self) -> Spec {
+        Spec::new(&*self.name, self.dtype, &*self.shape)
+    }
+
+    fn bytes(&self) -> u64 {
+        (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
+    }
+}
+
+/// The config's tensors, then what else the file holds.
+fn tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Tensor>> {
+    let (mut tensors, mut known) = (Vec::new(), BTreeSet::new());
+    for (name, shape) in config.tensors() {
+        let dtype = match quantized::state(checkpoint, &name)? {
+            Some(state) => state.dtype,
+            None => checkpoint.expect(&name, &[DType::F32, DType::Bf16, DType::F16], &shape)?,
+        };
+        let linear = ModelConfig::is_linear(&name).then(|| [shape[0], shape[1]]);
+        known.insert(name.clone());
+        tensors.push(Tensor { name, shape, dtype, linear });
+    }
+    for name in quantized::names(checkpoint)?.into_iter().filter(|name| !known.contains(*name)) {
+        let (shape, dtype) = match quantized::state(checkpoint, name)? {
+            Some(state) => (state.shape.to_vec(), state.dtype),
+            None => (checkpoint.info(name)?.shape.clone(), checkpoint.dtype(name)?),
+        };
+        tensors.push(Tensor { name: name.into(), shape, dtype, linear: None });
+    }
+    Ok(tensors)
+}
+
+/// Write a tensor as the dense values that it stands for; the bytes that it took where it was in 4 bits.
+fn write_dense(
+    writer: &mut Writer,
+    backend: &dyn Backend,
+    checkpoint: &Checkpoint,
+    tensor: &Tensor,
+) -> Result<Option<u64>> {
+    let Some(loaded) = quantized::load(checkpoint, &tensor.name, backend)? else {
+        writer.copy(&tensor.name, checkpoint)?;
+        return Ok(None);
+    };
+    expect_shape(checkpoint, &tensor.name, &loaded.weight, &tensor.shape)?;
+    let mut dense = backend.alloc(tensor.dtype, loaded.weight.elements())?;
+    backend.dequantize_4bit(&loaded.weight, dense.view_mut())?;
+    writer.write_view(&tensor.name, backend, dense.view())?;
+    Ok(Some(loaded.weight.bytes() as u64))
 }
 
 fn expect_shape(checkpoint: &Checkpoint, name: &str, weight: &Quantized, shape: &[usize]) -> Result<()> {

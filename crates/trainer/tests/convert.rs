@@ -1,6 +1,6 @@
 //! Conversions hold one tensor at a time, from one file or from shards, and write the same bytes.
 
-use rankfold_backend::{DType, Format};
+use rankfold_backend::{Backend, DType, Format, Quantized};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer, quantized};
 use rankfold_trainer::convert;
@@ -78,6 +78,120 @@ fn shards_quantise_to_the_bytes_of_one_file() {
         fs::read(four.join("model.safetensors")).unwrap()
     });
     assert!(written[0] == written[1] && written[0] == written[2]);
+}
+
+type Extra<'a> = (&'a str, DType, Vec<usize>, Vec<u8>);
+
+/// The tensors of a checkpoint and some more, in another file.
+fn extended(from: &Checkpoint, extras: &[Extra], folder: &Path) -> Checkpoint {
+    fs::create_dir_all(folder).unwrap();
+    let mut specs: Vec<_> = extras.iter().map(|(name, dtype, shape, _)| Spec::new(*name, *dtype, &**shape)).collect();
+    specs.extend(from.names().map(|n| Spec::new(n, from.dtype(n).unwrap(), &*from.get(n).unwrap().shape)));
+    let mut writer = Writer::create(&folder.join("model.safetensors"), specs).unwrap();
+    for (name, _, _, bytes) in extras {
+        writer.write(name, bytes).unwrap();
+    }
+    for name in from.names() {
+        writer.copy(name, from).unwrap();
+    }
+    writer.finish().unwrap();
+    Checkpoint::open(folder).unwrap()
+}
+
+/// Tables of old files, heads of other tasks; a name like a linear layer's does not make a layer of a vector.
+#[test]
+fn tensors_that_the_config_does_not_know_go_along_unchanged() {
+    let place = tempfile::tempdir().unwrap();
+    let [dense, more, four, back] = ["dense", "more", "four", "back"].map(|name| place.path().join(name));
+    for folder in [&dense, &four, &back] {
+        fs::create_dir(folder).unwrap();
+    }
+    let extras: [Extra; 3] = [
+        ("rotary.inv_freq", DType::F64, vec![2], bytemuck::cast_slice(&[1.0f64, 0.5]).to_vec()),
+        ("score.scale", DType::I64, vec![], 7i64.to_le_bytes().to_vec()),
+        ("model.layers.12.mlp.up_proj.weight", DType::U8, vec![3], vec![1, 2, 3]),
+    ];
+    let backend = CpuBackend::new(Some(1));
+    let whole = extended(&model(&dense, 1), &extras, &more);
+    convert::quantize(&backend, &whole, &config(), HOW, &four).unwrap();
+    let four = Checkpoint::open(&four).unwrap();
+    convert::dequantize(&backend, &four, &config(), &back).unwrap();
+    for checkpoint in [&four, &Checkpoint::open(&back).unwrap()] {
+        for (name, dtype, shape, bytes) in &extras {
+            checkpoint.expect(name, &[*dtype], shape).unwrap();
+            let mut found = vec![0; bytes.len()];
+            checkpoint.read_into(name, &mut found).unwrap();
+            assert_eq!(found, *bytes, "{name}");
+        }
+    }
+    assert!(Checkpoint::open(&back).unwrap().names().eq(whole.names()));
+}
+
+#[test]
+fn parts_of_a_4_bit_weight_without_it_are_refused_by_name() {
+    let place = tempfile::tempdir().unwrap();
+    let [dense, more, four, out] = ["dense", "more", "four", "out"].map(|name| place.path().join(name));
+    for folder in [&dense, &four, &out] {
+        fs::create_dir(folder).unwrap();
+    }
+    let backend = CpuBackend::new(Some(1));
+    let whole = model(&dense, 1);
+    convert::quantize(&backend, &whole, &config(), HOW, &four).unwrap();
+    let four = Checkpoint::open(&four).unwrap();
+    let orphans = ["x.absmax", "x.quant_map", "x.nested_absmax", "x.nested_quant_map", "x.quant_state.other__nf4"];
+    for name in orphans.into_iter().chain(["model.norm.weight.absmax"]) {
+        let extra = (name, DType::U8, vec![1], vec![0]);
+        let checkpoint = extended(&whole, std::slice::from_ref(&extra), &more);
+        let error = convert::quantize(&backend, &checkpoint, &config(), HOW, &out).unwrap_err().to_string();
+        assert!(error.contains(&format!("'{name}' stands beside it")), "{error}");
+        let checkpoint = extended(&four, &[extra], &more);
+        let error = convert::dequantize(&backend, &checkpoint, &config(), &out).unwrap_err().to_string();
+        assert!(error.contains(&format!("'{name}' stands beside it")), "{error}");
+    }
+}
+
+/// 40 of 256 blocks are zeros, the others bf16's largest number, as in the test of `Quantized::quantize`.
+#[test]
+fn what_would_not_be_finite_is_not_written() {
+    let place = tempfile::tempdir().unwrap();
+    let [dense, more, four, out] = ["dense", "more", "four", "out"].map(|name| place.path().join(name));
+    for folder in [&dense, &more, &four, &out] {
+        fs::create_dir(folder).unwrap();
+    }
+    const NAME: &str = "model.layers.0.self_attn.q_proj.weight";
+    let whole = model(&dense, 1);
+    let mut values = vec![f32::from_bits(0x7f7f_0000); 128 * 128];
+    values[..40 * 64].fill(0.0);
+    let replace = |weight: &dyn Fn(&mut Writer), sides: Vec<Spec>| {
+        let others: Vec<_> = whole.names().filter(|n| *n != NAME).collect();
+        let spec = |n: &&str| Spec::new(*n, DType::F32, &*whole.get(n).unwrap().shape);
+        let specs = others.iter().map(spec).chain(sides).collect();
+        let mut writer = Writer::create(&more.join("model.safetensors"), specs).unwrap();
+        weight(&mut writer);
+        others.iter().for_each(|name| writer.copy(name, &whole).unwrap());
+        writer.finish().unwrap();
+        Checkpoint::open(&more).unwrap()
+    };
+    let backend = CpuBackend::new(Some(1));
+    let huge = replace(
+        &|writer| writer.write(NAME, bytemuck::cast_slice(&values)).unwrap(),
+        vec![Spec::new(NAME, DType::F32, [128, 128])],
+    );
+    let error = convert::quantize(&backend, &huge, &config(), HOW, &four).unwrap_err().to_string();
+    assert!(error.contains(&format!("'{NAME}': block 40: its double-quantised scale decodes to inf")), "{error}");
+    let plain = Quantization { double: false, ..HOW };
+    convert::quantize(&backend, &huge, &config(), plain, &four).unwrap();
+
+    // Finite scales, but of a weight that says it was f16.
+    let dense = (&backend as &dyn Backend).upload(&values).unwrap();
+    let weight = Quantized::quantize(&backend, dense.view(), [128, 128], Format::Nf4, 64, false).unwrap();
+    let wide = replace(
+        &|writer| quantized::write(writer, NAME, &backend, &weight, DType::F16).unwrap(),
+        quantized::specs(NAME, [128, 128], Format::Nf4, 64, false),
+    );
+    let error = convert::dequantize(&backend, &wide, &config(), &out).unwrap_err().to_string();
+    assert!(error.contains(&format!("'{NAME}': element 2560 is NaN or infinite")), "{error}");
+    assert!(!out.join("model.safetensors").exists());
 }
 
 #[test]

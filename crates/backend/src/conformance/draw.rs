@@ -3,7 +3,7 @@
 //! Shapes are proptest strategies, so that a failing case shrinks to a small one; values are expanded from one seed
 //! of the case, since shrinking ten thousand numbers shows nothing.
 
-use crate::philox;
+use crate::{DType, philox};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -106,6 +106,22 @@ impl Draw {
     /// `n` powers of two from 1/4 to 4, of both signs: a product with them is exact in every float type.
     pub fn powers_of_two(&mut self, n: usize) -> Vec<f32> {
         (0..n).map(|_| self.sign() * 2f32.powi(self.below(5) as i32 - 2)).collect()
+    }
+
+    /// `n` numbers of a float type, any finite bit pattern of it as likely as another.
+    pub fn finite(&mut self, dtype: DType, n: usize) -> Vec<f32> {
+        let mut one = || loop {
+            let bits = self.word();
+            let value = match dtype {
+                DType::F16 => f16::from_bits(bits as u16).to_f32(),
+                DType::Bf16 => bf16::from_bits(bits as u16).to_f32(),
+                _ => f32::from_bits(bits),
+            };
+            if value.is_finite() {
+                return value;
+            }
+        };
+        (0..n).map(|_| one()).collect()
     }
 
     /// 1 or −1.

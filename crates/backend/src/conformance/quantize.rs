@@ -1,6 +1,6 @@
 //! Quantisation, in 4 and in 8 bits: equal to the bit, both ways.
 
-use super::draw::Draw;
+use super::draw::{Draw, abs};
 use super::harness::*;
 use crate::{Backend, DType, DynamicMap, Format, NESTED_BLOCK, Quantized, Scales};
 use half::{bf16, f16};
@@ -43,13 +43,14 @@ fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
-/// Blocks of every kind that is hard: an outlier, all zero, tiny, huge, an absmax whose reciprocal overflows, and
-/// values at, one ulp above and one ulp below each `threshold`, under an absmax that is a power of two.
-fn draw_blocks(draw: &mut Draw, len: usize, block: usize, thresholds: &[f32]) -> Vec<f32> {
-    let mut values = draw.normal(len, 0.02);
-    for block in values.chunks_mut(block) {
+/// Blocks of every kind that is hard: an outlier, all zero, tiny, huge, an absmax whose reciprocal overflows or (above
+/// 2¹²⁶) is denormal, elements of every size beside each other, any finite bits of the type; and values at, one ulp
+/// above and one ulp below each `threshold`, under an absmax that is a power of two.
+fn draw_blocks(draw: &mut Draw, case: &Case, thresholds: &[f32]) -> Vec<f32> {
+    let mut values = draw.normal(case.len, 0.02);
+    for block in values.chunks_mut(case.block) {
         let outlier = draw.below(block.len());
-        match draw.below(8) {
+        match draw.below(12) {
             0 => block.fill(0.0),
             1 => block.fill(-0.0),
             2 => block[outlier] = 30.0 * draw.sign(),
@@ -57,25 +58,39 @@ fn draw_blocks(draw: &mut Draw, len: usize, block: usize, thresholds: &[f32]) ->
             4 => block.iter_mut().for_each(|x| *x *= 1e38),
             5 => block.iter_mut().for_each(|x| *x *= 1e-37),
             6 => {
-                let absmax = 2f32.powi(draw.below(9) as i32 - 4);
+                let exponents = [draw.below(9) as i32 - 4, 127, 126, -126];
+                let absmax = 2f32.powi(exponents[draw.below(exponents.len())]);
                 for x in &mut *block {
                     let threshold = thresholds[draw.below(thresholds.len())];
                     *x = absmax * [threshold, threshold.next_up(), threshold.next_down()][draw.below(3)];
                 }
                 block[outlier] = absmax * draw.sign();
             }
+            7 => {
+                // The largest finite number, or one of [2¹²⁶, 2¹²⁸); the others are smaller by up to 2⁻²⁰.
+                let (spread, any) = (draw.below(21), f32::from_bits((253 << 23) + draw.below(2 << 23) as u32));
+                let absmax = if draw.once_in(2) { f32::MAX } else { any };
+                for x in &mut *block {
+                    let part = 1.0 - draw.below(1 << 23) as f32 * 2f32.powi(-23);
+                    *x = absmax * part * draw.sign() * 2f32.powi(-(draw.below(spread + 1) as i32));
+                }
+                block[outlier] = absmax * draw.sign();
+            }
+            8 => block.iter_mut().for_each(|x| *x *= 2f32.powi(-(draw.below(140) as i32))),
+            9 => block.copy_from_slice(&draw.finite(case.dtype, block.len())),
             _ => {}
         }
     }
     values
 }
 
-/// Values in one of the three types that weights come in.
+/// Values in one of the three types that weights come in: what is finite stays so.
 pub(super) fn put(desk: &Desk, dtype: DType, w: &[f32]) -> TestCaseResult<Placed> {
+    // Huge blocks overflow the halves: they become as large as those go.
+    let clamped = |max: f32| w.iter().map(move |&w| if w.is_finite() { w.clamp(-max, max) } else { w });
     Ok(match dtype {
-        // Huge blocks overflow f16: they become as large as it goes.
-        DType::F16 => desk.put(&w.iter().map(|&w| f16::from_f32(w.clamp(-65_504.0, 65_504.0))).collect::<Vec<_>>())?,
-        DType::Bf16 => desk.put(&w.iter().map(|&w| bf16::from_f32(w)).collect::<Vec<_>>())?,
+        DType::F16 => desk.put(&clamped(f16::MAX.to_f32()).map(f16::from_f32).collect::<Vec<_>>())?,
+        DType::Bf16 => desk.put(&clamped(bf16::MAX.to_f32()).map(bf16::from_f32).collect::<Vec<_>>())?,
         _ => desk.put(w)?,
     })
 }
@@ -92,7 +107,7 @@ pub fn quantize_4bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     }
     check(256, &cases(), |case| {
         let thresholds = case.format.thresholds();
-        let w = draw_blocks(&mut Draw::new(case.seed), case.len, case.block, &thresholds.between);
+        let w = draw_blocks(&mut Draw::new(case.seed), &case, &thresholds.between);
         let (codes, absmax) = twice(|| call(candidate, &case, &w))?;
         let (expected_codes, expected_absmax) = call(oracle, &case, &w)?;
         same("absmax", &absmax, &expected_absmax)?;
@@ -136,7 +151,8 @@ pub fn dequantize_4bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict
             let offset = 0.05 + 0.01 * draw.gauss() as f32;
             (draw.normal(blocks.div_ceil(NESTED_BLOCK), 0.3), Some((draw.bytes(blocks), offset)))
         } else {
-            (draw.normal(blocks, 0.05).iter().map(|absmax| absmax.abs()).collect(), None)
+            let absmax = if draw.once_in(2) { draw.normal(blocks, 0.05) } else { draw.finite(DType::F32, blocks) };
+            (abs(&absmax), None)
         };
         let stored = Stored { codes, absmax, nested };
         let found = twice(|| Ok(vec![call(candidate, &case, &stored)?]))?;
@@ -160,8 +176,11 @@ pub fn quantize_scales(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict
     let lens = select(vec![0, 1, 2, 3, 31, 64, 255, 256, 257, 511, 512, 1000, 4097]);
     check(128, &(lens, any::<u64>()), |(len, seed)| {
         let mut draw = Draw::new(seed);
-        let scale = [1.0, 1e-20, 1e20][draw.below(3)];
-        let absmax: Vec<f32> = draw.normal(len, 0.1).iter().map(|absmax| absmax.abs() * scale).collect();
+        let absmax = match draw.below(4) {
+            0 => draw.finite(DType::F32, len),
+            size => draw.normal(len, [0.1, 1e-21, 1e19][size - 1]),
+        };
+        let absmax = abs(&absmax);
         let (codes, scales) = twice(|| call(candidate, seed, &absmax))?;
         let (expected_codes, expected_scales) = call(oracle, seed, &absmax)?;
         same("the nested scales, then the offset,", &scales, &expected_scales)?;
@@ -184,8 +203,9 @@ pub fn quantize_8bit(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         Ok((desk.take(&codes)?, desk.take(&absmax)?))
     }
     check(256, &(maps(), cases()), |(map, case)| {
+        let case = Case { dtype: DType::F32, ..case };
         let midpoints: Vec<f32> = map.values().windows(2).map(|pair| (pair[0] + pair[1]) * 0.5).collect();
-        let mut x = draw_blocks(&mut Draw::new(case.seed), case.len, case.block, &midpoints);
+        let mut x = draw_blocks(&mut Draw::new(case.seed), &case, &midpoints);
         if map == DynamicMap::Unsigned {
             x.iter_mut().for_each(|x| *x = x.abs());
         }

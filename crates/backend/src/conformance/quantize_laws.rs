@@ -4,7 +4,9 @@
 //! format's values and u = 2⁻²⁴, the relative error of a rounding.
 //!
 //! **Plain scales.** The reciprocal and the product round v by 2u, the threshold is off by u/2 at most, and ŵ rounds
-//! once: |ŵ − w| ≤ a·(G + 3.5u) ≤ a·(G + 2⁻²²), for 2⁻¹²⁶ ≤ a ≤ 2¹²⁶, where 1/a and a's roundings are relative.
+//! once, by u·a at most where it is denormal too: |ŵ − w| ≤ a·(G + 3.5u) ≤ a·(G + 2⁻²²), for 2⁻¹²⁶ ≤ a ≤ 2¹²⁶. Above,
+//! up to the largest f32, 1/a is denormal: it rounds by 2⁻¹⁵⁰, which is up to 4u of itself, and the bound is
+//! a·(G + 6.5u) ≤ a·(G + 2⁻²¹). Below 2⁻¹²⁶ see [`denormal`].
 //!
 //! **Double quantisation** replaces a by a' = map\[c\]·n + m: m the mean of the scales, n the largest |a − m| of 256.
 //! With g the most that a number in \[−1, 1\] is from its map value ([`DynamicMap::worst_error`]),
@@ -16,18 +18,24 @@
 //!
 //!   |ŵ' − w| ≤ a·(G + 2⁻²²) + |q|·Δ,
 //!
-//! 5u·n + u·|m| of the 8u of Δ being used by the first, and 2u by the last.
+//! 5u·n + u·|m| of the 8u of Δ being used by the first, and 2u by the last. Above 2¹²⁶ the quotients by a and by n round
+//! by 3u more, and both powers of two double. This wants n = 0 or n ≥ 2⁻¹²⁶: so it is where a = 0 or a ≥ 2⁻¹⁰² in every
+//! block, scales then differing by 2⁻¹²⁵ or not at all (a smaller n has its reciprocal cut at 10³⁸: |a' − a| ≤ n is all
+//! that is left). And a' must not overflow, which is an error ([`Error::Scale`]): a·(1 + g) plus roundings is an f32
+//! where a ≤ 0.99·2¹²⁸, g being below 0.0071.
 
 use super::draw::Draw;
 use super::harness::*;
 use super::quantize::{lengths, put};
 use crate::{Backend, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Scales};
-use half::f16;
 use proptest::prelude::*;
 use proptest::sample::select;
+use std::ops::RangeInclusive;
 
-/// The least scale whose reciprocal and products round relatively.
-const LEAST: f32 = f32::MIN_POSITIVE;
+/// The scales for which the bound holds, and [`idempotent`], which is of plain ones.
+fn range(double: bool) -> RangeInclusive<f32> {
+    if double { 2f32.powi(-102)..=0.99 * f32::MAX } else { f32::MIN_POSITIVE..=f32::MAX }
+}
 
 #[derive(Clone, Copy, Debug)]
 struct Case {
@@ -63,7 +71,30 @@ fn draw_weights(case: &Case) -> Vec<f32> {
 }
 
 fn scaled(w: &[f32], exponent: i32) -> Vec<f32> {
-    w.iter().map(|w| w * 2f32.powi(exponent)).collect()
+    // In f64, since 2 to the power may not be an f32 where the product is.
+    w.iter().map(|w| (f64::from(*w) * 2f64.powi(exponent)) as f32).collect()
+}
+
+/// Of every size that f32 has, and often at the ends.
+fn wide_cases() -> impl Strategy<Value = Case> {
+    let exponents = prop_oneof![2 => -138..=128, 1 => -138..=-96, 1 => 112..=128];
+    (cases(&Format::ALL), exponents).prop_map(|(case, exponent)| Case { exponent, ..case })
+}
+
+/// `draw_weights`, each block zero or with an absmax in `range`, of which the ends are met.
+fn draw_weights_in(range: RangeInclusive<f32>, case: &Case) -> Vec<f32> {
+    let mut w = draw_weights(case);
+    for block in w.chunks_mut(case.block) {
+        let absmax = absmaxes(block, case.block)[0];
+        let largest = block.iter().position(|w| w.abs() == absmax).expect("a block of the absmax");
+        if absmax < range.start() / 1024.0 {
+            block.fill(0.0);
+        } else if absmax < *range.start() {
+            block[largest] = range.start().copysign(block[largest]);
+        }
+        block.iter_mut().for_each(|w| *w = w.clamp(-range.end(), *range.end()));
+    }
+    w
 }
 
 /// A weight's parts on the host.
@@ -106,15 +137,17 @@ fn absmaxes(w: &[f32], block: usize) -> Vec<f32> {
 
 /// Both bounds above, for every element.
 pub fn worst_case(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
-    check(128, &cases(&Format::ALL), |case| {
-        let w = draw_weights(&case);
+    check(256, &wide_cases(), |case| {
+        let w = draw_weights_in(range(case.double), &case);
         let (made, exact) = (make(candidate, &case, &w)?, absmaxes(&w, case.block));
-        let gap = f64::from(case.format.worst_error()) + 2f64.powi(-22);
+        let doubled = |divisor: f32| if divisor > 2f32.powi(126) { 2.0 } else { 1.0 };
+        let gap = |a: f32| f64::from(case.format.worst_error()) + doubled(a) * 2f64.powi(-22);
         let moved = |b: usize| match &made.nested {
             None => 0.0,
             Some((_, nested, mean)) => {
+                let rounding = doubled(nested[b / NESTED_BLOCK]) * 2f64.powi(-21);
                 let n = f64::from(nested[b / NESTED_BLOCK]);
-                n * f64::from(DynamicMap::Signed.worst_error()) + (n + f64::from(mean.abs())) * 2f64.powi(-21)
+                n * f64::from(DynamicMap::Signed.worst_error()) + (n + f64::from(mean.abs())) * rounding
             }
         };
         for (b, (a, found)) in exact.iter().zip(&made.absmax).enumerate() {
@@ -124,7 +157,7 @@ pub fn worst_case(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
         for (i, (w, back)) in w.iter().zip(&made.back).enumerate() {
             let b = i / case.block;
             let value = f64::from(case.format.values()[usize::from(made.codes[i])].abs());
-            let bound = f64::from(exact[b]) * gap + value * moved(b);
+            let bound = f64::from(exact[b]) * gap(exact[b]) + value * moved(b);
             let error = (f64::from(*w) - f64::from(*back)).abs();
             prop_assert!(error <= bound, "{w} came back as {back}, absmax {}, bound {bound}", exact[b]);
         }
@@ -151,17 +184,13 @@ pub fn nearest(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
 }
 
 /// Quantising what was decoded gives the same values, scales and codes (FP4's code 8, which decodes to 0, becomes 0's
-/// own), for every absmax from 2⁻¹²⁶ on: the largest of a block has a value of ±1, so it decodes to ±absmax itself;
-/// and q·a·(1/a) is within 4 roundings of q, which is half a gap from the next threshold.
+/// own), for every absmax from 2⁻¹²⁶ to the largest f32: the largest of a block has a value of ±1, so it decodes to
+/// ±absmax itself; and q·a·(1/a) is within 6u of q (1/a rounds by 4u at most, the products by u each), which is half a
+/// gap from the next threshold.
 pub fn idempotent(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
-    check(128, &(cases(&Format::ALL), -122..=115), |(case, exponent)| {
-        let case = Case { double: false, exponent, ..case };
-        let mut w = draw_weights(&case);
-        for block in w.chunks_mut(case.block) {
-            if absmaxes(block, case.block)[0] < LEAST {
-                block.fill(0.0);
-            }
-        }
+    check(128, &wide_cases(), |case| {
+        let case = Case { double: false, ..case };
+        let w = draw_weights_in(range(false), &case);
         let once = make(candidate, &case, &w)?;
         let twice = make(candidate, &case, &once.back)?;
         same("absmax", &twice.absmax, &once.absmax)?;
@@ -270,11 +299,7 @@ pub fn not_finite(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
             w[place] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][draw.below(3)];
         }
         let desk = Desk::new(candidate, seed);
-        // `put` would make a finite f16 of an infinity.
-        let placed = match dtype {
-            DType::F16 => desk.put(&w.iter().map(|&w| f16::from_f32(w)).collect::<Vec<_>>())?,
-            _ => put(&desk, dtype, &w)?,
-        };
+        let placed = put(&desk, dtype, &w)?;
         let answer = Quantized::quantize(candidate, placed.view(), [1, len], Format::Nf4, 64, false);
         let first = places[0].min(places[1]);
         let names_it = matches!(answer, Err(Error::NonFinite { index, .. }) if index == first);

@@ -1,6 +1,6 @@
 //! Sixteen lanes of AVX-512.
 
-use super::Simd;
+use super::{Avx2, Simd};
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW, DQ, VL.
@@ -113,14 +113,14 @@ unsafe impl Simd for Avx512 {
     unsafe fn sum(a: __m512) -> f32 {
         unsafe {
             let eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
-            super::Avx2::sum(eight)
+            Avx2::sum(eight)
         }
     }
     #[inline(always)]
     unsafe fn max_lane(a: __m512) -> f32 {
         unsafe {
             let eight = _mm256_max_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a));
-            super::Avx2::max_lane(eight)
+            Avx2::max_lane(eight)
         }
     }
     #[inline(always)]
@@ -151,6 +151,15 @@ unsafe impl Simd for Avx512 {
             // In each 64-bit lane the low byte becomes first · 16 + second.
             let bytes = _mm512_or_si512(_mm512_slli_epi64::<4>(codes), _mm512_srli_epi64::<32>(codes));
             _mm_storel_epi64(p.cast(), _mm512_cvtepi64_epi8(bytes));
+        }
+    }
+    #[inline(always)]
+    unsafe fn encode_many(thresholds: __m512, codes: __m512, v: [__m512; 4], p: *mut u8) {
+        unsafe {
+            // AVX2's search, which keeps what it finds in vectors, is faster than one through mask registers.
+            let halves = |v| (_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let ((a, b), (c, d)) = (halves(v[0]), halves(v[1]));
+            Avx2::encode_many(halves(thresholds), halves(codes), [a, b, c, d], p);
         }
     }
     #[inline(always)]

@@ -1,5 +1,6 @@
 //! `rankfold doctor`: what the machine can do, measured.
 
+use crate::device::check_threads;
 use crate::error::Result;
 use crate::show::{bytes, say};
 use clap::Args;
@@ -24,11 +25,12 @@ const EDGE: usize = 1024;
 
 impl Doctor {
     pub fn run(self) -> Result<()> {
+        check_threads(self.threads)?;
         let backend = CpuBackend::new(self.threads);
         let known: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
         say!("instruction set   {} (this machine has: {})", backend.isa(), known.join(", "))?;
         say!("threads           {}", backend.threads())?;
-        if let Some(memory) = total_memory() {
+        if let Some(memory) = crate::memory::of_the_machine() {
             say!("memory            {}", bytes(memory))?;
         }
         let buffer = |value| (&backend as &dyn Backend).filled(DType::F32, ELEMENTS, value);
@@ -58,11 +60,4 @@ fn best(mut f: impl FnMut() -> rankfold_backend::Result<()>) -> Result<f64> {
         best = best.min(begun.elapsed().as_secs_f64());
     }
     Ok(best)
-}
-
-/// The machine's memory in bytes, where the system tells.
-fn total_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }

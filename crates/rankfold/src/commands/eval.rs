@@ -1,6 +1,7 @@
 //! `rankfold eval`: the loss and perplexity of data.
 
 use crate::builtin::sources;
+use crate::check::count;
 use crate::error::{Error, Result};
 use crate::open::ModelArgs;
 use crate::show::say;
@@ -30,6 +31,8 @@ pub struct Eval {
 
 impl Eval {
     pub fn run(self) -> Result<()> {
+        count("seq", Some(self.seq))?;
+        count("batch", Some(self.batch))?;
         let folder = self.model.folder()?;
         let model = self.model.load(&folder)?;
         let compute = self.model.compute();

@@ -1,7 +1,7 @@
 //! `rankfold inspect`: what a file or folder holds.
 
 use crate::error::{Error, Result};
-use crate::show::{bytes, count, say};
+use crate::show::{bytes, count, printable, say};
 use clap::Args;
 use rankfold_adapters::{AdapterFolder, LoraSpec};
 use rankfold_files::{Checkpoint, quantized};
@@ -52,7 +52,7 @@ impl Inspect {
                 Ok(_) => String::new(),
                 Err(error) => return Err(Error::Files(error)),
             };
-            say!("{dtype:>5} {:>20}  {name}{note}", format!("{:?}", info.shape))?;
+            say!("{dtype:>5} {:>20}  {}{note}", format!("{:?}", info.shape), printable(name))?;
             tensors += 1;
             total += info.bytes as u64;
         }

@@ -1,4 +1,4 @@
-//! `rankfold quantize`: a model's linear layers in 4 bits, as bitsandbytes stores them.
+//! `rankfold quantize`: a model's linear layers in 4 bits, in bitsandbytes' layout.
 
 use crate::error::Result;
 use crate::open::{BUILTIN, Folder};
@@ -10,7 +10,7 @@ use rankfold_trainer::convert;
 use rankfold_trainer::model::Quantization;
 use std::path::PathBuf;
 
-/// Write a model with its linear layers in 4 bits: a checkpoint that transformers and bitsandbytes load.
+/// Write a model with its linear layers in 4 bits: in nf4 or fp4 a checkpoint that transformers and bitsandbytes load.
 #[derive(Debug, Args)]
 pub struct Quantize {
     /// `builtin`, or the folder of a Hugging Face model.
@@ -19,7 +19,7 @@ pub struct Quantize {
     /// The folder to write: new or empty.
     #[arg(long)]
     out: PathBuf,
-    /// The 4-bit format (int4 is Rankfold's own).
+    /// The 4-bit format; int4 is Rankfold's own: transformers and bitsandbytes load nf4 and fp4 alone.
     #[arg(long, value_enum, default_value = "nf4")]
     format: Format,
     /// Weights that share a scale: a power of two from 32 to 4096.

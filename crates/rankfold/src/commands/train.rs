@@ -24,7 +24,7 @@ use std::time::Instant;
 
 /// Finetune a model. With no options: the built-in model on the built-in text, by QLoRA.
 #[derive(Debug, Args)]
-#[command(args_override_self = true)]
+#[command(args_override_self = true, allow_negative_numbers = true)]
 pub struct Train {
     /// A TOML file of these options; flags win over it.
     #[arg(long, value_name = "run.toml")]
@@ -95,7 +95,7 @@ impl Job {
         let precision = precision(options, &folder)?;
         let mut model = folder.load(backend, precision)?;
         let adapter = attach(options, &folder, &mut model)?;
-        describe(options, &folder, precision, &model, &batches);
+        describe(options, &folder, precision, &model, &batches)?;
         Ok(Self { model, folder, tokenizer, adapter, batches, held_out })
     }
 
@@ -156,8 +156,9 @@ impl Job {
             Some(_) => (
                 "adapter",
                 format!(
-                    "rankfold generate --model {} --adapter {} --prompt …",
+                    "rankfold generate --model {}{} --adapter {} --prompt …",
                     options.model.as_deref().unwrap_or_default(),
+                    folder.flags(options),
                     out.display()
                 ),
             ),
@@ -221,7 +222,9 @@ fn attach(options: &Options, folder: &Folder, model: &mut Model) -> Result<Optio
 }
 
 /// Say what will be done, before it is.
-fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) {
+///
+/// Errors: more memory than the machine has.
+fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) -> Result<()> {
     let adapted: Vec<_> = model.linears().filter_map(|linear| Some((linear, linear.adapter()?))).collect();
     let trained: usize = model.parameters().iter().map(|n| n.parameter.shape().elements()).sum();
     let total = folder.config.parameters() + adapted.iter().map(|(_, lora)| lora.elements()).sum::<usize>();
@@ -255,5 +258,7 @@ fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Mo
     }
     let lr = options.lr.unwrap_or_default();
     eprintln!("{} steps at a rate of {lr:e} at most", options.steps.unwrap_or_default());
-    eprintln!("memory: {}", Memory::estimate(options, model, batches.tokens(), trained));
+    let memory = Memory::estimate(options, model, batches.tokens(), trained);
+    eprintln!("memory: {memory}");
+    memory.check()
 }

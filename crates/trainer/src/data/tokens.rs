@@ -24,6 +24,7 @@ pub fn read(path: &Path, vocab: usize) -> Result<Batch> {
     if rows == 0 || seq < 2 {
         return Err(Error::file(path, format!("'ids' has shape {shape:?}, expected [N, T] with T at least 2")));
     }
+    file.expect("ids", &[DType::I64], &shape)?;
     file.expect("labels", &[DType::I64], &shape)?;
     let (ids, labels) = (file.read::<i64>("ids")?, file.read::<i64>("labels")?);
     let known = |i: usize, id: i64| match u32::try_from(id) {
