@@ -93,6 +93,9 @@ pub(super) trait Elements<S: Simd> {
     /// The machine has S; the elements exist; `first` is a multiple of LANES in a row for which `whole` holds.
     unsafe fn within(&self, first: usize, factor: S::V) -> S::V;
 
+    /// Elements in a cache line.
+    fn line() -> usize;
+
     /// Ask for the cache lines of `n` elements that need not exist.
     ///
     /// # Safety
@@ -126,8 +129,12 @@ impl<S: Simd, T: Float> Elements<S> for *const T {
         unsafe { T::load::<S>(self.add(first)) }
     }
     #[inline(always)]
+    fn line() -> usize {
+        LINE / size_of::<T>()
+    }
+    #[inline(always)]
     unsafe fn prefetch(&self, first: usize, n: usize) {
-        for i in (first..first + n).step_by(LINE / size_of::<T>()) {
+        for i in (first..first + n).step_by(<Self as Elements<S>>::line()) {
             // SAFETY: the caller's.
             unsafe { S::prefetch(self.wrapping_add(i).cast()) }
         }
@@ -268,9 +275,12 @@ unsafe fn by_tiles<S: Simd, E: Elements<S>>(
                     for k in (k..k + run).step_by(S::LANES) {
                         let mut tile = [S::splat(0.0); MAX_LANES];
                         let tile = &mut tile[..S::LANES];
+                        let ahead = k.is_multiple_of(E::line());
                         for (i, (v, factor)) in tile.iter_mut().zip(factors).enumerate() {
                             *v = elements.within((first + i) * stride + k, factor);
-                            elements.prefetch((first + S::LANES + i) * stride + k, 1);
+                            if ahead {
+                                elements.prefetch((first + S::LANES + i) * stride + k, 1);
+                            }
                         }
                         S::transpose(tile);
                         let out = out.add((k - ks.start) * 2 * S::LANES);

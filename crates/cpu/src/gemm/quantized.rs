@@ -63,8 +63,13 @@ impl<S: Simd> Elements<S> for Decoder<'_, S> {
     }
 
     #[inline(always)]
+    fn line() -> usize {
+        2 * LINE
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(&self, first: usize, n: usize) {
-        for i in (first..first + n).step_by(2 * LINE) {
+        for i in (first..first + n).step_by(Self::line()) {
             // SAFETY: the caller's.
             unsafe { S::prefetch(self.data.codes.as_ptr().wrapping_add(i / 2)) }
         }
