@@ -222,16 +222,17 @@ fn what_cannot_be_audited_is_refused_by_name() {
         Options::new(&[Format::Nf4], &[64], 1, Selection::Linear(BTreeSet::from(["b.weight".into()]))).unwrap();
     assert!(rankfold_audit::audit(&backend(), &nan, "", &options, &mut |_, _, _| ()).is_err());
 
-    // Scales of f32's largest number beside zeros: the mean is half of it, the deviations as large, and their sum may
-    // round beyond. Either every figure is a number or the audit says why not.
-    let mut huge = vec![0.0; 64 * 32];
-    huge[..32 * 32].fill(f32::MAX);
-    let huge = write(&at("huge.safetensors"), &[("a", DType::F32, &[64, 32], bytes(&huge))]);
-    match run(&huge, &Format::ALL, &[32], 1) {
-        Ok(report) => assert!(report.certified()),
-        Err(Error::Kernel { source: rankfold_backend::Error::Scale { .. }, .. }) => (),
-        Err(error) => panic!("{error}"),
-    }
+    // Half of the scales f32's largest number, the others 0: every figure is still a number. With 40 zeros of 256 a
+    // scale overflows when it is quantised (the arithmetic is at `reference`'s test of it).
+    let mut huge = vec![0.0; 256 * 32];
+    huge[128 * 32..].fill(f32::MAX);
+    let half = write(&at("half.safetensors"), &[("a", DType::F32, &[256, 32], bytes(&huge))]);
+    assert!(run(&half, &Format::ALL, &[32], 1).unwrap().certified());
+    huge[40 * 32..].fill(f32::MAX);
+    let most = write(&at("most.safetensors"), &[("a", DType::F32, &[256, 32], bytes(&huge))]);
+    let error = run(&most, &[Format::Nf4], &[32], 1).unwrap_err();
+    let source = rankfold_backend::Error::Scale { block: 40, value: f32::INFINITY };
+    assert!(matches!(&error, Error::Kernel { source: found, .. } if *found == source), "{error}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use crate::builtin;
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
 use crate::options::{Options, Quantize};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
 use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
@@ -85,11 +85,10 @@ impl Folder {
     /// The flags of [`Folder::precision`] that the commands which use a run's adapter need, where they differ from what
     /// these take by themselves.
     pub fn flags(&self, options: &Options) -> String {
-        let by_itself = if self.builtin { Quantize::Nf4 } else { Quantize::None };
-        let quantize = options.quantize.unwrap_or(by_itself);
+        let quantize = options.quantize.unwrap_or(Quantize::of(self.builtin));
         let mut flags = String::new();
-        if quantize != by_itself {
-            flags += &format!(" --quantize {}", quantize.name());
+        if let Some(value) = quantize.to_possible_value().filter(|_| quantize != Quantize::of(self.builtin)) {
+            flags += &format!(" --quantize {}", value.get_name());
         }
         if quantize != Quantize::None {
             if options.double_quant.is_some_and(|double| double != self.builtin) {
@@ -115,7 +114,7 @@ impl Folder {
         block: Option<usize>,
         double: Option<bool>,
     ) -> Result<Precision> {
-        let quantize = quantize.unwrap_or(if self.builtin { Quantize::Nf4 } else { Quantize::None });
+        let quantize = quantize.unwrap_or(Quantize::of(self.builtin));
         let (block, double) = (block.unwrap_or(BLOCK), double.unwrap_or(self.builtin));
         check_block(block)?;
         if quantize == Quantize::None && double && !self.builtin {
@@ -198,11 +197,11 @@ pub fn attach_fresh(model: &mut Model, config: &AdapterConfig, seed: u64) -> Res
 }
 
 fn warn_of(attached: &Attached) {
-    let mut wasteful = attached.modules.iter().filter(|module| module.is_wasteful);
-    if let Some(first) = wasteful.next() {
-        let (path, rank, others) = (&first.path, first.spec.rank, wasteful.count());
+    let wasteful: Vec<_> = attached.modules.iter().filter(|module| module.is_wasteful).collect();
+    if let [first, ..] = wasteful.as_slice() {
+        let (path, rank, count) = (&first.path, first.spec.rank, wasteful.len());
         tracing::warn!(
-            "{path} and {others} more: rank {rank} is above the smaller side of the matrix: legal, and wasteful"
+            "{path}: rank {rank} is above the smaller side of its matrix: legal, and wasteful; {count} such"
         );
     }
     for unused in &attached.unused {

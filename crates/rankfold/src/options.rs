@@ -37,14 +37,9 @@ pub enum Quantize {
 }
 
 impl Quantize {
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Nf4 => "nf4",
-            Self::Fp4 => "fp4",
-            Self::Int4 => "int4",
-            Self::None => "none",
-        }
+    /// What the frozen layers of a model are in if nobody says.
+    pub fn of(builtin: bool) -> Self {
+        if builtin { Self::Nf4 } else { Self::None }
     }
 
     /// The format, which `none` is not.
@@ -271,7 +266,7 @@ impl Options {
         let steps = self.steps.unwrap_or(200);
         let rank = self.rank.unwrap_or(16);
         Self {
-            quantize: Some(if builtin && !full { Quantize::Nf4 } else { Quantize::None }),
+            quantize: Some(Quantize::of(builtin && !full)),
             double_quant: Some(builtin && !full),
             block: Some(BLOCK),
             method: self.init_adapter.is_none().then_some(Method::Lora),

@@ -118,9 +118,9 @@ pub(crate) fn attention_grad(
     let queries = queries(p, kernel, starts)?;
     let (q, k, v) = (kernel.floats("q", q)?, kernel.floats("k", k)?, kernel.floats("v", v)?);
     let (out, lse, dout) = (kernel.floats("out", out)?, kernel.floats("lse", lse)?, kernel.floats("dout", dout)?);
-    let dq = grads.dq.as_mut().map(|dq| kernel.floats_mut("dq", dq)).transpose()?;
-    let dk = grads.dk.as_mut().map(|dk| kernel.floats_mut("dk", dk)).transpose()?;
-    let dv = grads.dv.as_mut().map(|dv| kernel.floats_mut("dv", dv)).transpose()?;
+    let dq = kernel.some_mut("dq", &mut grads.dq)?;
+    let dk = kernel.some_mut("dk", &mut grads.dk)?;
+    let dv = kernel.some_mut("dv", &mut grads.dv)?;
 
     let scale = f64::from(p.scale);
     let mut grad_q = vec![0.0; p.query_elements()];

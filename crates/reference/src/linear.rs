@@ -12,7 +12,7 @@
 
 use crate::dropout::dropped;
 use crate::matmul::product;
-use crate::operands::{FloatsMut, Kernel};
+use crate::operands::Kernel;
 use crate::quantize4;
 use rankfold_backend::params::{Dropout, Layout, Linear, LinearGrads, LowRank, Weight};
 use rankfold_backend::{Result, View, ViewMut};
@@ -202,12 +202,12 @@ pub(crate) fn linear_grad_weight(
     p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
     let (x, dy, w) = (kernel.floats("x", x)?, kernel.floats("dy", dy)?, weight(kernel, w)?);
     let update = low_rank.map(|l| Update::read(kernel, l)).transpose()?;
-    let grad_w = ready(kernel, "d weight", &mut grads.weight)?;
-    let grad_bias = ready(kernel, "d bias", &mut grads.bias)?;
-    let grad_a = ready(kernel, "d a", &mut grads.a)?;
-    let grad_b = ready(kernel, "d b", &mut grads.b)?;
-    let grad_e = ready(kernel, "d per_rank", &mut grads.per_rank)?;
-    let grad_g = ready(kernel, "d row_scale", &mut grads.row_scale)?;
+    let grad_w = kernel.some_mut("d weight", &mut grads.weight)?;
+    let grad_bias = kernel.some_mut("d bias", &mut grads.bias)?;
+    let grad_a = kernel.some_mut("d a", &mut grads.a)?;
+    let grad_b = kernel.some_mut("d b", &mut grads.b)?;
+    let grad_e = kernel.some_mut("d per_rank", &mut grads.per_rank)?;
+    let grad_g = kernel.some_mut("d row_scale", &mut grads.row_scale)?;
 
     if let Some(mut out) = grad_w {
         out.add(product(p.compute, Layout::Tn, [p.outputs, p.inputs, p.tokens], &dy, &x));
@@ -239,11 +239,6 @@ pub(crate) fn linear_grad_weight(
         out.add(column_sums(p.outputs, &dy, &z));
     }
     Ok(())
-}
-
-/// An output that may not be asked for.
-fn ready<'a>(kernel: Kernel, tensor: &'static str, grad: &'a mut Option<ViewMut<'_>>) -> Result<Option<FloatsMut<'a>>> {
-    grad.as_mut().map(|grad| kernel.floats_mut(tensor, grad)).transpose()
 }
 
 #[cfg(test)]

@@ -64,6 +64,15 @@ impl Kernel {
         })
     }
 
+    /// [`Kernel::floats_mut`] of an output that may not be asked for.
+    pub(crate) fn some_mut<'a>(
+        self,
+        tensor: &'static str,
+        out: &'a mut Option<ViewMut<'_>>,
+    ) -> Result<Option<FloatsMut<'a>>> {
+        out.as_mut().map(|out| self.floats_mut(tensor, out)).transpose()
+    }
+
     /// That `x` is not of a type that the kernel serves.
     pub(crate) fn dtype_error(self, tensor: &'static str, expected: &'static str, x: View) -> Error {
         Error::DType { kernel: self.0, tensor, expected, found: x.dtype() }

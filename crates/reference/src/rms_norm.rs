@@ -47,8 +47,8 @@ pub(crate) fn rms_norm_grad(
     p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
     let (x, gain) = (kernel.floats("x", x)?, kernel.floats("gain", gain)?);
     let (inv_rms, dy) = (kernel.floats("inv_rms", inv_rms)?, kernel.floats("dy", dy)?);
-    let dx = dx.as_mut().map(|dx| kernel.floats_mut("dx", dx)).transpose()?;
-    let dgain = dgain.as_mut().map(|dgain| kernel.floats_mut("dgain", dgain)).transpose()?;
+    let dx = kernel.some_mut("dx", &mut dx)?;
+    let dgain = kernel.some_mut("dgain", &mut dgain)?;
 
     let mut grad_x = Vec::with_capacity(x.len());
     let mut grad_gain = vec![0.0; p.width];

@@ -36,8 +36,8 @@ pub(crate) fn silu_mul_grad(
     expect_some(kernel.0, "dup", dup.as_ref().map(ViewMut::len), len)?;
     let (gate, up) = (kernel.floats("gate", gate)?, kernel.floats("up", up)?);
     let dout = kernel.floats("dout", dout)?;
-    let dgate = dgate.as_mut().map(|dgate| kernel.floats_mut("dgate", dgate)).transpose()?;
-    let dup = dup.as_mut().map(|dup| kernel.floats_mut("dup", dup)).transpose()?;
+    let dgate = kernel.some_mut("dgate", &mut dgate)?;
+    let dup = kernel.some_mut("dup", &mut dup)?;
     if let Some(mut dgate) = dgate {
         dgate.store((0..len).map(|i| {
             let sigma = sigmoid(gate[i]);

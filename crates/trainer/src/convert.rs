@@ -149,9 +149,7 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
                 done.layers += 1;
             }
             Some((_, Base::Quantized(weight), None)) => {
-                let mut dense = backend.alloc(*dtype, weight.elements())?;
-                backend.dequantize_4bit(&weight, dense.view_mut())?;
-                writer.write_view(name, backend, dense.view())?;
+                write_decoded(&mut writer, backend, tensor, &weight)?;
             }
             _ => {
                 write_dense(&mut writer, backend, checkpoint, tensor)?;
@@ -216,10 +214,15 @@ fn write_dense(
         return Ok(None);
     };
     expect_shape(checkpoint, &tensor.name, &loaded.weight, &tensor.shape)?;
-    let mut dense = backend.alloc(tensor.dtype, loaded.weight.elements())?;
-    backend.dequantize_4bit(&loaded.weight, dense.view_mut())?;
-    writer.write_view(&tensor.name, backend, dense.view())?;
+    write_decoded(writer, backend, tensor, &loaded.weight)?;
     Ok(Some(loaded.weight.bytes() as u64))
+}
+
+/// Write the dense values of a 4-bit weight.
+fn write_decoded(writer: &mut Writer, backend: &dyn Backend, tensor: &Tensor, weight: &Quantized) -> Result<()> {
+    let mut dense = backend.alloc(tensor.dtype, weight.elements())?;
+    backend.dequantize_4bit(weight, dense.view_mut())?;
+    Ok(writer.write_view(&tensor.name, backend, dense.view())?)
 }
 
 fn expect_shape(checkpoint: &Checkpoint, name: &str, weight: &Quantized, shape: &[usize]) -> Result<()> {

@@ -1,5 +1,6 @@
 //! `rankfold audit`: what each 4-bit format would do to a model's weights.
 
+use crate::device::check_threads;
 use crate::error::{Error, Result};
 use crate::open::{BUILTIN, Folder};
 use crate::show::{count, say};
@@ -38,9 +39,7 @@ pub struct Audit {
 
 impl Audit {
     pub fn run(self) -> Result<()> {
-        if self.threads == Some(0) {
-            return Err(Error::Usage("--threads 0: expected at least 1".into()));
-        }
+        check_threads(self.threads)?;
         let backend = CpuBackend::new(self.threads);
         let is_file = self.model != BUILTIN && Path::new(&self.model).is_file();
         let (file, folder);

@@ -1,13 +1,12 @@
 //! `rankfold doctor`: what the machine can do, measured.
 
-use crate::device::check_threads;
+use crate::device::{Device, check_threads};
 use crate::error::Result;
 use crate::show::{bytes, say};
 use clap::Args;
 use rankfold_backend::params::{Layout, MatMul};
 use rankfold_backend::{Backend, Compute, DType};
 use rankfold_cpu::CpuBackend;
-use rankfold_cpu::simd::Isa;
 use std::time::Instant;
 
 /// Measure the machine's read, write and f32 rates, and name the instruction set chosen.
@@ -27,7 +26,7 @@ impl Doctor {
     pub fn run(self) -> Result<()> {
         check_threads(self.threads)?;
         let backend = CpuBackend::new(self.threads);
-        let known: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
+        let known = Device::Cpu.instruction_sets();
         say!("instruction set   {} (this machine has: {})", backend.isa(), known.join(", "))?;
         say!("threads           {}", backend.threads())?;
         if let Some(memory) = crate::memory::of_the_machine() {
