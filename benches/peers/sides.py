@@ -4,6 +4,7 @@ drifts treats both alike; of each kernel the best time of all rounds.
 import argparse, glob, json, os, subprocess, sys, time
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
+TARGET = os.environ.get("CARGO_TARGET_DIR", os.path.join(ROOT, "target"))
 
 
 class Stopwatch:
@@ -27,7 +28,7 @@ def ours(bench):
     begun = time.time()
     subprocess.run(["cargo", "bench", "-p", "rankfold-cpu", "--bench", bench, "--", *options], check=True, cwd=ROOT, capture_output=True)
     best = {}
-    for path in glob.glob(os.path.join(ROOT, "target/criterion/*/*/new/sample.json")):
+    for path in glob.glob(os.path.join(TARGET, "criterion/*/*/new/sample.json")):
         if os.path.getmtime(path) < begun:
             continue  # another bench's, or a kernel that is no more
         with open(os.path.join(os.path.dirname(path), "benchmark.json")) as file:
