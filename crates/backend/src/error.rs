@@ -42,6 +42,9 @@ pub enum Error {
     /// What this backend does not do.
     #[error("the {backend} backend does not serve {what}")]
     Unsupported { backend: &'static str, what: &'static str },
+    /// A device that failed, or a kernel on it.
+    #[error("{backend}: {what}")]
+    Device { backend: &'static str, what: String },
     /// Memory that could not be had.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory { bytes: usize },

@@ -5,6 +5,7 @@ use clap::{Args, ValueEnum};
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
 use rankfold_cpu::simd::Isa;
+use rankfold_cuda::CudaBackend;
 use rankfold_reference::ReferenceBackend;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -16,6 +17,10 @@ pub enum Device {
     /// SIMD and threads.
     #[default]
     Cpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+    /// The GPU's kernels, run in fibres on the host: slow, for audit.
+    CudaHost,
     /// The oracle: scalar, f64 sums, very slow.
     Reference,
 }
@@ -25,7 +30,7 @@ impl Device {
     pub fn instruction_sets(self) -> Vec<String> {
         match self {
             Self::Cpu => Isa::available().iter().map(ToString::to_string).collect(),
-            Self::Reference => Vec::new(),
+            Self::Cuda | Self::CudaHost | Self::Reference => Vec::new(),
         }
     }
 }
@@ -37,12 +42,15 @@ pub enum ComputeType {
     /// Products of f32 values.
     #[default]
     F32,
+    /// Products of values rounded to bf16, summed in f32.
+    Bf16,
 }
 
 impl From<ComputeType> for Compute {
     fn from(compute: ComputeType) -> Self {
         match compute {
             ComputeType::F32 => Self::F32,
+            ComputeType::Bf16 => Self::Bf16,
         }
     }
 }
@@ -73,14 +81,22 @@ impl DeviceArgs {
             let expected = if there.is_empty() { "none" } else { &there };
             Error::Usage(format!("isa {isa}, which this device lacks: expected {expected}"))
         };
-        Ok(match (self.device, self.isa.as_deref()) {
-            (Device::Cpu, None) => Arc::new(CpuBackend::new(self.threads)),
-            (Device::Cpu, Some(name)) => {
-                let isa = Isa::named(name).ok_or_else(|| missing(name))?;
-                Arc::new(CpuBackend::with_isa(isa, self.threads))
+        if let (Some(name), true) = (self.isa.as_deref(), self.device != Device::Cpu) {
+            return Err(missing(name));
+        }
+        if (self.device, self.compute) == (Device::Cpu, ComputeType::Bf16) {
+            return Err(Error::Usage("--compute bf16 on the cpu: expected f32".into()));
+        }
+        Ok(match self.device {
+            Device::Cpu => {
+                let isa = self.isa.as_deref().map(|name| Isa::named(name).ok_or_else(|| missing(name))).transpose()?;
+                Arc::new(
+                    isa.map_or_else(|| CpuBackend::new(self.threads), |isa| CpuBackend::with_isa(isa, self.threads)),
+                )
             }
-            (Device::Reference, None) => Arc::new(ReferenceBackend::new()),
-            (Device::Reference, Some(name)) => return Err(missing(name)),
+            Device::Cuda => Arc::new(CudaBackend::on_gpu()?),
+            Device::CudaHost => Arc::new(CudaBackend::on_host(self.threads)?),
+            Device::Reference => Arc::new(ReferenceBackend::new()),
         })
     }
 }

@@ -21,6 +21,8 @@ pub enum Error {
     #[error(transparent)]
     Kernel(#[from] rankfold_backend::Error),
     #[error(transparent)]
+    Cuda(#[from] rankfold_cuda::Error),
+    #[error(transparent)]
     Files(#[from] rankfold_files::Error),
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },

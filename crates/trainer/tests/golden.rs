@@ -8,6 +8,7 @@ use rankfold_adapters::{AdapterFolder, Forward, attach_folder};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
+use rankfold_cuda::CudaBackend;
 use rankfold_files::Checkpoint;
 use rankfold_reference::ReferenceBackend;
 use rankfold_trainer::data::{Batch, tokens};
@@ -33,6 +34,18 @@ fn golden() -> PathBuf {
 
 fn cpu() -> Arc<dyn Backend> {
     Arc::new(CpuBackend::new(None))
+}
+
+/// Every backend that trains: the CPU, the CUDA kernels on the host, and on a GPU where there is one.
+fn backends() -> Vec<Arc<dyn Backend>> {
+    let mut all = vec![cpu()];
+    for cuda in [CudaBackend::on_host(None), CudaBackend::on_gpu()] {
+        match cuda {
+            Ok(backend) => all.push(Arc::new(backend)),
+            Err(missing) => eprintln!("skipped: {missing}"),
+        }
+    }
+    all
 }
 
 fn load(backend: &Arc<dyn Backend>, folder: &Path, precision: Precision) -> Model {
@@ -93,7 +106,8 @@ fn assert_gradients(model: &Model, vectors: &Checkpoint, key: impl Fn(&str) -> S
 
 #[test]
 fn golden_base_logits_and_loss() {
-    for backend in [cpu(), Arc::new(ReferenceBackend::new())] {
+    let reference: Arc<dyn Backend> = Arc::new(ReferenceBackend::new());
+    for backend in backends().into_iter().chain([reference]) {
         let model = load(&backend, &golden().join("tiny-llama"), Precision::AsStored);
         assert_logits_and_loss(&model, &golden().join("tiny-llama-io.safetensors"), LOGITS, true);
     }
@@ -101,19 +115,26 @@ fn golden_base_logits_and_loss() {
 
 #[test]
 fn golden_gradient_of_every_weight() {
-    let model = load(&cpu(), &golden().join("tiny-llama"), Precision::Trained);
-    let vectors = Checkpoint::open(&golden().join("tiny-llama-io.safetensors")).unwrap();
-    let trained = model.parameters().len();
-    assert_eq!(trained, vectors.names().filter(|name| name.starts_with("grad.")).count());
-    assert_gradients(&model, &vectors, |name| format!("grad.{name}"));
+    for backend in backends() {
+        let model = load(&backend, &golden().join("tiny-llama"), Precision::Trained);
+        let vectors = Checkpoint::open(&golden().join("tiny-llama-io.safetensors")).unwrap();
+        let trained = model.parameters().len();
+        assert_eq!(trained, vectors.names().filter(|name| name.starts_with("grad.")).count());
+        assert_gradients(&model, &vectors, |name| format!("grad.{name}"));
+    }
 }
 
-/// Step-0 gradients, the loss before every step, and the logits at the end, of one of the folders.
+/// One of the folders on every backend.
 fn follow(case: &str) {
+    backends().into_iter().for_each(|backend| follow_on(backend, case));
+}
+
+/// Step-0 gradients, the loss before every step, and the logits at the end.
+fn follow_on(backend: Arc<dyn Backend>, case: &str) {
     let folder = golden().join(case);
     let quantised = folder.join("checkpoint");
     let base = if quantised.exists() { quantised.clone() } else { golden().join("tiny-llama") };
-    let backend = cpu();
+    let name = backend.name();
     let mut model = load(&backend, &base, Precision::AsStored);
     if quantised.exists() {
         assert_logits_and_loss(&model, &folder.join("base_io.safetensors"), LOGITS, true);
@@ -137,7 +158,7 @@ fn follow(case: &str) {
         let pending = gradients(&model, &mut batches, &recipe, &optimizer, t + 1).unwrap();
         let loss = pending.apply(&recipe, &mut optimizer).unwrap().loss;
         let off = (loss - expected.as_f64().unwrap()).abs();
-        assert!(off < LOSS_AND_GRADIENTS, "{case}: the loss before step {} is off by {off:e}", t + 1);
+        assert!(off < LOSS_AND_GRADIENTS, "{case} on {name}: the loss before step {} is off by {off:e}", t + 1);
     }
     assert_eq!(trajectory["losses"].as_array().unwrap().len(), steps);
     assert_logits_and_loss(&model, &folder.join("final_io.safetensors"), TRAINED_LOGITS, false);

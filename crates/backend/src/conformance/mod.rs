@@ -32,7 +32,15 @@ pub mod quantize_normal;
 pub mod rms_norm;
 pub mod rope;
 
-pub use harness::Verdict;
+pub use harness::{Verdict, few_cases};
+
+use crate::Backend;
+
+/// A law: what a candidate does, judged by an oracle.
+pub type Law = fn(&dyn Backend, &dyn Backend) -> Verdict;
+
+/// Every law by its test's name, for tests that run them in ways of their own.
+pub const LAWS: &[(&str, Law)] = crate::conformance!(@each list []);
 
 /// One `#[test]` a law, for the backend that `candidate` makes (anew for each), judged by the one that `oracle`
 /// makes. A `twin` is judged too, and has to give the candidate's own bits: the same backend with another number of
@@ -48,7 +56,10 @@ pub use harness::Verdict;
 #[macro_export]
 macro_rules! conformance {
     (candidate: $candidate:expr, oracle: $oracle:expr $(, twin: $twin:expr)? $(,)?) => {
-        $crate::conformance! { @tests $candidate, $oracle, [$($twin)?];
+        $crate::conformance! { @each tests [$candidate, $oracle, [$($twin)?]] }
+    };
+    (@each $arm:ident $arguments:tt) => {
+        $crate::conformance! { @$arm $arguments;
             bytes_survive_a_round_trip => memory::round_trip,
             host_bytes_are_the_buffers_own => memory::host_bytes,
             fill_agrees => memory::fill,
@@ -72,6 +83,7 @@ macro_rules! conformance {
             linear_bf16_forward_agrees => linear::forward_bf16,
             linear_bf16_input_gradient_agrees => linear::grad_input_bf16,
             linear_bf16_weight_gradients_agree => linear::grad_weight_bf16,
+            linear_bf16_of_large_matrices_agrees => linear::large_bf16,
             quantize_4bit_equals_to_the_bit => quantize::quantize_4bit,
             dequantize_4bit_equals_to_the_bit => quantize::dequantize_4bit,
             quantize_scales_equals_to_the_bit => quantize::quantize_scales,
@@ -108,7 +120,10 @@ macro_rules! conformance {
             products_that_wrap_around_are_errors => errors::products,
         }
     };
-    (@tests $candidate:expr, $oracle:expr, $twin:tt; $($test:ident => $family:ident::$law:ident,)*) => {
+    (@list []; $($test:ident => $family:ident::$law:ident,)*) => {
+        &[$((stringify!($test), $crate::conformance::$family::$law as $crate::conformance::Law),)*]
+    };
+    (@tests [$candidate:expr, $oracle:expr, $twin:tt]; $($test:ident => $family:ident::$law:ident,)*) => {
         $(
             #[test]
             fn $test() {

@@ -7,6 +7,7 @@ use clap::Args;
 use rankfold_backend::params::{Layout, MatMul};
 use rankfold_backend::{Backend, Compute, DType};
 use rankfold_cpu::CpuBackend;
+use rankfold_cuda::CudaBackend;
 use std::time::Instant;
 
 /// Measure the machine's read, write and f32 rates, and name the instruction set chosen.
@@ -31,6 +32,10 @@ impl Doctor {
         say!("threads           {}", backend.threads())?;
         if let Some(memory) = crate::memory::of_the_machine() {
             say!("memory            {}", bytes(memory))?;
+        }
+        match CudaBackend::on_gpu() {
+            Ok(gpu) => say!("gpu               {}", gpu.driver().name())?,
+            Err(missing) => say!("gpu               none: {missing}")?,
         }
         let buffer = |value| (&backend as &dyn Backend).filled(DType::F32, ELEMENTS, value);
         let mut x = buffer(1.0)?;

@@ -5,7 +5,7 @@
 //! are rounded, and rounding may then part them by a step of bf16 ([`rounded_spread`]): what that makes of the
 //! outputs is added to the bound, element by element.
 
-use super::case::{Case, Data, Storage, cases};
+use super::case::{Case, Data, Storage, cases, large_cases};
 use super::mass::{absolute, mass};
 use super::run::{Held, Kernel, call};
 use super::{OUTSIDE, chains};
@@ -29,14 +29,30 @@ pub fn grad_weight_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdic
     judge(candidate, oracle, Kernel::GradWeight)
 }
 
+/// All three on sizes beyond one block of any blocking.
+pub fn large_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    unserved(candidate).unwrap_or_else(|| {
+        check(12, &large_cases(Compute::Bf16), |case| {
+            [Kernel::Forward, Kernel::GradInput, Kernel::GradWeight]
+                .into_iter()
+                .try_for_each(|kernel| law(candidate, oracle, kernel, &case))
+        })
+    })
+}
+
 fn judge(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel) -> Verdict {
+    unserved(candidate)
+        .unwrap_or_else(|| check(256, &cases(Compute::Bf16), |case| law(candidate, oracle, kernel, &case)))
+}
+
+/// Why nothing is judged, where the candidate has no bf16 products.
+fn unserved(candidate: &dyn Backend) -> Option<Verdict> {
     let trial = || {
         let p = Linear { tokens: 1, inputs: 1, outputs: 1, compute: Compute::Bf16 };
         let [x, w, mut y] = [candidate.upload(&[1f32])?, candidate.upload(&[1f32])?, candidate.upload(&[1f32])?];
         candidate.linear(&p, x.view(), &Weight::Dense(w.view()), None, None, y.view_mut())
     };
     unsupported(trial())
-        .unwrap_or_else(|| check(256, &cases(Compute::Bf16), |case| law(candidate, oracle, kernel, &case)))
 }
 
 fn law(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel, case: &Case) -> TestCaseResult {

@@ -101,18 +101,23 @@ fn with_dims(dims: impl Strategy<Value = (usize, usize, usize)>, compute: Comput
     )
 }
 
-/// Few tokens and many, ragged rows and blocks.
+/// Few tokens and many; ragged rows and blocks, and, once in three, rows of whole vectors, which fused kernels ask for.
 pub fn cases(compute: Compute) -> impl Strategy<Value = Case> {
-    with_dims((size_or_zero(65), size(129), size(97)), compute)
+    let whole = (
+        select(vec![1, 2, 3, 4, 5, 15, 16, 17, 64, 65]),
+        select(vec![32, 64, 96, 128, 160]),
+        select(vec![1, 8, 16, 40, 64, 65, 72, 96]),
+    );
+    with_dims(prop_oneof![2 => (size_or_zero(65), size(129), size(97)), 1 => whole], compute)
 }
 
 /// Sizes beyond one block of any blocking.
-pub fn large_cases() -> impl Strategy<Value = Case> {
+pub fn large_cases(compute: Compute) -> impl Strategy<Value = Case> {
     let dims = prop_oneof![
         (select(vec![1, 4, 129]), select(vec![513, 768]), select(vec![255, 384])),
         (Just(257), select(vec![129, 192]), select(vec![193, 256])),
     ];
-    with_dims(dims, Compute::F32)
+    with_dims(dims, compute)
 }
 
 /// The weight as the candidate gets it.

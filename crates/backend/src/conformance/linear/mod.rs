@@ -9,7 +9,7 @@ mod case;
 mod mass;
 mod run;
 
-pub use bf16::{forward_bf16, grad_input_bf16, grad_weight_bf16};
+pub use bf16::{forward_bf16, grad_input_bf16, grad_weight_bf16, large_bf16};
 
 use super::bound::gamma;
 use super::harness::*;
@@ -79,7 +79,7 @@ pub fn grad_weight(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
 
 /// All three on sizes beyond one block of any blocking.
 pub fn large(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(16, &large_cases(), |case| {
+    check(16, &large_cases(Compute::F32), |case| {
         [Kernel::Forward, Kernel::GradInput, Kernel::GradWeight]
             .into_iter()
             .try_for_each(|kernel| law(candidate, oracle, kernel, &case))

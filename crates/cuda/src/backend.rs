@@ -1,0 +1,269 @@
+//! The backend: each kernel of the contract is the function of the same name in its operation's file.
+
+use crate::call::Call;
+use crate::memory::DeviceMemory;
+use crate::tables::Tables;
+use crate::{Argument, Crossover, Driver, NAME, ops};
+use rankfold_backend::params::*;
+use rankfold_backend::{
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, Quantized, Result, View, ViewMut,
+};
+use std::sync::Arc;
+
+/// Bytes of the counters of a launch.
+const COUNTERS: usize = 12;
+
+/// The kernels of `kernels/` on a driver.
+#[derive(Debug)]
+pub struct CudaBackend {
+    pub(crate) driver: Arc<dyn Driver>,
+    pub(crate) tables: Tables,
+    /// `struct Counters` of `kernels/between_blocks.cuh`, between launches all 0.
+    counters: DeviceMemory,
+    pub(crate) crossover: Crossover,
+}
+
+impl CudaBackend {
+    /// On a driver of any kind.
+    pub fn new(driver: impl Driver + 'static) -> crate::Result<Self> {
+        let driver: Arc<dyn Driver> = Arc::new(driver);
+        let counters = DeviceMemory::new(&driver, COUNTERS)?;
+        driver.upload(&[0; COUNTERS], counters.address())?;
+        Ok(Self { tables: Tables::new(&driver)?, counters, crossover: Crossover::default(), driver })
+    }
+
+    /// On the first GPU of this machine.
+    pub fn on_gpu() -> crate::Result<Self> {
+        Self::new(crate::gpu::GpuDriver::open()?)
+    }
+
+    /// On the host, with a block at a time on each of `threads` OS threads (all cores where `None`).
+    pub fn on_host(threads: Option<usize>) -> crate::Result<Self> {
+        #[cfg(host_kernels)]
+        return Self::new(crate::host::HostDriver::new(crate::host::Options { threads, ..Default::default() })?);
+        #[cfg(not(host_kernels))]
+        {
+            let _ = threads;
+            let why = "the kernels were built without their host driver: no C++20 compiler was found";
+            Err(crate::Error::Missing(why.into()))
+        }
+    }
+
+    /// With other crossovers between the kernels of a product: for benches that look for them.
+    pub fn with_crossover(self, crossover: Crossover) -> Self {
+        Self { crossover, ..self }
+    }
+
+    /// The driver that it runs on.
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    /// Counters for a launch whose blocks hand work to each other.
+    pub(crate) fn counters(&self) -> Argument {
+        Argument::output(DType::U32, self.counters.address())
+    }
+
+    pub(crate) fn call(&self, kernel: &'static str) -> Call<'_> {
+        Call { on: self, kernel }
+    }
+}
+
+impl Backend for CudaBackend {
+    fn name(&self) -> String {
+        format!("{NAME} ({})", self.driver.name())
+    }
+
+    fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        if dtype == DType::F64 {
+            return Err(Error::Unsupported { backend: NAME, what: "f64" });
+        }
+        let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
+        Ok(Buffer::new(DeviceMemory::new(&self.driver, bytes)?, dtype, len))
+    }
+
+    fn write(&self, bytes: &[u8], out: ViewMut) -> Result<()> {
+        ops::elementwise::write(self, bytes, out)
+    }
+
+    fn read(&self, x: View, bytes: &mut [u8]) -> Result<()> {
+        ops::elementwise::read(self, x, bytes)
+    }
+
+    fn host_bytes_mut<'a>(&self, _: &'a mut Buffer) -> Option<&'a mut [u8]> {
+        None
+    }
+
+    fn fill(&self, value: f64, out: ViewMut) -> Result<()> {
+        ops::elementwise::fill(self, value, out)
+    }
+
+    fn copy(&self, x: View, out: ViewMut) -> Result<()> {
+        ops::elementwise::copy(self, x, out)
+    }
+
+    fn cast(&self, x: View, out: ViewMut) -> Result<()> {
+        ops::elementwise::cast(self, x, out)
+    }
+
+    fn scale_in_place(&self, factor: f64, x: ViewMut) -> Result<()> {
+        ops::elementwise::scale_in_place(self, factor, x)
+    }
+
+    fn add(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        ops::elementwise::add(self, a, b, out)
+    }
+
+    fn add_in_place(&self, x: View, out: ViewMut) -> Result<()> {
+        ops::elementwise::add_in_place(self, x, out)
+    }
+
+    fn sum_squares(&self, x: View) -> Result<f64> {
+        ops::elementwise::sum_squares(self, x)
+    }
+
+    fn dropout(&self, p: &Dropout, x: View, y: ViewMut) -> Result<()> {
+        ops::dropout::dropout(self, p, x, y)
+    }
+
+    fn matmul(&self, p: &MatMul, a: View, b: View, c: ViewMut) -> Result<()> {
+        ops::matmul::matmul(self, p, a, b, c)
+    }
+
+    fn quantize_4bit(&self, format: Format, block: usize, w: View, codes: ViewMut, absmax: ViewMut) -> Result<()> {
+        ops::quantize4::quantize_4bit(self, format, block, w, codes, absmax)
+    }
+
+    fn quantize_scales(&self, absmax: View, codes: ViewMut, nested: ViewMut) -> Result<f32> {
+        ops::quantize8::quantize_scales(self, absmax, codes, nested)
+    }
+
+    fn dequantize_4bit(&self, q: &Quantized, out: ViewMut) -> Result<()> {
+        ops::quantize4::dequantize_4bit(self, q, out)
+    }
+
+    fn quantize_8bit(&self, map: DynamicMap, block: usize, x: View, codes: ViewMut, absmax: ViewMut) -> Result<()> {
+        ops::quantize8::quantize_8bit(self, map, block, x, codes, absmax)
+    }
+
+    fn dequantize_8bit(&self, map: DynamicMap, block: usize, codes: View, absmax: View, out: ViewMut) -> Result<()> {
+        ops::quantize8::dequantize_8bit(self, map, block, codes, absmax, out)
+    }
+
+    fn linear(
+        &self,
+        p: &Linear,
+        x: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        bias: Option<View>,
+        y: ViewMut,
+    ) -> Result<()> {
+        ops::linear::linear(self, p, x, w, low_rank, bias, y)
+    }
+
+    fn linear_grad_input(
+        &self,
+        p: &Linear,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        accumulate: bool,
+        dx: ViewMut,
+    ) -> Result<()> {
+        ops::linear::linear_grad_input(self, p, dy, w, low_rank, accumulate, dx)
+    }
+
+    fn linear_grad_weight(
+        &self,
+        p: &Linear,
+        x: View,
+        dy: View,
+        w: &Weight,
+        low_rank: Option<&LowRank>,
+        grads: LinearGrads,
+    ) -> Result<()> {
+        ops::linear::linear_grad_weight(self, p, x, dy, w, low_rank, grads)
+    }
+
+    fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, y: ViewMut, inv_rms: ViewMut) -> Result<()> {
+        ops::rms_norm::rms_norm(self, p, x, gain, y, inv_rms)
+    }
+
+    fn rms_norm_grad(
+        &self,
+        p: &RmsNorm,
+        x: View,
+        gain: View,
+        inv_rms: View,
+        dy: View,
+        accumulate: bool,
+        dx: Option<ViewMut>,
+        dgain: Option<ViewMut>,
+    ) -> Result<()> {
+        ops::rms_norm::rms_norm_grad(self, p, x, gain, inv_rms, dy, accumulate, dx, dgain)
+    }
+
+    fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, y: ViewMut) -> Result<()> {
+        ops::rope::rope(self, p, x, positions, cos, sin, y)
+    }
+
+    fn attention(
+        &self,
+        p: &Attention,
+        q: View,
+        k: View,
+        v: View,
+        starts: Option<View>,
+        out: ViewMut,
+        lse: ViewMut,
+    ) -> Result<()> {
+        ops::attention::attention(self, p, q, k, v, starts, out, lse)
+    }
+
+    fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
+        ops::attention::attention_grad(self, p, saved, dout, grads)
+    }
+
+    fn silu_mul(&self, gate: View, up: View, out: ViewMut) -> Result<()> {
+        ops::silu_mul::silu_mul(self, gate, up, out)
+    }
+
+    fn silu_mul_grad(
+        &self,
+        gate: View,
+        up: View,
+        dout: View,
+        dgate: Option<ViewMut>,
+        dup: Option<ViewMut>,
+    ) -> Result<()> {
+        ops::silu_mul::silu_mul_grad(self, gate, up, dout, dgate, dup)
+    }
+
+    fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
+        ops::embedding::embedding(self, p, ids, table, rows)
+    }
+
+    fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, dtable: ViewMut) -> Result<()> {
+        ops::embedding::embedding_grad(self, p, ids, drows, dtable)
+    }
+
+    fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, losses: ViewMut) -> Result<()> {
+        ops::cross_entropy::cross_entropy(self, p, logits, labels, losses)
+    }
+
+    fn cross_entropy_grad_in_place(
+        &self,
+        p: &CrossEntropy,
+        scale: f64,
+        logits: ViewMut,
+        labels: View,
+        losses: ViewMut,
+    ) -> Result<()> {
+        ops::cross_entropy::cross_entropy_grad_in_place(self, p, scale, logits, labels, losses)
+    }
+
+    fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()> {
+        ops::adamw::adamw(self, p, grad, param, m, v)
+    }
+}

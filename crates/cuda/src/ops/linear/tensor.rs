@@ -1,0 +1,119 @@
+//! A 4-bit weight in bf16 on tensor cores: `kernels/linear_mma.cu`, the adapter's outer product a slice of its depth.
+
+use super::super::elementwise::cast_at;
+use super::super::quantize4;
+use super::parts::{Update, size};
+use crate::Argument;
+use crate::call::{Call, Grid};
+use rankfold_backend::params::{Compute, Linear};
+use rankfold_backend::{DType, Quantized, Result};
+
+/// Codes of a thread: rows of W are whole numbers of them.
+const RUN: usize = 32;
+/// Elements of a copy: rows of x are whole numbers of them.
+const CHUNK: usize = 8;
+const DEPTH: usize = 64;
+const STAGES: usize = 4;
+const PAD: usize = 8;
+
+/// Which way the weight is taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// x Wᵀ
+    Forward,
+    /// dz W
+    Backward,
+}
+
+/// A block's tile of the result, and the kernels that make it.
+struct Shape {
+    rows: usize,
+    columns: usize,
+    threads: usize,
+    forward: &'static str,
+    backward: &'static str,
+}
+
+const SHAPES: [Shape; 3] = [
+    Shape { rows: 16, columns: 64, threads: 128, forward: "linear_mma_16", backward: "linear_grad_mma_16" },
+    Shape { rows: 64, columns: 64, threads: 128, forward: "linear_mma_64", backward: "linear_grad_mma_64" },
+    Shape { rows: 128, columns: 128, threads: 256, forward: "linear_mma_128", backward: "linear_grad_mma_128" },
+];
+
+impl Shape {
+    /// The least that holds all tokens, else the widest.
+    fn of(tokens: usize) -> &'static Self {
+        SHAPES.iter().find(|shape| tokens <= shape.rows).unwrap_or(&SHAPES[SHAPES.len() - 1])
+    }
+
+    /// Bytes of `struct Memory`.
+    fn shared(&self, way: Way) -> usize {
+        let w = match way {
+            Way::Forward => self.columns * (DEPTH + PAD),
+            Way::Backward => DEPTH * (self.columns + PAD),
+        };
+        let x = self.rows * (DEPTH + PAD);
+        (STAGES * x + 2 * w) * 2 + STAGES * self.threads * 16 + 16 * size_of::<f32>()
+    }
+}
+
+/// Whether a product is one of these.
+pub(super) fn serves(call: Call, p: &Linear, way: Way) -> bool {
+    let depth = if way == Way::Forward { p.inputs } else { p.outputs };
+    p.compute == Compute::Bf16
+        && (1..=call.on.crossover.tensor).contains(&p.tokens)
+        && p.inputs.is_multiple_of(RUN)
+        && depth.is_multiple_of(CHUNK)
+        && p.inputs > 0
+        && p.outputs > 0
+}
+
+/// What is added to the base: (scale·inner) · outer, inner [tokens, rank], outer B or A; and around the sum.
+#[derive(Clone, Copy)]
+pub(super) struct Beside {
+    pub(super) inner: Argument,
+    pub(super) outer: Argument,
+    pub(super) rank: usize,
+    pub(super) scale: f32,
+    pub(super) factors: Argument,
+    pub(super) bias: Argument,
+    pub(super) accumulate: bool,
+}
+
+impl Beside {
+    /// Nothing, in place of what is there or added to it.
+    pub(super) fn nothing(accumulate: bool) -> Self {
+        let none = Argument::input(DType::F32, 0);
+        Self { inner: none, outer: none, rank: 0, scale: 0.0, factors: none, bias: none, accumulate }
+    }
+
+    /// An update's outer product behind `inner`, u forward and v backward.
+    pub(super) fn update(self, l: &Update, way: Way, inner: Argument) -> Self {
+        let outer = if way == Way::Forward { l.b } else { l.a };
+        Self { inner, outer, rank: l.rank, scale: l.scale, ..self }
+    }
+}
+
+/// out = x Wᵀ or x W, of f32 rounded to bf16, and what is beside it.
+pub(super) fn product(
+    call: Call,
+    p: &Linear,
+    way: Way,
+    x: u64,
+    w: &Quantized,
+    beside: Beside,
+    out: Argument,
+) -> Result<()> {
+    let (depth, columns) = if way == Way::Forward { (p.inputs, p.outputs) } else { (p.outputs, p.inputs) };
+    let rounded = call.scratch(DType::Bf16, p.tokens * depth)?;
+    cast_at(call, (DType::F32, x), (DType::Bf16, rounded.at(0)), p.tokens * depth)?;
+    let shape = Shape::of(p.tokens);
+    let mut arguments = vec![rounded.input()];
+    arguments.extend(quantize4::weight(call, w)?);
+    arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into(), out, beside.factors]);
+    arguments.extend([beside.bias, u32::from(beside.accumulate).into(), size(p.tokens)?]);
+    arguments.extend([size(p.inputs)?, size(p.outputs)?]);
+    let blocks = [columns.div_ceil(shape.columns), p.tokens.div_ceil(shape.rows), 1];
+    let kernel = if way == Way::Forward { shape.forward } else { shape.backward };
+    call.launch(kernel, Grid::cube(blocks, shape.threads as u32).shared(shape.shared(way)), &arguments)
+}

@@ -1,0 +1,62 @@
+//! The conformance suite on a GPU; where there is none, the reason is printed and nothing is tested.
+//!
+//! `cargo test --release -p rankfold-cuda --features gpu --test gpu`
+#![cfg(feature = "gpu")]
+
+use rankfold_backend::conformance::{LAWS, Law, Verdict, few_cases};
+use rankfold_cuda::CudaBackend;
+use rankfold_cuda::gpu::GpuDriver;
+use rankfold_reference::ReferenceBackend;
+
+/// The device, or nothing and why.
+fn gpu() -> Option<GpuDriver> {
+    match GpuDriver::open() {
+        Ok(driver) => Some(driver),
+        Err(missing) => {
+            eprintln!("skipped: {missing}");
+            None
+        }
+    }
+}
+
+/// That no law is broken; every law is tried.
+fn judge(backend: &CudaBackend, laws: impl Iterator<Item = (&'static str, Law)>) {
+    let oracle = ReferenceBackend::new();
+    let mut broken = Vec::new();
+    for (name, law) in laws {
+        match law(backend, &oracle) {
+            Verdict::Holds { .. } => eprintln!("{name}: holds"),
+            Verdict::Skipped(why) => eprintln!("{name}: skipped, {why}"),
+            Verdict::Broken(why) => {
+                eprintln!("{name}: broken, {why}");
+                broken.push(name);
+            }
+        }
+    }
+    assert!(broken.is_empty(), "broken: {broken:?}");
+}
+
+#[test]
+fn every_law_holds() {
+    let Some(driver) = gpu() else { return };
+    judge(&CudaBackend::new(driver).unwrap(), LAWS.iter().copied());
+}
+
+/// The project's own products, which cuBLASLt's stand in for.
+#[test]
+fn products_hold_without_cublaslt() {
+    let Some(driver) = gpu() else { return };
+    let products = |(name, _): &(&str, Law)| name.starts_with("matmul") || name.starts_with("linear");
+    judge(&CudaBackend::new(driver.without_cublaslt()).unwrap(), LAWS.iter().copied().filter(products));
+}
+
+/// A few small cases of every kernel, short enough for a sanitizer to watch.
+#[test]
+fn small_cases_hold() {
+    let Some(driver) = gpu() else { return };
+    let small = |(name, _): &(&str, Law)| {
+        !["published", "rank_as", "less_than_a_percent", "large_matrices"].iter().any(|part| name.contains(part))
+    };
+    let backend = CudaBackend::new(driver).unwrap();
+    few_cases(6, || judge(&backend, LAWS.iter().copied().filter(small)));
+}
