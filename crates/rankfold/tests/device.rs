@@ -1,0 +1,141 @@
+//! Devices as a user meets them: training and generating on the CUDA kernels on the host, and what is said where a GPU,
+//! its driver or its compiler is missing, too old or too small. The last are played by small libraries (`fakes/`) that
+//! the system finds before any others.
+
+mod common;
+
+use common::{Place, refuse, succeed};
+use std::path::Path;
+use std::process::Command;
+
+/// A tiny model: the trainer's golden one.
+fn tiny() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden");
+    folder.join("tiny-llama").to_str().unwrap().to_owned()
+}
+
+fn vectors() -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/tests/golden");
+    folder.join("tiny-llama-io.safetensors").to_str().unwrap().to_owned()
+}
+
+fn adapter(place: &Place, run: &str) -> Vec<u8> {
+    std::fs::read(place.path(run).join("adapter_model.safetensors")).unwrap()
+}
+
+fn losses(place: &Place, run: &str) -> Vec<f64> {
+    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    lines.filter_map(|line| line["loss"].as_f64()).collect()
+}
+
+/// Four steps of QLoRA on the tiny model; what differs is appended.
+fn train(out: &str, more: &[&str]) {
+    let (model, tokens) = (tiny(), vectors());
+    let common =
+        ["train", "--model", &model, "--tokens", &tokens, "--quantize", "nf4", "--double-quant", "--steps", "4"];
+    succeed(&[&common[..], &["--rank", "4", "--lr", "1e-2", "--checkpoint-every", "2", "--out", out], more].concat());
+}
+
+#[test]
+fn cuda_on_the_host_trains_as_the_cpu_does_on_any_number_of_threads() {
+    let place = Place::new();
+    train(&place.text("cpu"), &[]);
+    for (name, threads) in [("one", "1"), ("two", "2")] {
+        train(&place.text(name), &["--device", "cuda-host", "--threads", threads]);
+    }
+    assert!(adapter(&place, "one") == adapter(&place, "two"), "two threads give other bits than one");
+    let (cpu, cuda) = (losses(&place, "cpu"), losses(&place, "one"));
+    assert!(cpu.len() == 4 && cpu[3] < cpu[0]);
+    // What golden/README asks of a trajectory.
+    assert!(cpu.iter().zip(&cuda).all(|(a, b)| (a - b).abs() < 1e-3), "{cpu:?} {cuda:?}");
+}
+
+#[test]
+fn a_run_on_cuda_goes_on_where_it_stopped_and_nowhere_else() {
+    let place = Place::new();
+    let (whole, part) = (place.text("whole"), place.text("part"));
+    train(&whole, &["--device", "cuda-host"]);
+    train(&part, &["--device", "cuda-host"]);
+    for product in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::remove_file(place.path("part").join(product)).unwrap();
+    }
+    refuse(&["train", "--out", &part, "--resume", "--device", "cpu"], &["device", "cuda-host"]);
+    succeed(&["train", "--out", &part, "--resume"]);
+    assert!(adapter(&place, "whole") == adapter(&place, "part"));
+}
+
+#[test]
+fn bf16_products_train_as_f32_ones_do_nearly() {
+    let place = Place::new();
+    train(&place.text("f32"), &["--device", "cuda-host"]);
+    train(&place.text("bf16"), &["--device", "cuda-host", "--compute", "bf16"]);
+    let (f32, bf16) = (losses(&place, "f32"), losses(&place, "bf16"));
+    assert!(f32 != bf16, "bf16 changes nothing");
+    // A product's inputs lose up to 2⁻⁹ of themselves, the loss of a few layers of them no more than a few times that.
+    assert!(f32.iter().zip(&bf16).all(|(a, b)| (a - b).abs() < 0.02 * a), "{f32:?} {bf16:?}");
+}
+
+/// A machine that has some of NVIDIA's libraries.
+struct Machine {
+    place: Place,
+    environment: Vec<(&'static str, &'static str)>,
+}
+
+impl Machine {
+    fn with(libraries: &[&str], environment: &[(&'static str, &'static str)]) -> Self {
+        let place = Place::new();
+        for library in libraries {
+            let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fakes").join(format!("{library}.c"));
+            let object = place.path(&format!("lib{library}.so"));
+            let compiled = Command::new("cc").args(["-shared", "-fPIC", "-w", "-o"]).arg(object).arg(source).status();
+            assert!(compiled.unwrap().success(), "{library}.c does not compile");
+        }
+        Self { place, environment: environment.to_vec() }
+    }
+
+    /// That training on its GPU ends in one line with every one of `words`.
+    fn refuses(&self, words: &[&str]) {
+        let (model, tokens) = (tiny(), vectors());
+        let output = Command::new(env!("CARGO_BIN_EXE_rankfold"))
+            .args(["train", "--device", "cuda", "--steps", "1", "--model", &model, "--tokens", &tokens])
+            .args(["--out", &self.place.text("run")])
+            .env("LD_LIBRARY_PATH", self.place.text(""))
+            .env("XDG_CACHE_HOME", self.place.text("cache"))
+            .envs(self.environment.iter().copied())
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        let last = stderr.lines().last().unwrap_or_default();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(last.starts_with("rankfold: ") && !stderr.contains("panicked"), "{stderr}");
+        for word in words {
+            assert!(last.contains(word), "'{word}' is not in: {last}");
+        }
+    }
+}
+
+#[test]
+fn what_a_gpu_lacks_is_said_in_one_line() {
+    let both = &["cuda", "nvrtc"][..];
+    if !Path::new("/proc/driver/nvidia").exists() {
+        Machine::with(&[], &[]).refuses(&["no NVIDIA driver"]);
+        Machine::with(&["cuda"], &[]).refuses(&["NVRTC", "LD_LIBRARY_PATH"]);
+    }
+    for (environment, words) in [
+        (("FAKE_INIT", "100"), &["finds no GPU", "no CUDA-capable device"][..]),
+        (("FAKE_DEVICES", "0"), &["finds no GPU"]),
+        (("FAKE_DRIVER", "12020"), &["CUDA 12.2", "expected 12.8"]),
+        (("FAKE_NVRTC", "14"), &["NVRTC is of CUDA 14.0", "driver of CUDA 13.0"]),
+        (("FAKE_CAPABILITY", "75"), &["Fake GPU", "7.5", "expected 8.0"]),
+        (("FAKE_CAPABILITY", "129"), &["sm_129", "Fake GPU"]),
+        (("FAKE_MEMORY", "1000"), &["bytes of device memory were asked for, 1000 are free", "--batch"]),
+    ] {
+        Machine::with(both, &[environment]).refuses(words);
+    }
+}
+
+#[test]
+fn a_kernel_that_does_not_compile_shows_the_compilers_log() {
+    Machine::with(&["cuda", "nvrtc"], &[]).refuses(&["does not compile", "kernel.cu(7)", "\"y\" is undefined"]);
+}
