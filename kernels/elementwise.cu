@@ -24,6 +24,11 @@ extern "C" __global__ void cast_bf16_f16(const bf16* x, f16* out, u64 n) { cast(
 extern "C" __global__ void cast_f16_f32(const f16* x, float* out, u64 n) { cast(x, out, n); }
 extern "C" __global__ void cast_f16_bf16(const f16* x, bf16* out, u64 n) { cast(x, out, n); }
 
+// out_i = x_i rounded to bf16, as an f32.
+extern "C" __global__ void round_bf16_f32(const float* x, float* out, u64 n) {
+    for (u64 i = global_thread(); i < n; i += global_threads()) out[i] = to_float(from_float<bf16>(x[i]));
+}
+
 // x_i ← factor · x_i
 extern "C" __global__ void scale_f32(float factor, float* x, u64 n) {
     for (u64 i = global_thread(); i < n; i += global_threads()) x[i] = factor * x[i];

@@ -78,7 +78,8 @@ fn rms_norm_forms_the_gradients_of_its_variables_alone() {
 
 #[test]
 fn attention_forms_the_gradients_of_its_variables_alone() {
-    let shape = AttentionShape { batch: 2, heads: 4, kv_heads: 2, head_dim: 8, query_offset: 0, window: None };
+    let (heads, kv_heads, compute) = (4, 2, Compute::F32);
+    let shape = AttentionShape { batch: 2, heads, kv_heads, head_dim: 8, query_offset: 0, window: None, compute };
     check(&[&[16, 32], &[16, 16], &[16, 16]], 512, &|t, x| t.attention(shape, [&x[0], &x[1], &x[2]], None));
 }
 

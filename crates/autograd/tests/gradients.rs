@@ -80,7 +80,15 @@ fn attention_matches_differences_with_groups_segments_offset_and_window() {
     for (queries, keys, query_offset, window, starts) in
         [(4, 4, 0, None, None), (4, 4, 0, None, Some([0, 0, 2, 2])), (3, 5, 2, None, None), (4, 4, 0, Some(2), None)]
     {
-        let shape = AttentionShape { batch: 2, heads: 4, kv_heads: 2, head_dim: 3, query_offset, window };
+        let shape = AttentionShape {
+            batch: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 3,
+            query_offset,
+            window,
+            compute: Compute::F32,
+        };
         let q = parameter(&b, 1, &[2 * queries, 12]).unwrap();
         let k = parameter(&b, 2, &[2 * keys, 6]).unwrap();
         let v = parameter(&b, 3, &[2 * keys, 6]).unwrap();

@@ -392,6 +392,7 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let s = Slices("attention");
         p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
+        check_compute(p.compute)?;
         let inputs = [s.get("q", q)?, s.get("k", k)?, s.get("v", v)?];
         let starts = starts.map(|starts| s.get("starts", starts)).transpose()?;
         let (out, lse) = (s.get_mut("out", &mut out)?, s.get_mut("lse", &mut lse)?);
@@ -401,6 +402,7 @@ impl Backend for CpuBackend {
     fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
         let s = Slices("attention_grad");
         p.check_grad(&saved, &dout, &grads)?;
+        check_compute(p.compute)?;
         let AttentionSaved { q, k, v, starts, out, lse } = saved;
         let saved = attention::Saved {
             q: s.get("q", q)?,

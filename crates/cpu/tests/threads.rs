@@ -205,6 +205,7 @@ fn attention() {
             scale: 0.22,
             query_offset: 20,
             window: Some(130),
+            compute: Compute::F32,
         };
         let q = random(b, p.query_elements(), 1)?;
         let (k, v) = (random(b, p.key_elements(), 2)?, random(b, p.key_elements(), 3)?);

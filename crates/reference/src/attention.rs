@@ -6,9 +6,12 @@
 //! q, out [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim]; query head h reads key head
 //! h / (heads/kv_heads). Saved for backward: lse_i = log Σ_j exp(s_ij) [batch, heads, queries], from which
 //! P_ij = exp(s_ij − lse_i) is formed again, so that P [queries, keys] never lies in memory.
+//!
+//! `compute` rounds the two inputs of each product, P and dS too, after the softmax.
 
-use crate::operands::Kernel;
-use rankfold_backend::params::Attention;
+use crate::matmul::as_compute;
+use crate::operands::{Kernel, to_bf16};
+use rankfold_backend::params::{Attention, Compute};
 use rankfold_backend::{AttentionGrads, AttentionSaved, Result, View, ViewMut};
 use std::ops::RangeInclusive;
 
@@ -55,6 +58,19 @@ fn queries(p: &Attention, kernel: Kernel, starts: Option<View>) -> Result<Vec<Qu
     Ok(all)
 }
 
+/// The inputs of a product, rounded as `compute` says.
+fn taken(p: &Attention, x: &[f64]) -> Vec<f64> {
+    as_compute(p.compute, x)
+}
+
+/// A factor of a product that is made on the way: P or dS.
+fn factor(p: &Attention, x: f64) -> f64 {
+    match p.compute {
+        Compute::F32 => x,
+        Compute::Bf16 => f64::from(to_bf16(x)),
+    }
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
@@ -78,6 +94,7 @@ pub(crate) fn attention(
     p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
     let queries = queries(p, kernel, starts)?;
     let (q, k, v) = (kernel.floats("q", q)?, kernel.floats("k", k)?, kernel.floats("v", v)?);
+    let (q, k, v) = (taken(p, &q), taken(p, &k), taken(p, &v));
     let mut out = kernel.floats_mut("out", &mut out)?;
     let mut lse = kernel.floats_mut("lse", &mut lse)?;
 
@@ -90,7 +107,11 @@ pub(crate) fn attention(
         let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let lse = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
         for (j, s) in query.keys.clone().zip(scores) {
-            add_scaled((s - lse).exp(), &v[query.key(j)..][..p.head_dim], &mut outputs[query.q..][..p.head_dim]);
+            add_scaled(
+                factor(p, (s - lse).exp()),
+                &v[query.key(j)..][..p.head_dim],
+                &mut outputs[query.q..][..p.head_dim],
+            );
         }
         lses[query.lse] = lse;
     }
@@ -122,19 +143,23 @@ pub(crate) fn attention_grad(
     let dk = kernel.some_mut("dk", &mut grads.dk)?;
     let dv = kernel.some_mut("dv", &mut grads.dv)?;
 
+    let (q, k, v) = (taken(p, &q), taken(p, &k), taken(p, &v));
+    let taken_dout = taken(p, &dout);
     let scale = f64::from(p.scale);
     let mut grad_q = vec![0.0; p.query_elements()];
     let (mut grad_k, mut grad_v) = (vec![0.0; p.key_elements()], vec![0.0; p.key_elements()]);
     for query in queries {
         let at_query = query.q..query.q + p.head_dim;
-        let (q, dout) = (&q[at_query.clone()], &dout[at_query.clone()]);
-        let d = dot(dout, &out[at_query.clone()]);
+        let q = &q[at_query.clone()];
+        // D is a sum of elements of its own, and no product of matrices.
+        let d = dot(&dout[at_query.clone()], &out[at_query.clone()]);
+        let dout = &taken_dout[at_query.clone()];
         for j in query.keys.clone() {
             let at_key = query.key(j)..query.key(j) + p.head_dim;
             let (k, v) = (&k[at_key.clone()], &v[at_key.clone()]);
             let probability = (scale * dot(q, k) - lse[query.lse]).exp();
-            let ds = probability * (dot(dout, v) - d);
-            add_scaled(probability, dout, &mut grad_v[at_key.clone()]);
+            let ds = factor(p, probability * (dot(dout, v) - d));
+            add_scaled(factor(p, probability), dout, &mut grad_v[at_key.clone()]);
             add_scaled(scale * ds, k, &mut grad_q[at_query.clone()]);
             add_scaled(scale * ds, q, &mut grad_k[at_key]);
         }
@@ -163,6 +188,7 @@ mod tests {
         scale: 0.5,
         query_offset: 0,
         window: None,
+        compute: Compute::F32,
     };
 
     fn inputs(p: &Attention) -> [Vec<f64>; 3] {

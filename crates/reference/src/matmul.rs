@@ -39,7 +39,7 @@ pub(crate) fn product(compute: Compute, layout: Layout, [m, n, k]: [usize; 3], a
 }
 
 /// The inputs of a product: as they are, or rounded to bf16.
-fn as_compute(compute: Compute, x: &[f64]) -> Vec<f64> {
+pub(crate) fn as_compute(compute: Compute, x: &[f64]) -> Vec<f64> {
     match compute {
         Compute::F32 => x.to_vec(),
         Compute::Bf16 => x.iter().map(|&x| f64::from(to_bf16(x))).collect(),

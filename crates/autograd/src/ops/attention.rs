@@ -5,7 +5,7 @@
 
 use crate::gradients::output;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
-use rankfold_backend::{AttentionGrads, AttentionSaved, Backend, Buffer, params};
+use rankfold_backend::{AttentionGrads, AttentionSaved, Backend, Buffer, Compute, params};
 use std::sync::Arc;
 
 /// What the tensors' own shapes do not say.
@@ -23,6 +23,8 @@ pub struct AttentionShape {
     pub query_offset: usize,
     /// Sliding window, if any.
     pub window: Option<usize>,
+    /// Precision of the products' inputs.
+    pub compute: Compute,
 }
 
 struct Attention {
@@ -44,7 +46,7 @@ impl Tape {
         [q, k, v]: [&Tensor; 3],
         starts: Option<&Arc<Buffer>>,
     ) -> Result<Tensor> {
-        let AttentionShape { batch, heads, kv_heads, head_dim, query_offset, window } = shape;
+        let AttentionShape { batch, heads, kv_heads, head_dim, query_offset, window, compute } = shape;
         let rows_each = |tensor: &'static str, x: &Tensor, width: usize| {
             if batch > 0 && x.shape().width() == width && x.shape().rows().is_multiple_of(batch) {
                 return Ok(x.shape().rows() / batch);
@@ -55,7 +57,8 @@ impl Tape {
         let queries = rows_each("q", q, heads * head_dim)?;
         let keys = rows_each("k", k, kv_heads * head_dim)?;
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
-        let p = params::Attention { batch, queries, keys, heads, kv_heads, head_dim, scale, query_offset, window };
+        let p =
+            params::Attention { batch, queries, keys, heads, kv_heads, head_dim, scale, query_offset, window, compute };
         let mut out = self.alloc(q.dtype(), p.query_elements())?;
         let mut lse = self.alloc(q.dtype(), p.lse_elements())?;
         let starts_view = starts.map(|starts| starts.view());

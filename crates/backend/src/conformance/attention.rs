@@ -13,14 +13,18 @@
 //! sums of products with these: dq over the keys, dk and dv over queries and the heads of a group, each with a
 //! product by scale.
 //!
+//! In bf16 the inputs q, k, v and dout are rounded alike on both sides; the bounds above then hold of the rounded ones.
+//! P and dS are made on the way and rounded by either side at a scale of its own: twice the unit of bf16 of each, in the
+//! products that follow.
+//!
 //! Weights that are next to nothing make denormal products: each term adds 2⁻¹⁵⁰, and where dS was denormal already
 //! that much times scale and the key or query it is multiplied with.
 
-use super::bound::{DENORMAL, EXP, FLUSHED, UNIT, gamma, second_order};
+use super::bound::{DENORMAL, EXP, FLUSHED, UNIT, gamma, second_order, to_bf16};
 use super::draw::Draw;
 use super::harness::*;
 use crate::params::Attention;
-use crate::{AttentionGrads, AttentionSaved, Backend};
+use crate::{AttentionGrads, AttentionSaved, Backend, Compute};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
@@ -34,31 +38,34 @@ struct Case {
     seed: u64,
 }
 
-fn cases() -> impl Strategy<Value = Case> {
+fn cases(compute: Compute) -> impl Strategy<Value = Case> {
     let lengths = (
         0..3usize,
         select(vec![0, 1, 2, 5, 8, 15, 17, 33, 64]),
         select(vec![0, 0, 1, 7, 16, 31]),
         select(vec![0, 0, 1, 9]),
     );
-    let heads = (1..4usize, 1..4usize, select(vec![1, 2, 7, 8, 16, 31, 64, 72]));
+    let heads = (1..4usize, 1..4usize, select(vec![1, 2, 7, 8, 16, 31, 64, 72, 128]));
     let window = option::of(select(vec![1, 2, 5, 16, 100]));
     (lengths, heads, window, any::<bool>(), any::<[bool; 3]>(), any::<u64>()).prop_map(
-        |((batch, queries, query_offset, beyond), (kv_heads, group, head_dim), window, segments, asked, seed)| Case {
-            p: Attention {
-                batch,
-                queries,
-                keys: query_offset + queries + beyond,
-                heads: kv_heads * group,
-                kv_heads,
-                head_dim,
-                scale: 1.0 / (head_dim as f32).sqrt(),
-                query_offset,
-                window,
-            },
-            segments,
-            asked,
-            seed,
+        move |((batch, queries, query_offset, beyond), (kv_heads, group, head_dim), window, segments, asked, seed)| {
+            Case {
+                p: Attention {
+                    batch,
+                    queries,
+                    keys: query_offset + queries + beyond,
+                    heads: kv_heads * group,
+                    kv_heads,
+                    head_dim,
+                    scale: 1.0 / (head_dim as f32).sqrt(),
+                    query_offset,
+                    window,
+                    compute,
+                },
+                segments,
+                asked,
+                seed,
+            }
         },
     )
 }
@@ -71,6 +78,8 @@ struct Data {
     out: Vec<f32>,
     lse: Vec<f32>,
     dout: Vec<f32>,
+    /// As products take it.
+    taken_dout: Vec<f32>,
 }
 
 impl Data {
@@ -97,7 +106,17 @@ impl Data {
             starts
         });
         let (out, lse) = (Vec::new(), Vec::new());
-        Self { q, k, v, starts, out, lse, dout }
+        Self { q, k, v, starts, out, lse, taken_dout: dout.clone(), dout }
+    }
+
+    /// What products take: all but D's own inputs rounded to bf16.
+    fn taken(self, p: &Attention) -> Self {
+        let round = |x: Vec<f32>| match p.compute {
+            Compute::F32 => x,
+            Compute::Bf16 => x.into_iter().map(|x| to_bf16(x.into()) as f32).collect(),
+        };
+        let Self { q, k, v, taken_dout, .. } = self;
+        Self { q: round(q), k: round(k), v: round(v), taken_dout: round(taken_dout), ..self }
     }
 }
 
@@ -175,6 +194,14 @@ fn positions(p: &Attention) -> impl Iterator<Item = (usize, usize, usize)> {
     (0..batch).flat_map(move |b| (0..queries).flat_map(move |i| (0..heads).map(move |h| (b, i, h))))
 }
 
+/// How far two roundings of P or of dS may lie apart, relative to it: half a step of bf16 each, 2⁻⁸.
+fn parted(p: &Attention) -> f64 {
+    match p.compute {
+        Compute::F32 => 0.0,
+        Compute::Bf16 => 2.0 / 256.0,
+    }
+}
+
 /// The bounds of out and of lse.
 fn forward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 2] {
     let (mut out, mut lses) = (vec![0.0; p.query_elements()], vec![0.0; p.lse_elements()]);
@@ -187,7 +214,8 @@ fn forward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 2] {
         let (n, log_sum) = (keys.len() as f64, sum.ln());
         for &(key, s, error) in &keys {
             let relative = relative(s, error) + mean + (2.0 * n + 2.0) * UNIT;
-            let weight = second_order(probability(s) * relative, relative) + flushed(probability(s));
+            let error = second_order(probability(s) * relative, relative) + flushed(probability(s));
+            let weight = error + parted(p) * (probability(s) + error);
             for i in 0..p.head_dim {
                 out[at + i] += weight * f64::from(data.v[key + i].abs()) + DENORMAL;
             }
@@ -210,8 +238,8 @@ fn backward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 3] {
     let (scale, d) = (f64::from(p.scale).abs(), p.head_dim);
     let per_key = p.queries * p.heads / p.kv_heads;
     for Query { at, lse, keys } in queries(p, data) {
-        let (dout, lse) = (&data.dout[at..][..d], f64::from(data.lse[lse]));
-        let (big_d, mass_d) = product(dout, &data.out[at..][..d]);
+        let (big_d, mass_d) = product(&data.dout[at..][..d], &data.out[at..][..d]);
+        let (dout, lse) = (&data.taken_dout[at..][..d], f64::from(data.lse[lse]));
         for &(key, s, error) in &keys {
             let (dp, mass_p) = product(dout, &data.v[key..][..d]);
             let probability = (s - lse).exp();
@@ -221,8 +249,10 @@ fn backward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 3] {
             let ds_error = (probability + p_error) * (gamma(d + 1) * (mass_p + mass_d) + UNIT * difference)
                 + p_error * difference
                 + UNIT * ds;
+            let ds_error = ds_error + parted(p) * (ds + ds_error);
             let by_key = scale * (ds_error + gamma(per_key + 2) * (ds + ds_error));
             let by_query = scale * (ds_error + gamma(keys.len() + 2) * (ds + ds_error));
+            let p_error = p_error + parted(p) * (probability + p_error);
             let by_weight = p_error + gamma(per_key) * (probability + p_error);
             for i in 0..d {
                 let [k, q, dout] = [data.k[key + i], data.q[at + i], dout[i]].map(|x| f64::from(x.abs()));
@@ -237,19 +267,37 @@ fn backward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 3] {
 
 /// out and lse: grouped heads, segments, a query offset, a window, and keys that no query sees.
 pub fn forward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(128, &cases(), |case| {
+    judge_forward(candidate, oracle, Compute::F32)
+}
+
+/// dq, dk and dv, from the oracle's own forward, rounded to f32 for both; the same bits whichever are asked for.
+pub fn backward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    judge_backward(candidate, oracle, Compute::F32)
+}
+
+/// out and lse, with bf16 products.
+pub fn forward_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    unserved(candidate).unwrap_or_else(|| judge_forward(candidate, oracle, Compute::Bf16))
+}
+
+/// dq, dk and dv, with bf16 products.
+pub fn backward_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    unserved(candidate).unwrap_or_else(|| judge_backward(candidate, oracle, Compute::Bf16))
+}
+
+fn judge_forward(candidate: &dyn Backend, oracle: &dyn Backend, compute: Compute) -> Verdict {
+    check(128, &cases(compute), |case| {
         let data = Data::draw(&case);
         let found = twice(|| forward_call::<f32>(candidate, &case, &data))?;
         let exact = forward_call::<f64>(oracle, &case, &data)?;
-        let [out, lse] = forward_bounds(&case.p, &data);
+        let [out, lse] = forward_bounds(&case.p, &data.taken(&case.p));
         agree("out", &found[0], &exact[0], |i| out[i])?;
         agree("lse", &found[1], &exact[1], |i| lse[i])
     })
 }
 
-/// dq, dk and dv, from the oracle's own forward, rounded to f32 for both; the same bits whichever are asked for.
-pub fn backward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(128, &cases(), |case| {
+fn judge_backward(candidate: &dyn Backend, oracle: &dyn Backend, compute: Compute) -> Verdict {
+    check(128, &cases(compute), |case| {
         let mut data = Data::draw(&case);
         let saved = forward_call::<f64>(oracle, &case, &data)?;
         let [out, lse] = [0, 1].map(|output: usize| saved[output].iter().map(|&x| x as f32).collect());
@@ -257,11 +305,33 @@ pub fn backward(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         let found = twice(|| backward_call::<f32>(candidate, &case, &data, [true; 3]))?;
         let exact = backward_call::<f64>(oracle, &case, &data, [true; 3])?;
         let some = backward_call::<f32>(candidate, &case, &data, case.asked)?;
-        let bounds = backward_bounds(&case.p, &data);
+        let bounds = backward_bounds(&case.p, &data.taken(&case.p));
         let tensors = ["dq", "dk", "dv"];
         for (output, tensor) in tensors.into_iter().enumerate() {
             agree(tensor, &found[output], &exact[output], |i| bounds[output][i])?;
         }
         same_where_asked(tensors, case.asked, &some, &found)
     })
+}
+
+/// Why nothing is judged, where the candidate has no bf16 products.
+fn unserved(candidate: &dyn Backend) -> Option<Verdict> {
+    let p = Attention {
+        batch: 1,
+        queries: 1,
+        keys: 1,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 1,
+        scale: 1.0,
+        query_offset: 0,
+        window: None,
+        compute: Compute::Bf16,
+    };
+    let trial = || {
+        let [q, k, v] = [candidate.upload(&[1f32])?, candidate.upload(&[1f32])?, candidate.upload(&[1f32])?];
+        let [mut out, mut lse] = [candidate.upload(&[0f32])?, candidate.upload(&[0f32])?];
+        candidate.attention(&p, q.view(), k.view(), v.view(), None, out.view_mut(), lse.view_mut())
+    };
+    unsupported(trial())
 }

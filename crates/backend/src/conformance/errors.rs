@@ -51,6 +51,7 @@ const ATTENTION: Attention = Attention {
     scale: 0.7,
     query_offset: 1,
     window: None,
+    compute: Compute::F32,
 };
 const EMBEDDING: Embedding = Embedding { tokens: 2, vocab: 3, width: 2 };
 const CROSS_ENTROPY: CrossEntropy = CrossEntropy { rows: 2, vocab: 3 };

@@ -106,6 +106,8 @@ macro_rules! conformance {
             rope_agrees => rope::agrees,
             attention_forward_agrees => attention::forward,
             attention_backward_agrees => attention::backward,
+            attention_bf16_forward_agrees => attention::forward_bf16,
+            attention_bf16_backward_agrees => attention::backward_bf16,
             embedding_equals_to_the_bit => embedding::forward,
             embedding_backward_agrees => embedding::backward,
             cross_entropy_agrees => cross_entropy::forward,

@@ -1,6 +1,6 @@
 //! Causal grouped-query attention.
 
-use super::{elements, expect, expect_some};
+use super::{Compute, elements, expect, expect_some};
 use crate::{Error, Result, View, ViewMut};
 
 /// Causal grouped-query attention over `batch` sequences.
@@ -30,6 +30,10 @@ pub struct Attention {
     pub query_offset: usize,
     /// Sliding window: the number of last keys that a query sees, itself included.
     pub window: Option<usize>,
+    /// Precision of the products' inputs: q and k; P and v; and backward dout and v, P and dout, dS and k, dS and q.
+    ///
+    /// P and dS are rounded at a scale of the backend's choice, one for all keys of a query.
+    pub compute: Compute,
 }
 
 impl Attention {

@@ -1,8 +1,8 @@
 //! The kernels of `kernels/attention.cu` and `kernels/attention_grad.cu`.
 
-use crate::call::{Call, Grid};
+use crate::call::{Call, Grid, Scratch};
 use crate::{Argument, CudaBackend};
-use rankfold_backend::params::Attention;
+use rankfold_backend::params::{Attention, Compute};
 use rankfold_backend::{AttentionGrads, AttentionSaved, DType, Error, Result, View, ViewMut};
 
 /// Queries, or keys, of a block, and its threads.
@@ -70,7 +70,26 @@ impl<'a> Problem<'a> {
     }
 }
 
-/// out and lse, by tiles of queries.
+/// A product's input: as it is, or rounded to bf16.
+struct Taken {
+    argument: Argument,
+    /// Keeps what was rounded until the kernels are launched.
+    _rounded: Option<Scratch>,
+}
+
+impl Taken {
+    fn new(call: Call, p: &Attention, x: Argument, n: usize) -> Result<Self> {
+        if p.compute == Compute::F32 {
+            return Ok(Self { argument: x, _rounded: None });
+        }
+        let rounded = call.scratch(DType::F32, n)?;
+        call.launch("round_bf16_f32", Grid::stride(n), &[x, rounded.output(), (n as u64).into()])?;
+        Ok(Self { argument: rounded.input(), _rounded: Some(rounded) })
+    }
+}
+
+/// out and lse, by tiles of queries. In bf16, q, k and v are rounded and P is not: f32's units have no use for it, and
+/// the contract's bound has room.
 pub(crate) fn attention(
     on: &CudaBackend,
     p: &Attention,
@@ -83,15 +102,14 @@ pub(crate) fn attention(
 ) -> Result<()> {
     let call = on.call("attention");
     p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
-    let tensors = [
-        call.f32("q", q)?,
-        call.f32("k", k)?,
-        call.f32("v", v)?,
-        call.some_input("starts", DType::U32, starts)?,
-        call.f32_mut("out", &mut out)?,
-        call.f32_mut("lse", &mut lse)?,
-    ];
-    Problem::new(call, p, starts)?.launch(call, FORWARD, [p.queries, p.heads], &tensors)
+    let (q, k, v) = (call.f32("q", q)?, call.f32("k", k)?, call.f32("v", v)?);
+    let starts_in = call.some_input("starts", DType::U32, starts)?;
+    let (out, lse) = (call.f32_mut("out", &mut out)?, call.f32_mut("lse", &mut lse)?);
+    let problem = Problem::new(call, p, starts)?;
+    let q = Taken::new(call, p, q, p.query_elements())?;
+    let [k, v] = [Taken::new(call, p, k, p.key_elements())?, Taken::new(call, p, v, p.key_elements())?];
+    let tensors = [q.argument, k.argument, v.argument, starts_in, out, lse];
+    problem.launch(call, FORWARD, [p.queries, p.heads], &tensors)
 }
 
 /// dq by tiles of queries, dk and dv by tiles of keys; before them D = Σ dout out of each query, which dv alone does
@@ -125,7 +143,9 @@ pub(crate) fn attention_grad(
         call.launch("attention_dots_f32", Grid::blocks(rows.div_ceil(ROWS), THREADS), &arguments)?;
     }
     let dots = dots.as_ref().map_or(Argument::input(DType::F32, 0), |dots| dots.input());
-    let inputs = [q, k, v, starts, dout, lse, dots];
+    let [q, dout] = [Taken::new(call, p, q, p.query_elements())?, Taken::new(call, p, dout, p.query_elements())?];
+    let [k, v] = [Taken::new(call, p, k, p.key_elements())?, Taken::new(call, p, v, p.key_elements())?];
+    let inputs = [q.argument, k.argument, v.argument, starts, dout.argument, lse, dots];
     if dq.is_some() {
         problem.launch(call, GRAD_QUERIES, [p.queries, p.heads], &[&inputs[..], &[to_q]].concat())?;
     }

@@ -1,4 +1,5 @@
 //! The binary run as a user runs it, in a folder of its own.
+#![allow(dead_code)] // each test file uses a part
 
 use std::path::PathBuf;
 use std::process::{Command, Output};

@@ -72,9 +72,9 @@ impl Block {
         let q = tape.rope(&q, &place.positions, &place.cos, &place.sin)?;
         let k = tape.rope(&k, &place.positions, &place.cos, &place.sin)?;
         let mixed = match cache {
-            Some((cache, layer)) => cache.attend(layer, &self.one_sequence(q.shape().rows()), [&q, &k, &v])?,
+            Some((cache, layer)) => cache.attend(layer, &self.one_sequence(q.shape().rows(), mode), [&q, &k, &v])?,
             None => {
-                let shape = AttentionShape { batch: place.batch, ..self.shape };
+                let shape = AttentionShape { batch: place.batch, compute: mode.compute, ..self.shape };
                 tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?
             }
         };
@@ -88,7 +88,7 @@ impl Block {
     }
 
     /// The kernel's parameters for new tokens of one sequence; the cache knows how many keys there are.
-    fn one_sequence(&self, queries: usize) -> params::Attention {
+    fn one_sequence(&self, queries: usize, mode: &Forward) -> params::Attention {
         let AttentionShape { heads, kv_heads, head_dim, window, .. } = self.shape;
         let scale = (1.0 / (head_dim as f64).sqrt()) as f32;
         params::Attention {
@@ -101,6 +101,7 @@ impl Block {
             scale,
             query_offset: 0,
             window,
+            compute: mode.compute,
         }
     }
 

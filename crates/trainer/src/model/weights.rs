@@ -6,7 +6,7 @@ use super::llama::Model;
 use crate::{Error, Result};
 use rankfold_adapters::{Linear, Weight};
 use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
-use rankfold_backend::{Backend, Buffer, DType, Format, Quantized};
+use rankfold_backend::{Backend, Buffer, Compute, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, quantized};
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -160,6 +160,8 @@ impl Reader<'_> {
                 head_dim: c.head_dim,
                 query_offset: 0,
                 window: c.windows[layer],
+                // Each pass says what it computes in.
+                compute: Compute::F32,
             },
             input_norm: norm("input_layernorm", c.width)?,
             q: linear("self_attn.q_proj", q, c.width, c.qkv_bias)?,
