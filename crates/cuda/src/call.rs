@@ -3,7 +3,7 @@
 
 use crate::memory::DeviceMemory;
 use crate::{Argument, CudaBackend, Driver, Launch, NAME};
-use rankfold_backend::{DType, Error, Result, View, ViewMut};
+use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
 
 /// A call of a kernel of the contract.
 #[derive(Clone, Copy)]
@@ -68,7 +68,9 @@ impl<'a> Call<'a> {
     /// The same of a view to write.
     pub(crate) fn at_mut(self, view: &mut ViewMut) -> Result<u64> {
         let (offset, dtype) = (view.offset(), view.dtype());
-        self.address(view.buffer_mut().storage_mut(NAME)?, offset, dtype)
+        let memory: &mut DeviceMemory = view.buffer_mut().storage_mut(NAME)?;
+        memory.forget();
+        self.address(memory, offset, dtype)
     }
 
     /// A view that the kernel reads, of this element type.
@@ -100,6 +102,18 @@ impl<'a> Call<'a> {
         view: &mut Option<ViewMut>,
     ) -> Result<Argument> {
         view.as_mut().map_or(Ok(Argument::output(dtype, 0)), |view| self.output(tensor, dtype, view))
+    }
+
+    /// The elements of a view whose type was checked, on the host: without a wait where the host wrote them.
+    pub(crate) fn on_the_host<T: Element>(self, view: View) -> Result<Vec<T>> {
+        let memory: &DeviceMemory = view.buffer().storage(NAME)?;
+        let (start, mut elements) = (view.offset() * size_of::<T>(), vec![T::zeroed(); view.len()]);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut elements);
+        match memory.remembered() {
+            Some(written) => bytes.copy_from_slice(&written[start..start + bytes.len()]),
+            None => self.on.driver.download(self.at(view)?, bytes)?,
+        }
+        Ok(elements)
     }
 
     /// f32, to read.

@@ -10,17 +10,35 @@ use std::sync::Arc;
 pub(crate) struct DeviceMemory {
     driver: Arc<dyn Driver>,
     address: u64,
+    /// What the host wrote, as long as nobody wrote anything else.
+    written: Option<Vec<u8>>,
 }
 
 impl DeviceMemory {
     /// `bytes` bytes of unspecified value.
     pub(crate) fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self> {
-        Ok(Self { address: driver.alloc(bytes)?, driver: Arc::clone(driver) })
+        Ok(Self { address: driver.alloc(bytes)?, driver: Arc::clone(driver), written: None })
     }
 
     /// The first byte's address.
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// The host has written all of it: ids, positions and labels, which kernels check before they use them as indices,
+    /// are then checked without asking the device for them.
+    pub(crate) fn remember(&mut self, bytes: &[u8]) {
+        self.written = Some(bytes.to_vec());
+    }
+
+    /// Somebody else is about to write.
+    pub(crate) fn forget(&mut self) {
+        self.written = None;
+    }
+
+    /// All of it, where the host wrote it last.
+    pub(crate) fn remembered(&self) -> Option<&[u8]> {
+        self.written.as_deref()
     }
 
     /// Whether it is this driver's memory: another device has addresses of its own.

@@ -54,9 +54,7 @@ impl<'a> Problem<'a> {
             window.into(),
         ];
         if let Some(starts) = starts {
-            let mut host = vec![0u32; starts.len()];
-            call.on.driver.download(call.at(starts)?, bytemuck::cast_slice_mut(&mut host))?;
-            for (row, start) in host.into_iter().enumerate() {
+            for (row, start) in call.on_the_host::<u32>(starts)?.into_iter().enumerate() {
                 p.check_start(row % p.queries, start as usize)?;
             }
         }

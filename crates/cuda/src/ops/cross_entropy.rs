@@ -3,14 +3,13 @@
 use crate::CudaBackend;
 use crate::call::{Call, Grid};
 use rankfold_backend::params::CrossEntropy;
-use rankfold_backend::{Backend, DType, Result, View, ViewMut};
+use rankfold_backend::{DType, Result, View, ViewMut};
 
 const THREADS: u32 = 256;
 
 /// That every label is a column or ignored.
 fn check_labels(call: Call, p: &CrossEntropy, labels: View) -> Result<()> {
-    let on: &dyn Backend = call.on;
-    let labels = on.download::<i64>(labels)?;
+    let labels = call.on_the_host::<i64>(labels)?;
     labels.into_iter().enumerate().try_for_each(|(row, label)| p.column(row, label).map(|_| ()))
 }
 

@@ -1,7 +1,8 @@
 //! Bytes in and out, and the kernels of `kernels/elementwise.cu`.
 
 use crate::call::{Call, Grid};
-use crate::{Argument, CudaBackend};
+use crate::memory::DeviceMemory;
+use crate::{Argument, CudaBackend, NAME};
 use half::{bf16, f16};
 use rankfold_backend::params::expect;
 use rankfold_backend::{DType, Error, Result, View, ViewMut};
@@ -10,7 +11,12 @@ use rankfold_backend::{DType, Error, Result, View, ViewMut};
 pub(crate) fn write(on: &CudaBackend, bytes: &[u8], mut out: ViewMut) -> Result<()> {
     let to = on.call("write").at_mut(&mut out)?;
     expect("write", "bytes", bytes.len(), out.len() * out.dtype().size())?;
-    Ok(on.driver.upload(bytes, to)?)
+    on.driver.upload(bytes, to)?;
+    let whole = out.len() == out.buffer_mut().len();
+    if whole && matches!(out.dtype(), DType::U32 | DType::I64) {
+        out.buffer_mut().storage_mut::<DeviceMemory>(NAME)?.remember(bytes);
+    }
+    Ok(())
 }
 
 /// `x` into host bytes.

@@ -3,14 +3,13 @@
 use crate::CudaBackend;
 use crate::call::{Call, Grid};
 use rankfold_backend::params::Embedding;
-use rankfold_backend::{Backend, DType, Error, Result, View, ViewMut};
+use rankfold_backend::{DType, Error, Result, View, ViewMut};
 
 const THREADS: usize = 256;
 
 /// The ids on the host, each in the table.
 fn checked_ids(call: Call, p: &Embedding, ids: View) -> Result<Vec<u32>> {
-    let on: &dyn Backend = call.on;
-    let ids = on.download::<u32>(ids)?;
+    let ids = call.on_the_host::<u32>(ids)?;
     match ids.iter().position(|id| *id as usize >= p.vocab) {
         Some(position) => Err(Error::TokenId { position, id: ids[position].into(), vocab: p.vocab }),
         None => Ok(ids),
@@ -90,7 +89,10 @@ fn runs(ids: &[u32]) -> (Vec<u32>, Vec<u32>) {
 mod tests {
     use super::*;
     #[cfg(host_kernels)]
-    use {crate::call::FLOATS, rankfold_backend::Buffer};
+    use {
+        crate::call::FLOATS,
+        rankfold_backend::{Backend, Buffer},
+    };
 
     #[test]
     fn runs_hold_each_ids_tokens_in_their_order() {
@@ -124,5 +126,21 @@ mod tests {
                 assert_eq!(bytes(&rows), bytes(&cast(&cast(&picked, from), to)), "{from} to {to}");
             }
         }
+    }
+
+    /// Ids that the device wrote over are checked as they are now, not as the host last wrote them.
+    #[cfg(host_kernels)]
+    #[test]
+    fn ids_are_checked_as_they_are_on_the_device() {
+        let backend = CudaBackend::on_host(None).unwrap();
+        let on: &dyn Backend = &backend;
+        let p = Embedding { tokens: 2, vocab: 3, width: 1 };
+        let (mut ids, table) = (on.upload(&[0u32, 2]).unwrap(), on.upload(&[1f32, 2.0, 3.0]).unwrap());
+        let mut rows = on.alloc(DType::F32, 2).unwrap();
+        on.embedding(&p, ids.view(), table.view(), rows.view_mut()).unwrap();
+        assert_eq!(on.download::<f32>(rows.view()).unwrap(), [1.0, 3.0]);
+        on.fill(7.0, ids.slice_mut(1, 1).unwrap()).unwrap();
+        let error = on.embedding(&p, ids.view(), table.view(), rows.view_mut()).unwrap_err();
+        assert_eq!(error, Error::TokenId { position: 1, id: 7, vocab: 3 });
     }
 }

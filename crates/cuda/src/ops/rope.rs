@@ -3,7 +3,7 @@
 use crate::CudaBackend;
 use crate::call::Grid;
 use rankfold_backend::params::{Rope, elements};
-use rankfold_backend::{Backend, DType, Error, Result, View, ViewMut};
+use rankfold_backend::{DType, Error, Result, View, ViewMut};
 
 /// y = x turned by its positions, or back.
 pub(crate) fn rope(
@@ -25,8 +25,7 @@ pub(crate) fn rope(
         let why = format!("{} heads of {}: expected fewer than 2³² elements a token", p.heads, p.head_dim);
         return Err(Error::Invalid { kernel: call.kernel, why });
     }
-    let on: &dyn Backend = on;
-    let positions = on.download::<u32>(positions)?;
+    let positions = call.on_the_host::<u32>(positions)?;
     if let Some(&position) = positions.iter().find(|&&position| position as usize >= known) {
         return Err(Error::Position { position: position as usize, positions: known });
     }
