@@ -11,6 +11,9 @@
 // that comes next while the tensor cores multiply this one (mma.sync.m16n8k16): one barrier a step. Forward the tile of W
 // lies as it is stored, a row an output; backward it is the rows' own columns that are wanted, which ldmatrix turns.
 //
+// With few tokens there are few tiles, too few to fill a device: depth is then split over gridDim.z blocks, each of which
+// leaves its sums in a matrix of its own, and a second launch adds those in order.
+//
 // Reads W once for every TOKENS tokens, ½ byte a weight and a scale a block; x once for every OUTPUTS columns. Bound by
 // memory for few tokens, by decoding and the tensor cores for many.
 #include "mma.cuh"
@@ -139,6 +142,12 @@ struct Result {
     const float* factors;
     const float* bias;
     u32 accumulate;
+
+    __device__ void store(u64 at, u32 column, float sum) const {
+        if (factors) sum *= factors[column];
+        if (bias) sum += bias[column];
+        out[at] = accumulate ? out[at] + sum : sum;
+    }
 };
 
 template <typename S, bool BACKWARD> __device__ void linear_mma(Product<S, BACKWARD> p, const Slice& slice, const Result& result) {
@@ -154,32 +163,36 @@ template <typename S, bool BACKWARD> __device__ void linear_mma(Product<S, BACKW
     p.row = blockIdx.y * S::rows, p.column = blockIdx.x * S::columns;
     p.w.stage(memory->values);
     float sums[S::down][S::across][4] = {};
-    u32 steps = (p.depth() + DEPTH - 1) / DEPTH;
+    // This block's share of the depth: `steps` steps from `start` on.
+    u32 all = (p.depth() + DEPTH - 1) / DEPTH;
+    u32 first = u32(u64(all) * blockIdx.z / gridDim.z), steps = u32(u64(all) * (blockIdx.z + 1) / gridDim.z) - first;
+    u32 start = first * DEPTH;
 
     for (u32 stage = 0; stage < STAGES - 1; ++stage) {
-        if (stage < steps) p.fetch(stage * DEPTH, memory->x[stage], memory->codes[stage][threadIdx.x]);
+        if (stage < steps) p.fetch(start + stage * DEPTH, memory->x[stage], memory->codes[stage][threadIdx.x]);
         cp_async_commit();
     }
-    float scale = p.scale(0);
+    float scale = p.scale(start);
     cp_async_wait<STAGES - 2>();
     __syncthreads();
     if (steps > 0) p.decode(memory->codes[0][threadIdx.x], scale, memory->w[0]);
-    scale = p.scale(DEPTH);
+    scale = p.scale(start + DEPTH);
     for (u32 step = 0; step < steps; ++step) {
         // What this thread decodes next has landed; after the barrier so have all tiles of x, and every thread is done
         // with the stage that is fetched anew and with the tile that is decoded anew.
         cp_async_wait<STAGES - 3>();
         __syncthreads();
         u32 ahead = step + STAGES - 1;
-        if (ahead < steps) p.fetch(ahead * DEPTH, memory->x[ahead % STAGES], memory->codes[ahead % STAGES][threadIdx.x]);
+        if (ahead < steps) p.fetch(start + ahead * DEPTH, memory->x[ahead % STAGES], memory->codes[ahead % STAGES][threadIdx.x]);
         cp_async_commit();
         if (step + 1 < steps) p.decode(memory->codes[(step + 1) % STAGES][threadIdx.x], scale, memory->w[(step + 1) % 2]);
-        scale = p.scale((step + 2) * DEPTH);
+        scale = p.scale(start + (step + 2) * DEPTH);
         multiply<S, BACKWARD>(memory->x[step % STAGES], memory->w[step % 2], DEPTH / 16, sums);
     }
 
     u32 columns = BACKWARD ? p.inputs : p.outputs;
-    for (u32 r = 0; r < slice.rank; r += DEPTH) {
+    u32 rank = blockIdx.z == 0 ? slice.rank : 0;
+    for (u32 r = 0; r < rank; r += DEPTH) {
         u32 depth = min(DEPTH, slice.rank - r), padded = (depth + 15) / 16 * 16;
         cp_async_wait<0>();
         __syncthreads();
@@ -210,12 +223,23 @@ template <typename S, bool BACKWARD> __device__ void linear_mma(Product<S, BACKW
             for (u32 r = 0; r < 4; ++r) {
                 u32 t = down + 16 * i + r / 2 * 8, n = across + 8 * j + r % 2;
                 if (t >= p.tokens || n >= columns) continue;
-                float sum = sums[i][j][r];
-                if (result.factors) sum *= result.factors[n];
-                if (result.bias) sum += result.bias[n];
-                float* out = &result.out[u64(t) * columns + n];
-                *out = result.accumulate ? *out + sum : sum;
+                u64 at = u64(t) * columns + n;
+                if (gridDim.z > 1) result.out[u64(blockIdx.z) * p.tokens * columns + at] = sums[i][j][r];
+                else result.store(at, n, sums[i][j][r]);
             }
+}
+
+// The sums of all shares of the depth, in order. A grid of 256-thread blocks strides over the elements.
+extern "C" __global__ void linear_mma_sum(
+    const float* shares, u32 count, float* out, const float* factors, const float* bias, u32 accumulate, u32 tokens,
+    u32 columns) {
+    Result result = {out, factors, bias, accumulate};
+    u64 n = u64(tokens) * columns;
+    for (u64 i = global_thread(); i < n; i += global_threads()) {
+        float sum = 0;
+        for (u32 share = 0; share < count; ++share) sum += shares[share * n + i];
+        result.store(i, u32(i % columns), sum);
+    }
 }
 
 // 16 tokens by 64 columns, 64 by 64, and 128 by 128.

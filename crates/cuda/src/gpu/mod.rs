@@ -1,7 +1,7 @@
 //! A GPU as a device: the driver API through cudarc, which loads NVIDIA's libraries when they are first called.
 //!
 //! [`nvrtc`] compiles a source of `kernels/` when one of its kernels is first launched, for the device's own
-//! architecture, and [`cache`] keeps what came out; [`blas`] has the dense products. Everything runs on one stream, in
+//! architecture, and `cache` keeps what came out; `blas` has the dense products. Everything runs on one stream, in
 //! the order of the calls.
 
 mod blas;

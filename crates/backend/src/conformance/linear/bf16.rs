@@ -32,7 +32,7 @@ pub fn grad_weight_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdic
 /// All three on sizes beyond one block of any blocking.
 pub fn large_bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     unserved(candidate).unwrap_or_else(|| {
-        check(12, &large_cases(Compute::Bf16), |case| {
+        check(24, &large_cases(Compute::Bf16), |case| {
             [Kernel::Forward, Kernel::GradInput, Kernel::GradWeight]
                 .into_iter()
                 .try_for_each(|kernel| law(candidate, oracle, kernel, &case))

@@ -116,6 +116,8 @@ pub fn large_cases(compute: Compute) -> impl Strategy<Value = Case> {
     let dims = prop_oneof![
         (select(vec![1, 4, 129]), select(vec![513, 768]), select(vec![255, 384])),
         (Just(257), select(vec![129, 192]), select(vec![193, 256])),
+        (select(vec![3, 5, 17]), select(vec![1088, 2048]), select(vec![40, 65])),
+        (select(vec![5, 17]), select(vec![64, 96]), select(vec![1088, 2048])),
     ];
     with_dims(dims, compute)
 }

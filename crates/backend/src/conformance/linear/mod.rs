@@ -79,7 +79,7 @@ pub fn grad_weight(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
 
 /// All three on sizes beyond one block of any blocking.
 pub fn large(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
-    check(16, &large_cases(Compute::F32), |case| {
+    check(24, &large_cases(Compute::F32), |case| {
         [Kernel::Forward, Kernel::GradInput, Kernel::GradWeight]
             .into_iter()
             .try_for_each(|kernel| law(candidate, oracle, kernel, &case))

@@ -110,10 +110,30 @@ pub(super) fn product(
     let shape = Shape::of(p.tokens);
     let mut arguments = vec![rounded.input()];
     arguments.extend(quantize4::weight(call, w)?);
-    arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into(), out, beside.factors]);
-    arguments.extend([beside.bias, u32::from(beside.accumulate).into(), size(p.tokens)?]);
-    arguments.extend([size(p.inputs)?, size(p.outputs)?]);
-    let blocks = [columns.div_ceil(shape.columns), p.tokens.div_ceil(shape.rows), 1];
+    arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into()]);
+    let [across, down] = [columns.div_ceil(shape.columns), p.tokens.div_ceil(shape.rows)];
+    let splits = splits(across * down, depth);
+    let around = [beside.factors, beside.bias, u32::from(beside.accumulate).into()];
+    let shares = call.scratch(DType::F32, if splits > 1 { splits * p.tokens * columns } else { 0 })?;
+    arguments.push(if splits > 1 { shares.output() } else { out });
+    arguments.extend(around);
+    arguments.extend([size(p.tokens)?, size(p.inputs)?, size(p.outputs)?]);
     let kernel = if way == Way::Forward { shape.forward } else { shape.backward };
-    call.launch(kernel, Grid::cube(blocks, shape.threads as u32).shared(shape.shared(way)), &arguments)
+    let grid = Grid::cube([across, down, splits], shape.threads as u32).shared(shape.shared(way));
+    call.launch(kernel, grid, &arguments)?;
+    if splits == 1 {
+        return Ok(());
+    }
+    let mut arguments = vec![shares.input(), size(splits)?, out];
+    arguments.extend(around);
+    arguments.extend([size(p.tokens)?, size(columns)?]);
+    call.launch("linear_mma_sum", Grid::stride(p.tokens * columns), &arguments)
+}
+
+/// In how many shares depth is split: for blocks enough to fill a device, each with a few steps to overlap.
+///
+/// By the problem alone, so that its bits are the same on every device.
+fn splits(tiles: usize, depth: usize) -> usize {
+    const BLOCKS: usize = 256;
+    (BLOCKS / tiles.max(1)).min(depth / (2 * STAGES * DEPTH)).max(1)
 }
