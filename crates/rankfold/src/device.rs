@@ -26,6 +26,14 @@ pub enum Device {
 }
 
 impl Device {
+    /// The precision that a device trains in where it has units for it.
+    pub fn trains_in(self) -> ComputeType {
+        match self {
+            Self::Cuda => ComputeType::Bf16,
+            Self::Cpu | Self::CudaHost | Self::Reference => ComputeType::F32,
+        }
+    }
+
     /// The instruction sets that it may use on this machine, the fastest first; none where its bits depend on none.
     pub fn instruction_sets(self) -> Vec<String> {
         match self {

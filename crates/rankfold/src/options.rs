@@ -212,7 +212,7 @@ pub struct Options {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<Device>,
-    /// Precision of the products' inputs [default: f32].
+    /// Precision of the products' inputs [default: bf16 on cuda, f32 elsewhere and with --tokens].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compute: Option<ComputeType>,
@@ -264,7 +264,7 @@ impl Options {
         let full = self.method == Some(Method::Full);
         let own = self.init_adapter.is_none() && !full;
         let steps = self.steps.unwrap_or(200);
-        let rank = self.rank.unwrap_or(16);
+        let (rank, device) = (self.rank.unwrap_or(16), self.device.unwrap_or_default());
         Self {
             quantize: Some(Quantize::of(builtin && !full)),
             double_quant: Some(builtin && !full),
@@ -291,9 +291,9 @@ impl Options {
             eval_every: Some(0),
             checkpoint_every: Some(50),
             keep: Some(2),
-            device: Some(Device::default()),
-            isa: self.device.unwrap_or_default().instruction_sets().first().cloned(),
-            compute: Some(ComputeType::default()),
+            device: Some(device),
+            isa: device.instruction_sets().first().cloned(),
+            compute: Some(if self.tokens.is_some() { ComputeType::F32 } else { device.trains_in() }),
             model: Some(model),
             data: Vec::new(),
             eval_data: Vec::new(),
