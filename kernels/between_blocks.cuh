@@ -68,7 +68,8 @@ __device__ inline void wait_for(const Counters* counters, u32 arrivals) {
     }
 }
 
-// The last of all blocks leaves the counters as it found them. After a barrier behind every `wait_for` of the block.
+// The last of all blocks leaves the counters as it found them: nobody waits any more. Thread 0 leaves, so it has to have
+// been among those that waited, or behind a barrier after them.
 __device__ inline void leave(Counters* counters) {
     if (threadIdx.x == 0 && atomic_increment(&counters->done) == gridDim.x - 1) {
         atomic_clear(&counters->tickets);

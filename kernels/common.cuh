@@ -1,11 +1,11 @@
 // What every kernel may use: integer names, the half-width floats, shared arrays, reductions.
 //
 // One source, two sides. Under NVRTC this file holds the device's side; anywhere else it takes the host's from
-// shim.h, under which the same kernels run in fibres. Nothing else in this folder knows which side it is on, but
-// for the tensor-core steps at the end of mma.cuh.
+// shim.h, under which the same kernels run in fibres. Nothing else in this folder knows which side it is on, but for
+// two headers of instructions that CUDA C++ has no names for: mma.cuh and between_blocks.cuh.
 //
 // Rules of the house, stricter than the hardware:
-// - blocks talk only through atomics on integers, whose order does not change the result;
+// - blocks talk only through atomics, whose order does not change the result;
 // - every thread of a block reaches the same barrier, so nobody returns before the last one;
 // - nothing is contracted behind the source's back (-fmad=false): a fused multiply-add is written fmaf.
 #pragma once

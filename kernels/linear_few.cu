@@ -5,7 +5,9 @@
 // first `rank` make u = x (e∘A)ᵀ, a row each; the others multiply their 16 rows of W, four a warp, and then wait for u,
 // which by then is there. A lane decodes 32 consecutive codes of each of its warp's rows (a 16-byte load; a warp reads
 // 512 bytes in a row) from a table of 16 in shared memory, and multiplies them with x, which lies in shared memory as
-// eight planes of four neighbours, so that the lanes' 16-byte loads meet in no bank. Lanes add up by shuffles, once.
+// eight planes of four neighbours (one run apart more than they need, so that storing x meets in no bank either than the
+// lanes' 16-byte loads do). A run's codes and scales are fetched while the one before is multiplied, the first ones
+// before x is. Lanes add up by shuffles, once.
 //
 // Moves ½ byte a weight and a scale a block, once: bound by memory as long as decoding keeps up, which takes a shared
 // load and a multiply-add a weight and token. x [tokens, inputs] comes out of the L2 cache for every block.
@@ -53,35 +55,49 @@ __device__ void inner_row(const float* x, const Adapter& adapter, u32 r, float* 
     }
 }
 
-// Σ over this lane's runs, of ROWS rows from `row` on, for every token.
-template <u32 TOKENS, bool BF16>
-__device__ void base_rows(const Quantized& w, const float* planes, u32 row, u32 inputs, u32 outputs, float (&sums)[ROWS][TOKENS]) {
-    u32 runs = inputs / RUN;
-    for (u32 run = threadIdx.x % WARP; run < runs; run += WARP) {
-        uint4 words[ROWS];
-        float scales[ROWS];
+// One run of ROWS rows: codes and scales.
+struct Fetched {
+    uint4 words[ROWS];
+    float scales[ROWS];
+
+    // Rows beyond the last are the last once more, whose sums nobody stores; a run beyond the last is not fetched.
+    __device__ void fetch(const Quantized& w, u32 row, u32 run, u32 inputs, u32 outputs) {
+        if (run >= inputs / RUN) return;
 #pragma unroll
         for (u32 q = 0; q < ROWS; ++q) {
-            // Rows beyond the last are the last once more, whose sums nobody stores.
             u64 first = u64(min(row + q, outputs - 1)) * inputs + u64(run) * RUN;
             words[q] = w.word<uint4>(first);
             scales[q] = w.scale(first >> w.log_block);
         }
+    }
+};
+
+// Floats between two planes, and between two tokens' planes.
+__device__ inline u32 plane_stride(u32 inputs) { return (inputs / RUN + 1) * 4; }
+__device__ inline u32 token_stride(u32 inputs) { return PLANES * plane_stride(inputs); }
+
+// Σ over this lane's runs, the first of them fetched, of ROWS rows from `row` on, for every token.
+template <u32 TOKENS, bool BF16>
+__device__ void base_rows(const Quantized& w, const float* planes, Fetched next, u32 row, u32 inputs, u32 outputs, float (&sums)[ROWS][TOKENS]) {
+    u32 runs = inputs / RUN;
+    for (u32 run = threadIdx.x % WARP; run < runs; run += WARP) {
+        Fetched now = next;
+        next.fetch(w, row, run + WARP, inputs, outputs);
         float parts[ROWS][TOKENS] = {};
 #pragma unroll
         for (u32 plane = 0; plane < PLANES; ++plane) {
             float4 x[TOKENS];
 #pragma unroll
             for (u32 t = 0; t < TOKENS; ++t)
-                x[t] = *reinterpret_cast<const float4*>(planes + u64(t) * inputs + (plane * runs + run) * 4);
+                x[t] = *reinterpret_cast<const float4*>(planes + t * token_stride(inputs) + plane * plane_stride(inputs) + run * 4);
 #pragma unroll
             for (u32 q = 0; q < ROWS; ++q) {
-                u32 word = plane < 2 ? words[q].x : plane < 4 ? words[q].y : plane < 6 ? words[q].z : words[q].w;
+                u32 word = plane < 2 ? now.words[q].x : plane < 4 ? now.words[q].y : plane < 6 ? now.words[q].z : now.words[q].w;
                 float v[4];
 #pragma unroll
                 for (u32 k = 0; k < 4; ++k) {
                     v[k] = w.value(word, plane % 2 * 4 + k);
-                    if (BF16) v[k] = taken<BF16>(v[k] * scales[q]);
+                    if (BF16) v[k] = taken<BF16>(v[k] * now.scales[q]);
                 }
 #pragma unroll
                 for (u32 t = 0; t < TOKENS; ++t) {
@@ -97,7 +113,7 @@ __device__ void base_rows(const Quantized& w, const float* planes, u32 row, u32 
 #pragma unroll
         for (u32 q = 0; q < ROWS; ++q)
 #pragma unroll
-            for (u32 t = 0; t < TOKENS; ++t) sums[q][t] = BF16 ? sums[q][t] + parts[q][t] : fmaf(scales[q], parts[q][t], sums[q][t]);
+            for (u32 t = 0; t < TOKENS; ++t) sums[q][t] = BF16 ? sums[q][t] + parts[q][t] : fmaf(now.scales[q], parts[q][t], sums[q][t]);
     }
 }
 
@@ -115,20 +131,21 @@ __device__ void linear_few(const float* x, Quantized w, const Adapter& adapter, 
         leave(counters);
         return;
     }
-    u32 runs = inputs / RUN;
+    u32 lane = threadIdx.x % WARP, row = ((ticket - adapter.rank) * WARPS + threadIdx.x / WARP) * ROWS;
+    Fetched first;
+    first.fetch(w, row, lane, inputs, outputs);
     for (u32 t = 0; t < TOKENS; ++t)
         for (u32 i = threadIdx.x; i < inputs; i += THREADS) {
             u32 run = i / RUN, plane = i % RUN / 4;
             float value = t < tokens ? taken<BF16>(x[u64(t) * inputs + i]) : 0.0f;
-            planes[u64(t) * inputs + (plane * runs + run) * 4 + i % 4] = value;
+            planes[t * token_stride(inputs) + plane * plane_stride(inputs) + run * 4 + i % 4] = value;
         }
     __syncthreads();
-    u32 lane = threadIdx.x % WARP, row = ((ticket - adapter.rank) * WARPS + threadIdx.x / WARP) * ROWS;
     float sums[ROWS][TOKENS] = {};
-    base_rows<TOKENS, BF16>(w, planes, row, inputs, outputs, sums);
+    base_rows<TOKENS, BF16>(w, planes, first, row, inputs, outputs, sums);
 
     // The first warp fetches u for all, behind x.
-    float* inner = planes + u64(TOKENS) * inputs;
+    float* inner = planes + TOKENS * token_stride(inputs);
     if (threadIdx.x < WARP) {
         wait_for(counters, adapter.rank);
         for (u32 i = lane; i < tokens * adapter.rank; i += WARP) inner[i] = taken<BF16>(atomic_load(&u[i]));

@@ -6,28 +6,28 @@
 // x, dz bf16, and W [outputs, inputs] decoded to bf16 as it is needed. Depth is what is summed over: inputs forward,
 // outputs backward. Inputs are a multiple of 32, depth of 8.
 //
-// A block makes a tile of the result, DEPTH of depth at a time. Four stages of x and of codes are on their way by
-// cp.async. Every thread decodes the 16 bytes of codes that it fetched itself, 32 weights of one scale, into the tile
+// A block makes a tile of the result, DEPTH of depth at a time. Stages of x and of codes are on their way by cp.async. Every thread decodes the 16 bytes of codes that it fetched itself, 32 weights of one scale, into the tile
 // that comes next while the tensor cores multiply this one (mma.sync.m16n8k16): one barrier a step. Forward the tile of W
 // lies as it is stored, a row an output; backward it is the rows' own columns that are wanted, which ldmatrix turns.
 //
 // With few tokens there are few tiles, too few to fill a device: depth is then split over gridDim.z blocks, each of which
 // leaves its sums in a matrix of its own, and a second launch adds those in order.
 //
-// Reads W once for every TOKENS tokens, ½ byte a weight and a scale a block; x once for every OUTPUTS columns. Bound by
+// Reads W once for every tile's rows of tokens, ½ byte a weight and a scale a block; x once for every tile's columns. Bound by
 // memory for few tokens, by decoding and the tensor cores for many.
 #include "mma.cuh"
 #include "quantized.cuh"
 
 constexpr u32 DEPTH = 64;
-constexpr u32 STAGES = 4;
 // Weights that a thread decodes a step: 16 bytes of codes.
 constexpr u32 RUN = 32;
 // Elements behind each row of a tile, so that the eight rows of a matrix lie in different banks.
 constexpr u32 PAD = 8;
 
-// Rows and columns of a block's result: warps each way, and each warp's 16×8 steps each way.
-template <u32 WARPS_DOWN, u32 WARPS_ACROSS, u32 STEPS_DOWN, u32 STEPS_ACROSS> struct Shape {
+// Rows and columns of a block's result: warps each way, and each warp's 16×8 steps each way; and how many stages of x
+// and of codes are on their way.
+template <u32 WARPS_DOWN, u32 WARPS_ACROSS, u32 STEPS_DOWN, u32 STEPS_ACROSS, u32 STAGES> struct Shape {
+    static constexpr u32 stages = STAGES;
     static constexpr u32 warps_across = WARPS_ACROSS;
     static constexpr u32 down = STEPS_DOWN, across = STEPS_ACROSS;
     static constexpr u32 rows = WARPS_DOWN * STEPS_DOWN * 16, columns = WARPS_ACROSS * STEPS_ACROSS * 8;
@@ -154,9 +154,9 @@ template <typename S, bool BACKWARD> __device__ void linear_mma(Product<S, BACKW
     typedef WeightTile<S, BACKWARD> Weights;
     typedef bf16 XTile[S::rows][DEPTH + PAD];
     struct Memory {
-        XTile x[STAGES];
+        XTile x[S::stages];
         typename Weights::Tile w[2];
-        uint4 codes[STAGES][S::threads];
+        uint4 codes[S::stages][S::threads];
         float values[CODES];
     };
     DYNAMIC_SHARED(Memory, memory);
@@ -168,26 +168,26 @@ template <typename S, bool BACKWARD> __device__ void linear_mma(Product<S, BACKW
     u32 first = u32(u64(all) * blockIdx.z / gridDim.z), steps = u32(u64(all) * (blockIdx.z + 1) / gridDim.z) - first;
     u32 start = first * DEPTH;
 
-    for (u32 stage = 0; stage < STAGES - 1; ++stage) {
+    for (u32 stage = 0; stage < S::stages - 1; ++stage) {
         if (stage < steps) p.fetch(start + stage * DEPTH, memory->x[stage], memory->codes[stage][threadIdx.x]);
         cp_async_commit();
     }
     float scale = p.scale(start);
-    cp_async_wait<STAGES - 2>();
+    cp_async_wait<S::stages - 2>();
     __syncthreads();
     if (steps > 0) p.decode(memory->codes[0][threadIdx.x], scale, memory->w[0]);
     scale = p.scale(start + DEPTH);
     for (u32 step = 0; step < steps; ++step) {
         // What this thread decodes next has landed; after the barrier so have all tiles of x, and every thread is done
         // with the stage that is fetched anew and with the tile that is decoded anew.
-        cp_async_wait<STAGES - 3>();
+        cp_async_wait<S::stages - 3>();
         __syncthreads();
-        u32 ahead = step + STAGES - 1;
-        if (ahead < steps) p.fetch(start + ahead * DEPTH, memory->x[ahead % STAGES], memory->codes[ahead % STAGES][threadIdx.x]);
+        u32 ahead = step + S::stages - 1;
+        if (ahead < steps) p.fetch(start + ahead * DEPTH, memory->x[ahead % S::stages], memory->codes[ahead % S::stages][threadIdx.x]);
         cp_async_commit();
-        if (step + 1 < steps) p.decode(memory->codes[(step + 1) % STAGES][threadIdx.x], scale, memory->w[(step + 1) % 2]);
+        if (step + 1 < steps) p.decode(memory->codes[(step + 1) % S::stages][threadIdx.x], scale, memory->w[(step + 1) % 2]);
         scale = p.scale(start + (step + 2) * DEPTH);
-        multiply<S, BACKWARD>(memory->x[step % STAGES], memory->w[step % 2], DEPTH / 16, sums);
+        multiply<S, BACKWARD>(memory->x[step % S::stages], memory->w[step % 2], DEPTH / 16, sums);
     }
 
     u32 columns = BACKWARD ? p.inputs : p.outputs;
@@ -243,9 +243,10 @@ extern "C" __global__ void linear_mma_sum(
 }
 
 // 16 tokens by 64 columns, 64 by 64, and 128 by 128.
-typedef Shape<1, 4, 1, 2> Narrow;
-typedef Shape<2, 2, 2, 4> Square;
-typedef Shape<2, 4, 4, 4> Wide;
+typedef Shape<1, 4, 1, 2, 4> Narrow;
+typedef Shape<2, 2, 2, 4, 4> Square;
+// With three stages two blocks share a multiprocessor.
+typedef Shape<2, 4, 4, 4, 3> Wide;
 
 extern "C" __global__ void __launch_bounds__(128) linear_mma_16(
     const bf16* x, const u8* codes, const float* absmax, const u8* scale_codes, float offset, const float* map,

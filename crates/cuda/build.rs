@@ -76,8 +76,12 @@ fn entry_points(text: &str) -> Vec<String> {
 /// Whether the host's compiler made both flavours.
 fn compile(sources: &[Source], kernels: &Path, host: &Path, out: &Path) -> bool {
     let mut plain = compiler(kernels, host);
-    if plain.try_get_compiler().is_err() || !plain.is_flag_supported("-std=c++20").unwrap_or(false) {
-        println!("cargo:warning=no C++20 compiler was found: built without the host driver of the CUDA kernels");
+    if plain.try_get_compiler().is_err()
+        || !["-std=c++20", "-fsanitize=thread"].iter().all(|flag| plain.is_flag_supported(flag).unwrap_or(false))
+    {
+        println!(
+            "cargo:warning=no C++20 compiler with a thread sanitiser was found: built without the host driver of the CUDA kernels"
+        );
         return false;
     }
     let mut watched = compiler(kernels, host);

@@ -45,6 +45,12 @@ pub enum Error {
     /// A device that failed, or a kernel on it.
     #[error("{backend}: {what}")]
     Device { backend: &'static str, what: String },
+    /// Memory that a device does not have.
+    #[error(
+        "{asked} bytes of device memory were asked for, {free} are free: a smaller --batch or --seq takes less, \
+         --accumulate makes up for it, and --checkpointing keeps fewer activations"
+    )]
+    DeviceMemory { asked: usize, free: usize },
     /// Memory that could not be had.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory { bytes: usize },

@@ -28,8 +28,9 @@ impl CudaBackend {
     pub fn new(driver: impl Driver + 'static) -> crate::Result<Self> {
         let driver: Arc<dyn Driver> = Arc::new(driver);
         let counters = DeviceMemory::new(&driver, COUNTERS)?;
-        driver.upload(&[0; COUNTERS], counters.address())?;
-        Ok(Self { tables: Tables::new(&driver)?, counters, crossover: Crossover::default(), driver })
+        let backend = Self { tables: Tables::new(&driver)?, counters, crossover: Crossover::default(), driver };
+        backend.clear_counters()?;
+        Ok(backend)
     }
 
     /// On the first GPU of this machine.
@@ -44,7 +45,8 @@ impl CudaBackend {
         #[cfg(not(host_kernels))]
         {
             let _ = threads;
-            let why = "the kernels were built without their host driver: no C++20 compiler was found";
+            let why =
+                "the kernels were built without their host driver: no C++20 compiler with a thread sanitiser was found";
             Err(crate::Error::Missing(why.into()))
         }
     }
@@ -57,6 +59,11 @@ impl CudaBackend {
     /// The driver that it runs on.
     pub fn driver(&self) -> &dyn Driver {
         &*self.driver
+    }
+
+    /// As they are between launches.
+    pub(crate) fn clear_counters(&self) -> crate::Result<()> {
+        self.driver.upload(&[0; COUNTERS], self.counters.address())
     }
 
     /// Counters for a launch whose blocks hand work to each other.

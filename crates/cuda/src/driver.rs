@@ -27,6 +27,9 @@ pub trait Driver: fmt::Debug + Send + Sync {
     /// Bytes from one place of the device to another, which do not overlap.
     fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
 
+    /// The most shared memory that a block may have, static and dynamic: 227 KiB on an H100, 99 KiB on a GeForce.
+    fn shared_memory(&self) -> usize;
+
     /// Starts a kernel.
     fn launch(&self, launch: &Launch) -> Result<()>;
 

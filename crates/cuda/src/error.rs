@@ -35,10 +35,7 @@ pub enum Error {
     #[error("{kernel}: block {block} cannot go on: {waiting}")]
     Divergence { kernel: &'static str, block: u32, waiting: String },
     /// Memory that the device does not have.
-    #[error(
-        "{asked} bytes of device memory were asked for, {free} are free: a smaller --batch or --seq takes less, \
-         --accumulate makes up for it, and --checkpointing keeps fewer activations"
-    )]
+    #[error("{asked} bytes of device memory were asked for, {free} are free")]
     OutOfMemory { asked: usize, free: usize },
     /// A device, or what it needs, that is not there.
     #[error("{0}")]
@@ -108,6 +105,9 @@ impl fmt::Display for Access {
 
 impl From<Error> for rankfold_backend::Error {
     fn from(error: Error) -> Self {
-        Self::Device { backend: crate::NAME, what: error.to_string() }
+        match error {
+            Error::OutOfMemory { asked, free } => Self::DeviceMemory { asked, free },
+            error => Self::Device { backend: crate::NAME, what: error.to_string() },
+        }
     }
 }

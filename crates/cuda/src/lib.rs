@@ -1,10 +1,12 @@
 //! The CUDA backend: the kernels of `kernels/`, run on a GPU or, from the same source, on the host.
 //!
 //! In reading order:
-//! - `driver`: the seam, one small trait between launch code and a device;
+//! - `driver`: the seam, one small trait between launch code and a device, and `gemm`, its dense products;
+//! - [`gpu`]: a GPU behind it, through cudarc;
 //! - [`host`]: the kernels in fibres, with seeded schedules and a checker;
 //! - `kernels`: the table of sources and entry points that `build.rs` writes;
-//! - `backend`, and a file an operation: launch code, the contract's kernels in terms of the seam's.
+//! - `backend`, `call`, and in `ops` a file an operation: launch code, the contract's kernels in terms of the seam's;
+//! - [`Crossover`]: which kernel a product with a 4-bit weight is given.
 
 mod backend;
 mod call;

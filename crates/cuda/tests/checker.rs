@@ -111,6 +111,19 @@ fn an_update_without_an_atomic_is_a_race_of_threads_and_of_blocks() {
 }
 
 #[test]
+fn what_other_blocks_count_is_not_read_without_an_atomic() {
+    for schedule in schedules() {
+        let on = driver(schedule);
+        let Buffers { x, out } = buffers(&on);
+        let call = |fault: u32| launch(&on, "census", 3, 64, &[output(x), output(out), fault.into()]);
+        call(0).unwrap();
+        let error = call(1).unwrap_err();
+        let Error::Race { first, second, .. } = &error else { panic!("{error}") };
+        assert!(first.block != second.block && first.write != second.write, "{error}");
+    }
+}
+
+#[test]
 fn blocks_that_write_one_element_race() {
     for (fault, races) in [(0u32, false), (1, true)] {
         let on = driver(Schedule::InOrder);

@@ -45,3 +45,12 @@ fn every_access_is_in_bounds_initialised_and_ordered() {
         }
     }
 }
+
+/// A block of a GeForce has 99 KiB of shared memory, less than the widest tiles of an H100's take.
+#[test]
+fn a_device_of_little_shared_memory_serves_every_product() {
+    for (name, law) in LAWS.iter().copied().filter(|(name, _)| name.starts_with("linear")) {
+        let found = verdict(Options { shared_memory: 99 << 10, ..Options::default() }, law, 48);
+        assert!(!matches!(found, Verdict::Broken(_)), "{name}: {found:?}");
+    }
+}

@@ -20,7 +20,7 @@
 //! Weights that are next to nothing make denormal products: each term adds 2⁻¹⁵⁰, and where dS was denormal already
 //! that much times scale and the key or query it is multiplied with.
 
-use super::bound::{DENORMAL, EXP, FLUSHED, UNIT, gamma, second_order, to_bf16};
+use super::bound::{DENORMAL, EXP, FLUSHED, UNIT, gamma_of, second_order, to_bf16};
 use super::draw::Draw;
 use super::harness::*;
 use crate::params::Attention;
@@ -182,7 +182,7 @@ fn queries(p: &Attention, data: &Data) -> Vec<Query> {
             let key = ((b * p.keys + j) * p.kv_heads + h / (p.heads / p.kv_heads)) * p.head_dim;
             let (sum, mass) = product(&data.q[at..][..p.head_dim], &data.k[key..][..p.head_dim]);
             let scale = f64::from(p.scale);
-            (key, scale * sum, gamma(p.head_dim + 1) * scale.abs() * mass)
+            (key, scale * sum, gamma_of(p.compute, p.head_dim + 1) * scale.abs() * mass)
         };
         all.push(Query { at, lse: (b * p.heads + h) * p.queries + i, keys: p.visible(i, start).map(key).collect() });
     }
@@ -212,8 +212,10 @@ fn forward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 2] {
         let relative = |s: f64, error: f64| error + UNIT * (max - s) + EXP;
         let mean: f64 = keys.iter().map(|&(_, s, error)| probability(s) * relative(s, error)).sum();
         let (n, log_sum) = (keys.len() as f64, sum.ln());
+        // The sum of P takes n roundings, that of P v as many, or cuts, each of which is worth two.
+        let sums = n + 2.0 + if p.compute == Compute::Bf16 { 2.0 * n } else { n };
         for &(key, s, error) in &keys {
-            let relative = relative(s, error) + mean + (2.0 * n + 2.0) * UNIT;
+            let relative = relative(s, error) + mean + sums * UNIT;
             let error = second_order(probability(s) * relative, relative) + flushed(probability(s));
             let weight = error + parted(p) * (probability(s) + error);
             for i in 0..p.head_dim {
@@ -246,14 +248,15 @@ fn backward_bounds(p: &Attention, data: &Data) -> [Vec<f64>; 3] {
             let relative = error + UNIT * (s - lse).abs() + EXP;
             let p_error = second_order(probability * relative, relative) + flushed(probability);
             let (difference, ds) = ((dp - big_d).abs(), (probability * (dp - big_d)).abs());
-            let ds_error = (probability + p_error) * (gamma(d + 1) * (mass_p + mass_d) + UNIT * difference)
+            let ds_error = (probability + p_error)
+                * (gamma_of(p.compute, d + 1) * (mass_p + mass_d) + UNIT * difference)
                 + p_error * difference
                 + UNIT * ds;
             let ds_error = ds_error + parted(p) * (ds + ds_error);
-            let by_key = scale * (ds_error + gamma(per_key + 2) * (ds + ds_error));
-            let by_query = scale * (ds_error + gamma(keys.len() + 2) * (ds + ds_error));
+            let by_key = scale * (ds_error + gamma_of(p.compute, per_key + 2) * (ds + ds_error));
+            let by_query = scale * (ds_error + gamma_of(p.compute, keys.len() + 2) * (ds + ds_error));
             let p_error = p_error + parted(p) * (probability + p_error);
-            let by_weight = p_error + gamma(per_key) * (probability + p_error);
+            let by_weight = p_error + gamma_of(p.compute, per_key) * (probability + p_error);
             for i in 0..d {
                 let [k, q, dout] = [data.k[key + i], data.q[at + i], dout[i]].map(|x| f64::from(x.abs()));
                 dq[at + i] += by_query * k + DENORMAL * (1.0 + scale * k);

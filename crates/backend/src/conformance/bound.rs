@@ -10,6 +10,11 @@
 //! roundings at most: one of the product and k − 1 of the sum. Σ|terms| of a multilinear kernel is the kernel itself
 //! on absolute values, so the laws have the oracle compute it.
 //!
+//! **bf16 units** multiply exactly and sum in f32, but tensor cores do not round each sum: they align a step's products
+//! and what was summed before to the largest of them and cut what lies below its last bit (Fasi, Higham, Mikaitis &
+//! Pranesh 2021, "Numerical behavior of NVIDIA tensor cores"). A cut loses up to 2u of that largest term where a rounding
+//! loses u of the sum, and no term is cut more often than it would be rounded: [`gamma_of`] takes 2u for u.
+//!
 //! **Composed kernels.** First-order errors are carried through the formula by its derivatives, each weighted with
 //! the condition of its step, and [`second_order`] makes up for what that leaves out. Each law writes down its own.
 //!
@@ -18,6 +23,7 @@
 //!
 //! The oracle's own error, at 2⁻⁵³ an operation, is 2⁻²⁹ of every bound: γ_n already exceeds the n·u that is reached.
 
+use crate::Compute;
 use half::bf16;
 
 /// u: half the distance from 1 to the next f32.
@@ -39,6 +45,14 @@ pub const OVERFLOW: f64 = f32::MAX as f64 * (1.0 + UNIT / 2.0);
 pub fn gamma(n: usize) -> f64 {
     let nu = n as f64 * UNIT;
     nu / (1.0 - nu)
+}
+
+/// The same for a term of a product that is computed so.
+pub fn gamma_of(compute: Compute, n: usize) -> f64 {
+    match compute {
+        Compute::F32 => gamma(n),
+        Compute::Bf16 => gamma(2 * n),
+    }
 }
 
 /// A bound for all orders from one of first order: what relative errors ε leave out is at most ε² + ε³ + …, hence

@@ -2,7 +2,7 @@
 //!
 //! A term is one product and at most k − 1 sums; adding to c is one rounding more.
 
-use super::bound::gamma;
+use super::bound::gamma_of;
 use super::draw::{Draw, abs, size, size_or_zero};
 use super::harness::*;
 use crate::params::{Layout, MatMul};
@@ -52,7 +52,7 @@ fn law(candidate: &dyn Backend, oracle: &dyn Backend, case: Case, data: &Data) -
     let found = twice(|| call::<f32>(candidate, &case, data))?;
     let exact = call::<f64>(oracle, &case, data)?;
     let mass = call::<f64>(oracle, &case, &Data { a: abs(&data.a), b: abs(&data.b), c: abs(&data.c) })?;
-    agree("c", &found[0], &exact[0], |i| gamma(case.p.k + 1) * mass[0][i])
+    agree("c", &found[0], &exact[0], |i| gamma_of(case.p.compute, case.p.k + 1) * mass[0][i])
 }
 
 /// All layouts, adding or not, of every size from nothing.
@@ -87,7 +87,7 @@ pub fn non_finite(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     })
 }
 
-/// With both inputs rounded to bf16, which is exact to compute: the bound is that of f32 on the rounded inputs.
+/// With both inputs rounded to bf16, whose products are exact: the bound is that of sums in f32, rounded or cut.
 pub fn bf16(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     let p = MatMul { m: 1, n: 1, k: 1, layout: Layout::Nn, accumulate: false, compute: Compute::Bf16 };
     let trial = || {

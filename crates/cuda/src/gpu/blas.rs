@@ -49,14 +49,20 @@ fn failed(call: &'static str) -> impl Fn(lt::CublasError) -> Error {
 }
 
 impl Blas {
-    /// Finds the library; none where it is not there, and products are then by the project's own kernels.
-    pub(super) fn load(workspace: impl FnOnce() -> Result<u64>) -> Result<Option<Self>> {
+    /// Finds the library, which may use the memory at `workspace`; or why it is of no use. Products are then by the
+    /// project's own kernels.
+    pub(super) fn load(workspace: u64) -> Result<Self, String> {
         // SAFETY: looking for a library runs its initialisers, which NVIDIA's allow at any time.
         if !unsafe { sys::is_culib_present() } {
-            return Ok(None);
+            return Err("not found".into());
         }
-        let handle = lt::create_handle().map_err(failed("cublasLtCreate"))?;
-        Ok(Some(Self { handle, workspace: workspace()?, chosen: Mutex::default() }))
+        let handle = lt::create_handle().map_err(|error| error.to_string())?;
+        Ok(Self { handle, workspace, chosen: Mutex::default() })
+    }
+
+    /// The memory that it was given.
+    pub(super) fn workspace(&self) -> u64 {
+        self.workspace
     }
 
     /// Launches a product; false where the library has no algorithm for it.

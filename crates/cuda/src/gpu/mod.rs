@@ -24,9 +24,6 @@ use std::time::Duration;
 /// The oldest driver that has every function called here: of CUDA 12.8.
 const OLDEST_DRIVER: i32 = 12_080;
 
-/// Shared memory that a launch may have without asking for more.
-const PLAIN_SHARED: u32 = 48 << 10;
-
 fn check(call: &'static str, result: CUresult) -> Result<()> {
     if result == CUresult::CUDA_SUCCESS {
         return Ok(());
@@ -46,6 +43,7 @@ fn check(call: &'static str, result: CUresult) -> Result<()> {
 pub struct GpuDriver {
     name: String,
     architecture: String,
+    shared_memory: usize,
     device: CUdevice,
     context: CUcontext,
     stream: CUstream,
@@ -64,7 +62,7 @@ unsafe impl Sync for GpuDriver {}
 #[derive(Clone, Copy)]
 struct Function {
     handle: CUfunction,
-    /// Dynamic shared memory that it may have so far.
+    /// Dynamic shared memory that it was given leave for: without, it has 48 KiB together with its static arrays.
     shared: u32,
 }
 
@@ -77,7 +75,7 @@ impl GpuDriver {
         }
         // SAFETY: the first call of the driver API.
         check("cuInit", unsafe { sys::cuInit(0) })
-            .map_err(|error| Error::Missing(format!("the NVIDIA driver finds no GPU: {error}")))?;
+            .map_err(|error| Error::Missing(format!("the NVIDIA driver finds no GPU that it can use: {error}")))?;
         let mut version = 0;
         // SAFETY: an integer to write to.
         check("cuDriverGetVersion", unsafe { sys::cuDriverGetVersion(&mut version) })?;
@@ -111,16 +109,32 @@ impl GpuDriver {
             let all = (&raw mut all).cast();
             check("cuMemPoolSetAttribute", sys::cuMemPoolSetAttribute(pool, attribute, all))?;
         }
+        let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let shared_memory = Self::attribute(device, most_shared)?.unsigned_abs() as usize;
         let functions = Mutex::default();
-        let mut driver = Self { name, architecture, device, context, stream, nvrtc, blas: None, functions };
-        driver.blas = Blas::load(|| driver.alloc(WORKSPACE))?;
+        let blas = None;
+        let mut driver = Self { name, architecture, shared_memory, device, context, stream, nvrtc, blas, functions };
+        let workspace = driver.alloc(WORKSPACE)?;
+        match Blas::load(workspace) {
+            Ok(blas) => driver.blas = Some(blas),
+            Err(why) => {
+                driver.free(workspace);
+                driver.name = format!("{}, without cuBLASLt ({why})", driver.name);
+            }
+        }
         Ok(driver)
     }
 
     /// The same, with the project's own kernel for dense products.
     pub fn without_cublaslt(mut self) -> Self {
-        self.blas = None;
+        self.drop_blas();
         self
+    }
+
+    fn drop_blas(&mut self) {
+        if let Some(blas) = self.blas.take() {
+            self.free(blas.workspace());
+        }
     }
 
     /// The first device, its name, and the architecture to compile for.
@@ -137,14 +151,8 @@ impl GpuDriver {
         }
         // SAFETY: the last byte is still 0.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-        let attribute = |attribute| {
-            let mut value = 0;
-            // SAFETY: an integer to write to.
-            check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
-            Ok::<i32, Error>(value)
-        };
-        let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        let major = Self::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = Self::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         if major < 8 {
             let why = format!("{name} has compute capability {major}.{minor}: expected 8.0 or higher");
             return Err(Error::Missing(why));
@@ -155,7 +163,8 @@ impl GpuDriver {
             let why = format!("NVRTC of CUDA {major}.{minor} does not compile for sm_{number}, which {name} is");
             return Err(Error::Missing(why));
         }
-        // The kernels' instructions that Hopper alone has are in its own set.
+        // Hopper's own instructions are not in the set of later devices, nor in sm_90's: the registers that
+        // `kernels/registers.txt` tells are those of sm_90a.
         let architecture = if number == 90 { "sm_90a".into() } else { format!("sm_{number}") };
         Ok((device, name, architecture))
     }
@@ -198,9 +207,17 @@ impl GpuDriver {
             // SAFETY: a loaded module and a string.
             let outcome = unsafe { sys::cuModuleGetFunction(&mut handle, module, symbol.as_ptr()) };
             check("cuModuleGetFunction", outcome)?;
-            functions.insert(name, Function { handle, shared: PLAIN_SHARED });
+            functions.insert(name, Function { handle, shared: 0 });
         }
         Ok(())
+    }
+
+    /// One of the device's properties.
+    fn attribute(device: CUdevice, attribute: Attribute) -> Result<i32> {
+        let mut value = 0;
+        // SAFETY: an integer to write to.
+        check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
+        Ok(value)
     }
 
     /// Bytes that are free on the device.
@@ -250,13 +267,19 @@ impl Driver for GpuDriver {
     }
 
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.enter()?;
-        // SAFETY: host memory that is read before the call returns, being pageable; room at `to` is the caller's.
+        // SAFETY: host memory that is borrowed until the stream has been waited for; room at `to` is the caller's.
         let outcome = unsafe { sys::cuMemcpyHtoDAsync_v2(to, bytes.as_ptr().cast(), bytes.len(), self.stream) };
-        check("cuMemcpyHtoDAsync", outcome)
+        check("cuMemcpyHtoDAsync", outcome).and(self.synchronize())
     }
 
     fn download(&self, from: u64, bytes: &mut [u8]) -> Result<()> {
+        if bytes.is_empty() {
+            return self.synchronize();
+        }
         self.enter()?;
         // SAFETY: host memory to write to, borrowed until the stream has been waited for.
         let outcome = unsafe { sys::cuMemcpyDtoHAsync_v2(bytes.as_mut_ptr().cast(), from, bytes.len(), self.stream) };
@@ -264,9 +287,16 @@ impl Driver for GpuDriver {
     }
 
     fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.enter()?;
         // SAFETY: two ranges of the device, which the caller has checked.
         check("cuMemcpyDtoDAsync", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+    }
+
+    fn shared_memory(&self) -> usize {
+        self.shared_memory
     }
 
     fn launch(&self, launch: &Launch) -> Result<()> {
@@ -306,7 +336,7 @@ impl Driver for GpuDriver {
         // SAFETY: a place for a handle, and this driver's stream.
         unsafe {
             check("cuEventCreate", sys::cuEventCreate(&mut event, 0))?;
-            let point = Point(event);
+            let point = Point { event, context: self.context };
             check("cuEventRecord", sys::cuEventRecord(event, self.stream))?;
             Ok(Box::new(point))
         }
@@ -320,15 +350,18 @@ impl Driver for GpuDriver {
         let mut milliseconds = 0f32;
         // SAFETY: recorded events, and a number to write to.
         unsafe {
-            check("cuEventSynchronize", sys::cuEventSynchronize(to.0))?;
-            check("cuEventElapsedTime", sys::cuEventElapsedTime_v2(&mut milliseconds, from.0, to.0))?;
+            check("cuEventSynchronize", sys::cuEventSynchronize(to.event))?;
+            check("cuEventElapsedTime", sys::cuEventElapsedTime_v2(&mut milliseconds, from.event, to.event))?;
         }
         Ok(Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3))
     }
 }
 
-/// A point on the stream.
-struct Point(CUevent);
+/// A point on the stream. It is given back before its driver is.
+struct Point {
+    event: CUevent,
+    context: CUcontext,
+}
 
 // SAFETY: a handle of the driver API, which any thread may use.
 unsafe impl Send for Point {}
@@ -337,16 +370,19 @@ unsafe impl Sync for Point {}
 
 impl Drop for Point {
     fn drop(&mut self) {
-        // SAFETY: an event that was created, destroyed once.
-        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+        // SAFETY: an event that was created in this context, destroyed once.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.context);
+            let _ = sys::cuEventDestroy_v2(self.event);
+        }
     }
 }
 
 impl Drop for GpuDriver {
     fn drop(&mut self) {
+        // The library's handle and memory go before their context.
+        self.drop_blas();
         let _ = self.synchronize();
-        // The library's handle goes before its context.
-        self.blas = None;
         // SAFETY: handles of this driver, each given back once.
         unsafe {
             let _ = sys::cuStreamDestroy_v2(self.stream);

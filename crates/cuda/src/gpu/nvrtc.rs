@@ -53,6 +53,10 @@ impl Nvrtc {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: the library is there; both point to integers.
         check("nvrtcVersion", unsafe { sys::nvrtcVersion(&mut major, &mut minor) })?;
+        if major < 12 {
+            let why = format!("NVRTC is of CUDA {major}.{minor}: expected 12.0 or later, which knows C++20");
+            return Err(Error::Missing(why));
+        }
         Ok(Self { version: (major, minor) })
     }
 
@@ -78,6 +82,11 @@ impl Nvrtc {
         let log = program.log()?;
         if outcome == nvrtcResult::NVRTC_ERROR_COMPILATION {
             return Err(Error::Compile { file: source.file.into(), log });
+        }
+        if outcome == nvrtcResult::NVRTC_ERROR_BUILTIN_OPERATION_FAILURE {
+            let why =
+                "NVRTC does not find its companion libnvrtc-builtins: it belongs beside libnvrtc, on LD_LIBRARY_PATH";
+            return Err(Error::Missing(why.into()));
         }
         check("nvrtcCompileProgram", outcome)?;
         Ok(Compiled { cubin: program.cubin()?, log })

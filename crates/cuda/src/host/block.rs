@@ -39,6 +39,7 @@ pub(super) struct Work<'a> {
     pub(super) grid: [u32; 3],
     pub(super) block: [u32; 3],
     pub(super) shared: usize,
+    pub(super) shared_memory: usize,
     /// A pointer to each argument, and behind them the arguments.
     pub(super) arguments: &'a [u64],
     pub(super) schedule: Schedule,
@@ -51,7 +52,7 @@ pub(super) struct Work<'a> {
 /// `struct RfThread`: who the running thread is.
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
-struct Indices {
+pub(super) struct Indices {
     thread: [u32; 3],
     block: [u32; 3],
     block_dim: [u32; 3],
@@ -71,9 +72,10 @@ enum State {
     Returned,
 }
 
+type Fibre = Coroutine<(), (), (), DefaultStack>;
+
 struct Thread {
     state: State,
-    fibre: Option<Coroutine<(), (), (), DefaultStack>>,
     /// The addresses of its stack.
     stack: Range<usize>,
     yielder: *const Yielder<(), ()>,
@@ -92,6 +94,8 @@ pub(super) enum Fault {
 /// The running block of an OS thread, and what it keeps from block to block.
 pub(super) struct Block {
     threads: Vec<Thread>,
+    /// A fibre a thread; the one that runs is not among them.
+    fibres: Vec<Option<Fibre>>,
     stacks: Vec<DefaultStack>,
     queue: Queue,
     pub(super) shared: SharedMemory,
@@ -137,6 +141,7 @@ impl Block {
     pub(super) fn new() -> Result<Self> {
         Ok(Self {
             threads: Vec::new(),
+            fibres: Vec::new(),
             stacks: Vec::new(),
             queue: Queue::new(),
             shared: SharedMemory::new()?,
@@ -155,29 +160,43 @@ impl Block {
     /// Runs the block of this index to its end.
     pub(super) fn run(&mut self, work: &Work, index: u32, checker: Option<&mut Checker>) -> Result<()> {
         self.begin(work, index, checker)?;
-        for thread in 0..self.count {
-            let (stack, arguments, entry) = (self.stack()?, work.arguments.as_ptr().cast_mut(), work.entry);
-            let block = ptr::from_mut(self);
-            self.threads[thread].stack = stack.limit().get()..stack.base().get();
-            self.threads[thread].fibre = Some(Coroutine::with_stack(stack, move |yielder, ()| {
-                // SAFETY: the block outlives its fibres, and a fibre runs while nobody else uses it; the launch has
-                // checked the arguments against the kernel's types.
+        // From here on fibres reach the block through this pointer: nothing is borrowed from it while one runs.
+        let block = ptr::from_mut(self);
+        // SAFETY: this OS thread's own block, of which `self` is not used until its fibres are gone.
+        unsafe {
+            let outcome = Self::spawn(block, work).and_then(|()| Self::schedule(block, work, index));
+            (*block).end();
+            outcome
+        }
+    }
+
+    /// A fibre for each thread.
+    ///
+    /// # Safety
+    /// `block` outlives its fibres.
+    unsafe fn spawn(block: *mut Self, work: &Work) -> Result<()> {
+        // SAFETY: the caller's block, which no fibre runs on yet.
+        let this = unsafe { &mut *block };
+        for thread in 0..this.count {
+            let (stack, arguments, entry) = (this.stack()?, work.arguments.as_ptr().cast_mut(), work.entry);
+            this.threads[thread].stack = stack.limit().get()..stack.base().get();
+            this.fibres.push(Some(Coroutine::with_stack(stack, move |yielder, ()| {
+                // SAFETY: the block outlives its fibres, and one runs while nobody else uses it; the launch has checked
+                // the arguments against the kernel's types.
                 unsafe {
                     (&mut (*block).threads)[thread].yielder = yielder;
                     entry.call(arguments.cast());
                 }
-            }));
+            })));
         }
-        let outcome = self.schedule(work, index);
-        self.end();
-        outcome
+        Ok(())
     }
 
     fn begin(&mut self, work: &Work, index: u32, checker: Option<&mut Checker>) -> Result<()> {
         self.count = work.block.iter().map(|n| *n as usize).product();
         while self.threads.len() < self.count {
             let copies = Copies::default();
-            self.threads.push(Thread { state: State::Ready, fibre: None, stack: 0..0, yielder: ptr::null(), copies });
+            self.threads.push(Thread { state: State::Ready, stack: 0..0, yielder: ptr::null(), copies });
         }
         for thread in &mut self.threads[..self.count] {
             thread.state = State::Ready;
@@ -186,7 +205,7 @@ impl Block {
         (self.current, self.at_barrier, self.returned, self.fault) = (0, 0, 0, None);
         self.left_out = work.left_out.cloned();
         self.queue.begin(work.schedule, work.launch, index.into());
-        self.shared.begin(work.shared);
+        self.shared.begin(work.shared, work.shared_memory);
         self.checker = ptr::null_mut();
         if let Some(checker) = checker {
             checker.begin_block(index, self.shared.start(), work.shared, work.arguments.as_ptr_range());
@@ -204,30 +223,44 @@ impl Block {
         self.stacks.pop().map_or_else(fresh, Ok)
     }
 
-    fn schedule(&mut self, work: &Work, index: u32) -> Result<()> {
+    /// Resumes fibres until all have returned, or nobody can go on.
+    ///
+    /// # Safety
+    /// `block` is this OS thread's own, with its fibres, and nothing is borrowed from it.
+    unsafe fn schedule(block: *mut Self, work: &Work, index: u32) -> Result<()> {
         let [x, y, _] = work.block.map(|n| n as usize);
-        self.queue.release(self.count);
-        let block = RUNNING.replace(self);
-        while let Some(thread) = self.queue.next() {
-            self.current = thread;
-            // SAFETY: this OS thread's variable.
-            unsafe { (*self.indices).thread = [thread % x, thread / x % y, thread / x / y].map(|i| i as u32) };
-            let fibre = self.threads[thread].fibre.as_mut().expect("every thread of the block has a fibre");
-            if let CoroutineResult::Return(()) = fibre.resume(()) {
-                self.threads[thread].state = State::Returned;
-                self.returned += 1;
+        // SAFETY: each borrow ends before a fibre runs, and a fibre's before it waits.
+        unsafe {
+            (*block).queue.release((*block).count);
+            let outer = RUNNING.replace(block);
+            while let Some(thread) = (*block).queue.next() {
+                (*block).current = thread;
+                (*(*block).indices).thread = [thread % x, thread / x % y, thread / x / y].map(|i| i as u32);
+                let taken = (&mut (*block).fibres)[thread].take();
+                let mut fibre = taken.expect("a thread that can run has a fibre");
+                if let CoroutineResult::Return(()) = fibre.resume(()) {
+                    (&mut (*block).threads)[thread].state = State::Returned;
+                    (*block).returned += 1;
+                }
+                (&mut (*block).fibres)[thread] = Some(fibre);
+                if (*block).fault.is_some() {
+                    break;
+                }
             }
-            if self.fault.is_some() {
-                break;
-            }
+            RUNNING.set(outer);
+            (*block).outcome(work, index)
         }
-        RUNNING.set(block);
+    }
+
+    /// What became of it.
+    fn outcome(&mut self, work: &Work, index: u32) -> Result<()> {
         let kernel = work.kernel;
         match self.fault.take() {
             // SAFETY: the checker that the block began with; nobody else holds it while the block runs.
             Some(Fault::Checked(finding)) => Err(unsafe { (*self.checker).explain(kernel, &finding, &self.shared) }),
             Some(Fault::SharedMemory) => {
-                let why = "its shared arrays take more than 48 KiB, or 227 KiB with the dynamic one".into();
+                let most = work.shared_memory;
+                let why = format!("its shared arrays take more than 48 KiB, or {most} bytes with the dynamic one");
                 Err(Error::Geometry { kernel, why })
             }
             None if self.returned < self.count => {
@@ -239,10 +272,10 @@ impl Block {
 
     /// Takes the stacks back.
     fn end(&mut self) {
-        for thread in &mut self.threads[..self.count] {
-            let Some(mut fibre) = thread.fibre.take() else { continue };
+        for mut fibre in self.fibres.drain(..).flatten() {
             if !fibre.done() {
-                // SAFETY: a suspended kernel holds nothing that wants to be dropped: its frames are plain C++ ones.
+                // SAFETY: a suspended kernel holds nothing that wants to be dropped: its frames are plain C++ ones, and
+                // the calls that suspend (`calls.rs`) hold pointers and numbers.
                 unsafe { fibre.force_reset() };
             }
             self.stacks.push(fibre.into_stack());

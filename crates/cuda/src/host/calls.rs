@@ -2,6 +2,7 @@
 
 use super::block::{Fault, running, suspend};
 use super::checker::Kind;
+use super::copies::Landed;
 use crate::Site;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::Path;
@@ -154,7 +155,7 @@ unsafe extern "C" fn rf_cp_async(
     line: c_int,
 ) {
     let site = RawSite { file, line };
-    // SAFETY: as in rf_barrier; what the copy reads is read now, as the checker is told.
+    // SAFETY: as in rf_barrier; the source is read now or when the copy is waited for, as the checker is told both times.
     unsafe {
         touch(from as usize, valid as usize, Kind::Read, super::checker::Where::Line(site));
         touch(to as usize, 16, Kind::Fly, super::checker::Where::Line(site));
@@ -172,10 +173,11 @@ unsafe extern "C" fn rf_cp_async_commit() {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn rf_cp_async_wait(pending: c_uint) {
     let block = running();
-    // SAFETY: as in rf_barrier.
-    let landed = unsafe { (*block).copies().0.wait(pending as usize) };
-    for (to, site) in landed {
-        // SAFETY: as in rf_barrier.
-        unsafe { touch(to as usize, 16, Kind::Land, super::checker::Where::Line(site)) };
+    // SAFETY: as in rf_barrier. A copy may have read its source until now.
+    unsafe {
+        while let Some(Landed { to, from, valid, site }) = (*block).copies().0.land(pending as usize) {
+            touch(from as usize, valid, Kind::Read, super::checker::Where::Line(site));
+            touch(to as usize, 16, Kind::Land, super::checker::Where::Line(site));
+        }
     }
 }

@@ -51,9 +51,13 @@ pub(super) enum Where {
 const ALLOCATED: u8 = 1;
 const WRITTEN: u8 = 2;
 const IN_FLIGHT: u8 = 4;
-/// More than one thread has read since the last write of this epoch.
-const SHARED_READ: u8 = 8;
-const ATOMIC: u8 = 16;
+/// Written atomically last.
+const ATOMIC: u8 = 8;
+/// The read stands for several lanes of a warp in its epoch; for threads of several warps; and so does the write, of
+/// atomic ones.
+const READ_BY_LANES: u8 = 16;
+const READ_BY_WARPS: u8 = 32;
+const WRITTEN_BY_MANY: u8 = 64;
 
 /// An access, as a byte remembers it. Epoch 0 is none.
 #[repr(C)]
@@ -72,6 +76,14 @@ struct Stamp {
 struct Cell {
     write: Stamp,
     read: Stamp,
+}
+
+/// Whose access of an epoch a stamp stands for: its thread's, those of several lanes of its warp, or of several warps.
+#[derive(Clone, Copy, Debug)]
+enum Whose {
+    Thread,
+    Lanes,
+    Warps,
 }
 
 /// Flags and cells of a range of memory.
@@ -290,10 +302,16 @@ impl Checker {
             }
             let atomic = matches!(kind, Kind::Atomic | Kind::AtomicWrite);
             let both_atomic = atomic && flags & ATOMIC != 0;
-            if !both_atomic && !self.ordered(cell.write, now, false) {
+            let writers = if flags & WRITTEN_BY_MANY != 0 { Whose::Warps } else { Whose::Thread };
+            if !both_atomic && !self.ordered(cell.write, now, writers) {
                 return Err(finding(Wrong::Race { first: cell.write, wrote: true }, address));
             }
-            if write && !self.ordered(cell.read, now, flags & SHARED_READ != 0) {
+            let readers = match flags & (READ_BY_LANES | READ_BY_WARPS) {
+                0 => Whose::Thread,
+                READ_BY_LANES => Whose::Lanes,
+                _ => Whose::Warps,
+            };
+            if write && !self.ordered(cell.read, now, readers) {
                 return Err(finding(Wrong::Race { first: cell.read, wrote: false }, address));
             }
             self.remember(shared, at, now, kind, flags, cell);
@@ -301,8 +319,8 @@ impl Checker {
         Ok(())
     }
 
-    /// Whether an access came before one that is made now; `all` where it stands for several threads of its epoch.
-    fn ordered(&self, before: Stamp, now: Stamp, all: bool) -> bool {
+    /// Whether an access, made by whom it says, came before one that is made now.
+    fn ordered(&self, before: Stamp, now: Stamp, whose: Whose) -> bool {
         if before.epoch < self.launch_epoch {
             return true;
         }
@@ -313,45 +331,44 @@ impl Checker {
             return true;
         }
         let (other, me) = (before.thread as usize, now.thread as usize);
-        if other / WARP != me / WARP {
-            return false;
-        }
         let met = |lane: usize| self.met[me * WARP + lane] > before.meeting;
-        if all { (0..WARP).all(|lane| lane == me % WARP || met(lane)) } else { other == me || met(other % WARP) }
+        let same_warp = other / WARP == me / WARP;
+        match whose {
+            Whose::Thread => same_warp && (other == me || met(other % WARP)),
+            Whose::Lanes => same_warp && (0..WARP).all(|lane| lane == me % WARP || met(lane)),
+            Whose::Warps => false,
+        }
     }
 
     fn remember(&mut self, shared: bool, at: usize, now: Stamp, kind: Kind, flags: u8, cell: Cell) {
         let (launch, block) = (self.launch_epoch, self.block_epoch);
         let shadow = if shared { &mut self.shared } else { &mut self.global };
+        let same_epoch = |stamp: Stamp| stamp.epoch == now.epoch && stamp.thread != now.thread;
+        // An access by another block of this launch is in no order with any of this one: it stays.
+        let elsewhere = |stamp: Stamp| (launch..block).contains(&stamp.epoch);
         match kind {
+            Kind::Read if elsewhere(cell.read) => {}
             Kind::Read => {
-                // A reader of another block is in no order with any writer of this one: it stays.
-                if (launch..block).contains(&cell.read.epoch) {
-                    return;
-                }
-                // Several readers of one warp stand together under the last meeting before any of them; readers of
-                // two warps, which only a barrier orders, under a thread of neither.
-                let again = cell.read.epoch == now.epoch && cell.read.thread != now.thread;
-                let others = if again { SHARED_READ } else { flags & SHARED_READ };
-                let keep = if cell.read.epoch == now.epoch { others } else { 0 };
-                let apart = again && cell.read.thread as usize / WARP != now.thread as usize / WARP;
-                let thread = if apart { MOST_THREADS as u32 } else { now.thread };
-                let thread =
-                    if keep != 0 && cell.read.thread == MOST_THREADS as u32 { cell.read.thread } else { thread };
-                shadow.cell(at).read = Stamp { thread, ..now };
-                *shadow.flag(at) = flags & !SHARED_READ | keep;
-            }
-            Kind::Write | Kind::Land => {
-                *shadow.cell(at) = Cell { write: now, read: Stamp::default() };
-                *shadow.flag(at) = ALLOCATED | WRITTEN;
+                let before = if cell.read.epoch == now.epoch { flags & (READ_BY_LANES | READ_BY_WARPS) } else { 0 };
+                let more = match same_epoch(cell.read) {
+                    true if cell.read.thread as usize / WARP == now.thread as usize / WARP => READ_BY_LANES,
+                    true => READ_BY_WARPS,
+                    false => 0,
+                };
+                shadow.cell(at).read = now;
+                *shadow.flag(at) = flags & !(READ_BY_LANES | READ_BY_WARPS) | before | more;
             }
             Kind::Atomic | Kind::AtomicWrite => {
-                *shadow.cell(at) = Cell { write: now, read: Stamp::default() };
-                *shadow.flag(at) = ALLOCATED | WRITTEN | ATOMIC;
+                let atomic = flags & ATOMIC != 0;
+                let many =
+                    atomic && (same_epoch(cell.write) || cell.write.epoch == now.epoch && flags & WRITTEN_BY_MANY != 0);
+                let write = if atomic && elsewhere(cell.write) { cell.write } else { now };
+                *shadow.cell(at) = Cell { write, read: Stamp::default() };
+                *shadow.flag(at) = ALLOCATED | WRITTEN | ATOMIC | if many { WRITTEN_BY_MANY } else { 0 };
             }
-            Kind::Fly => {
+            Kind::Write | Kind::Land | Kind::Fly => {
                 *shadow.cell(at) = Cell { write: now, read: Stamp::default() };
-                *shadow.flag(at) = ALLOCATED | WRITTEN | IN_FLIGHT;
+                *shadow.flag(at) = ALLOCATED | WRITTEN | if kind == Kind::Fly { IN_FLIGHT } else { 0 };
             }
         }
     }
@@ -423,7 +440,7 @@ fn resolve(site: Where) -> Site {
 /// Whether an address is one of this OS thread's indices.
 fn this_thread(address: usize) -> bool {
     let start = super::block::indices_address();
-    (start..start + 64).contains(&address)
+    (start..start + size_of::<super::block::Indices>()).contains(&address)
 }
 
 /// Where the program's own constants lie: a kernel may read them.

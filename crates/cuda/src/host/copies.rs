@@ -6,13 +6,22 @@
 use super::calls::RawSite;
 use std::collections::VecDeque;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Copy {
     to: *mut u8,
     from: *const u8,
     valid: usize,
     landed: bool,
     site: RawSite,
+}
+
+/// A copy that has been waited for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Landed {
+    pub(super) to: *mut u8,
+    pub(super) from: *const u8,
+    pub(super) valid: usize,
+    pub(super) site: RawSite,
 }
 
 impl Copy {
@@ -62,16 +71,17 @@ impl Copies {
         self.groups.push_back(std::mem::take(&mut self.open));
     }
 
-    /// Lands groups until at most `pending` are on their way; where they went.
-    pub(super) fn wait(&mut self, pending: usize) -> Vec<(*mut u8, RawSite)> {
-        let mut landed = Vec::new();
+    /// Lands the next copy of a group that is too many where at most `pending` may be on their way; none where it is not.
+    pub(super) fn land(&mut self, pending: usize) -> Option<Landed> {
         while self.groups.len() > pending {
-            for mut copy in self.groups.pop_front().unwrap_or_default() {
+            if let Some(mut copy) = self.groups.front_mut()?.pop() {
                 // SAFETY: promised at `issue`.
                 unsafe { copy.land() };
-                landed.push((copy.to, copy.site));
+                let Copy { to, from, valid, site, .. } = copy;
+                return Some(Landed { to, from, valid, site });
             }
+            self.groups.pop_front();
         }
-        landed
+        None
     }
 }

@@ -81,7 +81,7 @@ pub(super) struct Memory {
 
 /// The bytes that an allocation takes: a multiple of an eighth of its power of two, and the gap behind it.
 fn class(bytes: usize) -> Option<usize> {
-    let step = (bytes.max(1).next_power_of_two() / 16).max(ALIGN);
+    let step = (bytes.max(1).checked_next_power_of_two()? / 16).max(ALIGN);
     bytes.max(1).checked_next_multiple_of(step)?.checked_add(ALIGN)
 }
 

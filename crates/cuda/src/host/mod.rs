@@ -36,6 +36,8 @@ pub struct Options {
     pub watched: bool,
     /// Bytes of device memory.
     pub capacity: usize,
+    /// The most shared memory of a block: an H100's 227 KiB where not said otherwise.
+    pub shared_memory: usize,
     /// OS threads, each with a block at a time; all cores where not given. Checked launches have one.
     pub threads: Option<usize>,
     /// A barrier or meeting of warps that is passed over, for tests that want to see it missed.
@@ -44,7 +46,14 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { schedule: Schedule::InOrder, watched: false, capacity: 64 << 30, threads: None, left_out: None }
+        Self {
+            schedule: Schedule::InOrder,
+            watched: false,
+            capacity: 64 << 30,
+            shared_memory: shared::CAPACITY,
+            threads: None,
+            left_out: None,
+        }
     }
 }
 
@@ -86,6 +95,10 @@ impl HostDriver {
             let why = "the kernels were built for a CPU with AVX2 and FMA, which this one lacks".into();
             return Err(Error::Missing(why));
         }
+        if options.shared_memory > shared::CAPACITY {
+            let most = shared::CAPACITY;
+            return Err(Error::Missing(format!("a device with more than {most} bytes of shared memory a block")));
+        }
         let memory = Arc::new(Memory::new(options.capacity)?);
         let pool = ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).build();
         let pool = pool.map_err(|why| Error::Missing(format!("the host's threads: {why}")))?;
@@ -113,8 +126,9 @@ impl HostDriver {
         if launch.grid.contains(&0) || launch.grid[0] > i32::MAX as u32 || launch.grid[1..].iter().any(|n| *n > 65535) {
             return refuse(format!("a grid of {:?} blocks: expected 1 to [2³¹ − 1, 65535, 65535]", launch.grid));
         }
-        if !shared::SharedMemory::check(launch.shared as usize) {
-            return refuse(format!("{} bytes of dynamic shared memory: expected at most 227 KiB", launch.shared));
+        let most = self.options.shared_memory;
+        if launch.shared as usize > most {
+            return refuse(format!("{} bytes of dynamic shared memory: expected at most {most}", launch.shared));
         }
         Ok(entry)
     }
@@ -179,6 +193,10 @@ impl Driver for HostDriver {
         Ok(())
     }
 
+    fn shared_memory(&self) -> usize {
+        self.options.shared_memory
+    }
+
     fn launch(&self, launch: &Launch) -> Result<()> {
         let entry = self.check(launch)?;
         let (count, values) = (launch.arguments.len(), launch.arguments.iter().map(Argument::value));
@@ -195,12 +213,14 @@ impl Driver for HostDriver {
             grid: launch.grid,
             block: launch.block,
             shared: launch.shared as usize,
+            shared_memory: self.options.shared_memory,
             arguments: &arguments,
             schedule,
             launch: *launches,
             left_out: self.options.left_out.as_ref(),
         };
         let blocks = launch.grid.iter().product::<u32>();
+        // Blocks are in no order on a device; every other launch begins with the last.
         let nth =
             |i: u32| if schedule == Schedule::InOrder || work.launch.is_multiple_of(2) { i } else { blocks - 1 - i };
         match self.checker() {

@@ -6,8 +6,8 @@ use crate::Result;
 use std::ffi::CStr;
 use std::ptr;
 
-/// The most that a block has on an H100, static and dynamic: 227 KiB.
-const CAPACITY: usize = 227 << 10;
+/// The most that a block has on any device, static and dynamic: an H100's 227 KiB.
+pub(super) const CAPACITY: usize = 227 << 10;
 
 /// Of which arrays of a fixed size may take.
 const STATIC: usize = 48 << 10;
@@ -27,6 +27,8 @@ struct Placed {
 #[derive(Debug)]
 pub(super) struct SharedMemory {
     pages: Pages,
+    /// What the device has for static and dynamic arrays.
+    most: usize,
     dynamic: usize,
     placed: Vec<Placed>,
     end: usize,
@@ -37,21 +39,16 @@ pub(super) const ARENA: usize = CAPACITY + 64 * 1024;
 
 impl SharedMemory {
     pub(super) fn new() -> Result<Self> {
-        Ok(Self { pages: Pages::reserve(ARENA)?, dynamic: 0, placed: Vec::new(), end: 0 })
+        Ok(Self { pages: Pages::reserve(ARENA)?, most: CAPACITY, dynamic: 0, placed: Vec::new(), end: 0 })
     }
 
     /// Begins a block with `dynamic` bytes of its launch's choice, full of 0xff.
-    pub(super) fn begin(&mut self, dynamic: usize) {
+    pub(super) fn begin(&mut self, dynamic: usize, most: usize) {
         self.placed.clear();
-        self.dynamic = dynamic;
+        (self.dynamic, self.most) = (dynamic, most);
         self.end = dynamic.next_multiple_of(GAP) + GAP;
         // SAFETY: the launch was checked to ask for no more than the arena holds.
         unsafe { ptr::write_bytes(self.pages.start(), 0xff, dynamic) };
-    }
-
-    /// That static and dynamic arrays fit a device.
-    pub(super) fn check(dynamic: usize) -> bool {
-        dynamic <= CAPACITY
     }
 
     pub(super) fn start(&self) -> usize {
@@ -71,7 +68,7 @@ impl SharedMemory {
         // SAFETY: a constant of the kernel's unit.
         let bytes = unsafe { (*array).bytes };
         let taken: usize = self.placed.iter().map(|placed| placed.bytes).sum();
-        if taken + bytes > STATIC || taken + bytes + self.dynamic > CAPACITY {
+        if taken + bytes > STATIC || taken + bytes + self.dynamic > self.most {
             return None;
         }
         let offset = self.end;

@@ -75,3 +75,10 @@ extern "C" __global__ void fetch(const u32* x, u32* out, u32 fault) {
 extern "C" __global__ void overlap(u32* out, u32 fault) {
     if (threadIdx.x < 8) out[blockIdx.x * (8 - fault) + threadIdx.x] = blockIdx.x;
 }
+
+// Every thread counts itself, then thread 0 of each block reads the count; `fault` reads it as if nobody else did.
+extern "C" __global__ void census(u32* count, u32* out, u32 fault) {
+    atomicAdd(&count[0], 1u);
+    __syncthreads();
+    if (threadIdx.x == 0) out[blockIdx.x] = fault ? count[0] : atomicAdd(&count[0], 0u);
+}

@@ -1,6 +1,6 @@
 //! The linear kernels with the inputs of every product rounded to bf16.
 //!
-//! A product of two bf16 is exact in f32, so on inputs of the call the bound is that of f32. Two inputs are made on
+//! A product of two bf16 is exact in f32, so on inputs of the call the bound is that of the sum, rounded or cut. Two inputs are made on
 //! the way: u = x̃ (e∘A)ᵀ and du = (g∘dy) B ∘ e. The candidate's lie within γ·Σ|terms| of the oracle's before they
 //! are rounded, and rounding may then part them by a step of bf16 ([`rounded_spread`]): what that makes of the
 //! outputs is added to the bound, element by element.
@@ -9,7 +9,7 @@ use super::case::{Case, Data, Storage, cases, large_cases};
 use super::mass::{absolute, mass};
 use super::run::{Held, Kernel, call};
 use super::{OUTSIDE, chains};
-use crate::conformance::bound::{gamma, rounded_spread, to_bf16};
+use crate::conformance::bound::{gamma_of, rounded_spread, to_bf16};
 use crate::conformance::harness::*;
 use crate::params::Linear;
 use crate::{Backend, Compute, Weight, philox};
@@ -70,7 +70,7 @@ fn law(candidate: &dyn Backend, oracle: &dyn Backend, kernel: Kernel, case: &Cas
         };
         // The oracle rounds |u|, |du| and |g| + 2 to bf16 as it adds up absolute values: they may each have lost
         // 2⁻⁹ of themselves, two of them in one term.
-        let widened = gamma(sums + OUTSIDE) * (1.0 + 1.0 / 128.0);
+        let widened = gamma_of(Compute::Bf16, sums + OUTSIDE) * (1.0 + 1.0 / 128.0);
         agree(tensor, found, exact, |i| widened * mass[output][i] + parted[output].get(i).unwrap_or(&0.0))?;
     }
     Ok(())
@@ -166,5 +166,9 @@ fn spreads(oracle: &dyn Backend, case: &Case, width: usize, x: &[f32], w: &[f32]
     };
     let product = call::<f64>(oracle, Kernel::Forward, &inner, &data, &Held::values)?;
     let mass = call::<f64>(oracle, Kernel::Forward, &inner, &absolute(&data), &Held::values)?;
-    Ok(product[0].iter().zip(&mass[0]).map(|(&x, mass)| rounded_spread(x, gamma(width) * mass)).collect())
+    Ok(product[0]
+        .iter()
+        .zip(&mass[0])
+        .map(|(&x, mass)| rounded_spread(x, gamma_of(Compute::Bf16, width) * mass))
+        .collect())
 }

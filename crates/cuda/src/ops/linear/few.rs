@@ -16,13 +16,13 @@ const ROWS: usize = 16;
 /// Codes of a lane: rows are whole numbers of them.
 const RUN: usize = 32;
 
-/// Shared memory that any of the devices has: 164 KiB on compute capability 8.0, less what the kernel has beside.
-const MOST_SHARED: usize = 160 << 10;
+/// Bytes of shared memory that the kernel has beside x and u, rounded up.
+const BESIDE: usize = 1 << 10;
 
-/// Bytes of x and u: the kernel is there for one token and for four.
+/// Bytes of x and u: the kernel is there for one token and for four, and keeps one run more than x has.
 fn shared(p: &Linear, rank: usize) -> usize {
     let places = if p.tokens == 1 { 1 } else { MOST_TOKENS };
-    (places * p.inputs).saturating_add(p.tokens.saturating_mul(rank)).saturating_mul(size_of::<f32>())
+    (places * (p.inputs + RUN)).saturating_add(p.tokens.saturating_mul(rank)).saturating_mul(size_of::<f32>())
 }
 
 /// Whether a product is one of these.
@@ -30,7 +30,7 @@ pub(super) fn serves(call: Call, p: &Linear, update: Option<&Update>) -> bool {
     (1..=MOST_TOKENS.min(call.on.crossover.few)).contains(&p.tokens)
         && p.inputs.is_multiple_of(RUN)
         && p.outputs > 0
-        && shared(p, update.map_or(0, |l| l.rank)) <= MOST_SHARED
+        && shared(p, update.map_or(0, |l| l.rank)).saturating_add(BESIDE) <= call.on.driver.shared_memory()
         && update.is_none_or(|l| l.dropout.is_none())
 }
 
@@ -59,5 +59,9 @@ pub(super) fn linear(
     arguments.extend([bias.unwrap_or(none), size(rank)?, update.map_or(0.0, |l| l.scale).into(), u.output()]);
     arguments.extend([call.counters(), y, size(p.tokens)?, size(p.inputs)?, size(p.outputs)?]);
     let grid = Grid::blocks(rank + p.outputs.div_ceil(ROWS), 128);
-    call.launch(kernel, grid.shared(shared(p, rank)), &arguments)
+    // A launch that stops halfway, as the host's may, leaves the counters as they then are.
+    call.launch(kernel, grid.shared(shared(p, rank)), &arguments).or_else(|error| {
+        call.on.clear_counters()?;
+        Err(error)
+    })
 }

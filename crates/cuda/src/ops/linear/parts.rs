@@ -1,4 +1,4 @@
-//! A linear layer's tensors as addresses, and the small kernels around its products (`kernels/around.cu`).
+//! A linear layer's tensors as addresses, and the small kernels around its products (`kernels/columns.cu`).
 
 use super::super::matmul::{Matrix, Product};
 use super::super::quantize4;
@@ -6,6 +6,9 @@ use crate::Argument;
 use crate::call::{Call, Grid, Scratch};
 use rankfold_backend::params::{Compute, Dropout, Layout, Linear, LowRank, Weight};
 use rankfold_backend::{DType, Error, Quantized, Result};
+
+/// Threads of a block that has a row.
+const ROW_THREADS: u32 = 256;
 
 /// The weight in the type that a product takes, and what keeps it there.
 pub(super) struct Held {
@@ -107,8 +110,8 @@ impl Update {
             return Ok(u);
         };
         let ea = call.scratch(DType::F32, self.rank * p.inputs)?;
-        let arguments = [self.a, e, ea.output(), size(self.rank)?, size(p.inputs)?];
-        call.launch("scale_rows_f32", Grid::stride(self.rank * p.inputs), &arguments)?;
+        let arguments = [self.a, e, ea.output(), size(p.inputs)?];
+        call.launch("scale_rows_f32", Grid::blocks(self.rank, ROW_THREADS), &arguments)?;
         product.run(call, dropped_x, Matrix::scratch(&ea), u.at(0))?;
         Ok(u)
     }
@@ -169,13 +172,13 @@ pub(super) fn scale_columns(
     [rows, columns]: [usize; 2],
 ) -> Result<()> {
     let (x, out) = (Argument::input(DType::F32, x), Argument::output(DType::F32, out));
-    let arguments = [x, factors, shift.into(), out, size(rows)?, size(columns)?];
-    call.launch("scale_columns_f32", Grid::stride(rows * columns), &arguments)
+    let arguments = [x, factors, shift.into(), out, size(columns)?];
+    call.launch("scale_columns_f32", Grid::blocks(rows, ROW_THREADS), &arguments)
 }
 
 /// y += bias.
 pub(super) fn add_bias(call: Call, bias: Argument, y: Argument, [rows, columns]: [usize; 2]) -> Result<()> {
-    call.launch("add_bias_f32", Grid::stride(rows * columns), &[bias, y, size(rows)?, size(columns)?])
+    call.launch("add_bias_f32", Grid::blocks(rows, ROW_THREADS), &[bias, y, size(columns)?])
 }
 
 /// out_c += factor · Σ_r x_rc y_rc, or without a y Σ_r x_rc; rows are summed in chunks of a fixed size.

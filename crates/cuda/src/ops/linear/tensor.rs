@@ -13,7 +13,6 @@ const RUN: usize = 32;
 /// Elements of a copy: rows of x are whole numbers of them.
 const CHUNK: usize = 8;
 const DEPTH: usize = 64;
-const STAGES: usize = 4;
 const PAD: usize = 8;
 
 /// Which way the weight is taken.
@@ -30,20 +29,30 @@ struct Shape {
     rows: usize,
     columns: usize,
     threads: usize,
+    stages: usize,
     forward: &'static str,
     backward: &'static str,
 }
 
 const SHAPES: [Shape; 3] = [
-    Shape { rows: 16, columns: 64, threads: 128, forward: "linear_mma_16", backward: "linear_grad_mma_16" },
-    Shape { rows: 64, columns: 64, threads: 128, forward: "linear_mma_64", backward: "linear_grad_mma_64" },
-    Shape { rows: 128, columns: 128, threads: 256, forward: "linear_mma_128", backward: "linear_grad_mma_128" },
+    Shape { rows: 16, columns: 64, threads: 128, stages: 4, forward: "linear_mma_16", backward: "linear_grad_mma_16" },
+    Shape { rows: 64, columns: 64, threads: 128, stages: 4, forward: "linear_mma_64", backward: "linear_grad_mma_64" },
+    Shape {
+        rows: 128,
+        columns: 128,
+        threads: 256,
+        stages: 3,
+        forward: "linear_mma_128",
+        backward: "linear_grad_mma_128",
+    },
 ];
 
 impl Shape {
-    /// The least that holds all tokens, else the widest.
-    fn of(tokens: usize) -> &'static Self {
-        SHAPES.iter().find(|shape| tokens <= shape.rows).unwrap_or(&SHAPES[SHAPES.len() - 1])
+    /// Of those that a device's shared memory holds, the least that holds all tokens, else the widest.
+    fn of(tokens: usize, way: Way, memory: usize) -> &'static Self {
+        let fits = |shape: &&'static Self| shape.shared(way) <= memory;
+        let widest = SHAPES.iter().rfind(fits).unwrap_or(&SHAPES[0]);
+        SHAPES.iter().filter(fits).find(|shape| tokens <= shape.rows).unwrap_or(widest)
     }
 
     /// Bytes of `struct Memory`.
@@ -53,7 +62,7 @@ impl Shape {
             Way::Backward => DEPTH * (self.columns + PAD),
         };
         let x = self.rows * (DEPTH + PAD);
-        (STAGES * x + 2 * w) * 2 + STAGES * self.threads * 16 + 16 * size_of::<f32>()
+        (self.stages * x + 2 * w) * 2 + self.stages * self.threads * 16 + 16 * size_of::<f32>()
     }
 }
 
@@ -107,7 +116,7 @@ pub(super) fn product(
     let (depth, columns) = if way == Way::Forward { (p.inputs, p.outputs) } else { (p.outputs, p.inputs) };
     let rounded = call.scratch(DType::Bf16, p.tokens * depth)?;
     cast_at(call, (DType::F32, x), (DType::Bf16, rounded.at(0)), p.tokens * depth)?;
-    let shape = Shape::of(p.tokens);
+    let shape = Shape::of(p.tokens, way, call.on.driver.shared_memory());
     let mut arguments = vec![rounded.input()];
     arguments.extend(quantize4::weight(call, w)?);
     arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into()]);
@@ -130,10 +139,10 @@ pub(super) fn product(
     call.launch("linear_mma_sum", Grid::stride(p.tokens * columns), &arguments)
 }
 
-/// In how many shares depth is split: for blocks enough to fill a device, each with a few steps to overlap.
+/// In how many shares depth is split: for blocks enough to fill a device, each with eight steps or more to overlap.
 ///
 /// By the problem alone, so that its bits are the same on every device.
 fn splits(tiles: usize, depth: usize) -> usize {
     const BLOCKS: usize = 256;
-    (BLOCKS / tiles.max(1)).min(depth / (2 * STAGES * DEPTH)).max(1)
+    (BLOCKS / tiles.max(1)).min(depth / (8 * DEPTH)).max(1)
 }

@@ -1,24 +1,26 @@
-// What stands around the products of a linear layer: factors of rows and of columns, the bias, sums over tokens.
+// Factors of the rows and of the columns of a matrix, a bias, sums over rows: what a linear layer has around its products.
 //
-// Matrices are row-major [rows, columns], f32. All are bound by memory: each matrix is moved once.
+// Matrices are row-major [rows, columns], f32. But for the sums a block of 256 threads has a row, whose neighbouring
+// elements neighbouring threads move; each matrix is moved once, and that is the bound.
 #include "common.cuh"
 
-// out_rc = factor_r · x_rc: AdaLoRA's E on A. A grid of 256-thread blocks strides over the elements.
-extern "C" __global__ void scale_rows_f32(const float* x, const float* factors, float* out, u32 rows, u32 columns) {
-    u64 n = u64(rows) * columns;
-    for (u64 i = global_thread(); i < n; i += global_threads()) out[i] = factors[i / columns] * x[i];
+// out_rc = factor_r · x_rc: AdaLoRA's E on A.
+extern "C" __global__ void scale_rows_f32(const float* x, const float* factors, float* out, u32 columns) {
+    u64 row = u64(blockIdx.x) * columns;
+    float factor = factors[blockIdx.x];
+    for (u32 c = threadIdx.x; c < columns; c += blockDim.x) out[row + c] = factor * x[row + c];
 }
 
 // out_rc = (factor_c + shift) · x_rc: DoRA's row scale on the outputs, and less one. `out` may be `x`.
-extern "C" __global__ void scale_columns_f32(const float* x, const float* factors, float shift, float* out, u32 rows, u32 columns) {
-    u64 n = u64(rows) * columns;
-    for (u64 i = global_thread(); i < n; i += global_threads()) out[i] = (factors[i % columns] + shift) * x[i];
+extern "C" __global__ void scale_columns_f32(const float* x, const float* factors, float shift, float* out, u32 columns) {
+    u64 row = u64(blockIdx.x) * columns;
+    for (u32 c = threadIdx.x; c < columns; c += blockDim.x) out[row + c] = (factors[c] + shift) * x[row + c];
 }
 
 // y_rc += bias_c
-extern "C" __global__ void add_bias_f32(const float* bias, float* y, u32 rows, u32 columns) {
-    u64 n = u64(rows) * columns;
-    for (u64 i = global_thread(); i < n; i += global_threads()) y[i] += bias[i % columns];
+extern "C" __global__ void add_bias_f32(const float* bias, float* y, u32 columns) {
+    u64 row = u64(blockIdx.x) * columns;
+    for (u32 c = threadIdx.x; c < columns; c += blockDim.x) y[row + c] += bias[c];
 }
 
 // partials [chunks, columns]: Σ x_rc, or Σ x_rc y_rc where there is a y, over `chunk` rows each. A block has 128
