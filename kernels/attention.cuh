@@ -198,3 +198,11 @@ __device__ void store(
         }
     }
 }
+
+// P where a query sees a key, and 0 elsewhere.
+__device__ inline float probability(bool seen, float score, float scale, float lse) {
+    return seen ? expf(fmaf(scale, score, -lse)) : 0.0f;
+}
+
+// dS = P (dP − D). Where P is 0, which is where the key is not seen, that is 0 whatever dP.
+__device__ inline float grad_score(float p, float dp, float d) { return p == 0 ? 0.0f : p * (dp - d); }

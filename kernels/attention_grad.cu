@@ -31,14 +31,6 @@ extern "C" __global__ __launch_bounds__(THREADS) void attention_dots_f32(
     }
 }
 
-// P where a query sees a key, and 0 elsewhere.
-__device__ float probability(bool seen, float score, float scale, float lse) {
-    return seen ? expf(fmaf(scale, score, -lse)) : 0.0f;
-}
-
-// dS = P (dP − D). Where P is 0, which is where the key is not seen, that is 0 whatever dP.
-__device__ float grad_score(float p, float dp, float d) { return p == 0 ? 0.0f : p * (dp - d); }
-
 // A block owns 64 queries of one head and walks the keys that they see, as forward does.
 template <u32 SLABS>
 __device__ void grad_queries(

@@ -35,7 +35,7 @@ pub enum Error {
     #[error("{kernel}: block {block} cannot go on: {waiting}")]
     Divergence { kernel: &'static str, block: u32, waiting: String },
     /// Memory that the device does not have.
-    #[error("{asked} bytes of device memory were asked for, {free} are free")]
+    #[error("{}", rankfold_backend::Error::DeviceMemory { asked: *asked, free: *free })]
     OutOfMemory { asked: usize, free: usize },
     /// A device, or what it needs, that is not there.
     #[error("{0}")]

@@ -19,6 +19,7 @@ fn laws_of(file: &str) -> &'static [&'static str] {
         "cross_entropy.cu" => &["cross_entropy"],
         "embedding.cu" => &["embedding"],
         "attention.cu" | "attention.cuh" | "attention_grad.cu" => &["attention"],
+        "attention_mma.cu" | "attention_mma.cuh" | "attention_mma_grad.cu" => &["attention_bf16"],
         "common.cuh" => &["sum_squares", "rms_norm", "cross_entropy"],
         _ => &[],
     }

@@ -41,11 +41,11 @@ struct Case {
 fn cases(compute: Compute) -> impl Strategy<Value = Case> {
     let lengths = (
         0..3usize,
-        select(vec![0, 1, 2, 5, 8, 15, 17, 33, 64]),
+        select(vec![0, 1, 2, 5, 8, 15, 17, 33, 64, 150]),
         select(vec![0, 0, 1, 7, 16, 31]),
         select(vec![0, 0, 1, 9]),
     );
-    let heads = (1..4usize, 1..4usize, select(vec![1, 2, 7, 8, 16, 31, 64, 72, 128]));
+    let heads = (1..4usize, 1..4usize, select(vec![1, 2, 7, 8, 16, 31, 64, 72, 80, 96, 128]));
     let window = option::of(select(vec![1, 2, 5, 16, 100]));
     (lengths, heads, window, any::<bool>(), any::<[bool; 3]>(), any::<u64>()).prop_map(
         move |((batch, queries, query_offset, beyond), (kv_heads, group, head_dim), window, segments, asked, seed)| {

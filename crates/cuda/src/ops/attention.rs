@@ -1,5 +1,7 @@
-//! The kernels of `kernels/attention.cu` and `kernels/attention_grad.cu`.
+//! The kernels of `kernels/attention.cu` and `kernels/attention_grad.cu`, and in bf16, on tensor cores, those of
+//! `kernels/attention_mma.cu` and `kernels/attention_mma_grad.cu`.
 
+use super::elementwise::cast_at;
 use crate::call::{Call, Grid, Scratch};
 use crate::{Argument, CudaBackend};
 use rankfold_backend::params::{Attention, Compute};
@@ -14,6 +16,31 @@ type Kernels = [&'static str; 3];
 const FORWARD: Kernels = ["attention_64_f32", "attention_128_f32", "attention_256_f32"];
 const GRAD_QUERIES: Kernels = ["attention_dq_64_f32", "attention_dq_128_f32", "attention_dq_256_f32"];
 const GRAD_KEYS: Kernels = ["attention_dkv_64_f32", "attention_dkv_128_f32", "attention_dkv_256_f32"];
+
+/// Entry points on tensor cores, for head_dim up to 64 and 128, and the tiles that their blocks keep in shared memory.
+struct MmaKernels {
+    names: [&'static str; 2],
+    /// Rows of all tiles, stages counted.
+    rows: usize,
+    /// Bytes beside them.
+    beside: usize,
+}
+const MMA_FORWARD: MmaKernels =
+    MmaKernels { names: ["attention_mma_64", "attention_mma_128"], rows: STAGES * 2 * TILE, beside: 0 };
+const MMA_GRAD_QUERIES: MmaKernels =
+    MmaKernels { names: ["attention_dq_mma_64", "attention_dq_mma_128"], rows: STAGES * 2 * WALKED, beside: 0 };
+const MMA_GRAD_KEYS: MmaKernels = MmaKernels {
+    names: ["attention_dkv_mma_64", "attention_dkv_mma_128"],
+    rows: 2 * TILE + STAGES * 2 * WALKED,
+    beside: STAGES * WALKED * COLUMN,
+};
+/// Threads of their blocks, elements behind each row of a tile, stages, rows that a gradient's block walks at a time,
+/// and bytes of `struct Column`.
+const MMA_THREADS: u32 = 128;
+const PAD: usize = 8;
+const STAGES: usize = 2;
+const WALKED: usize = 32;
+const COLUMN: usize = 16;
 
 /// The problem as the kernels take it.
 struct Problem<'a> {
@@ -61,10 +88,27 @@ impl<'a> Problem<'a> {
         Ok(Self { p, sizes, width })
     }
 
+    /// Whether tensor cores are for it. Their softmax takes the largest product of q and k for the largest score.
+    fn is_for_tensor_cores(&self) -> bool {
+        let p = self.p;
+        p.compute == Compute::Bf16 && p.head_dim.is_multiple_of(16) && (16..=128).contains(&p.head_dim) && p.scale > 0.0
+    }
+
     /// A block for each tile of `rows` rows of each head of each sequence.
-    fn launch(&self, call: Call, kernels: Kernels, [rows, heads]: [usize; 2], tensors: &[Argument]) -> Result<()> {
-        let grid = Grid::cube([rows.div_ceil(TILE), heads, self.p.batch], THREADS);
-        call.launch(kernels[self.width], grid, &[tensors, &self.sizes].concat())
+    fn launch(&self, call: Call, kernels: Kernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
+        call.launch(kernels[self.width], self.grid(rows, THREADS), &[tensors, &self.sizes].concat())
+    }
+
+    /// The same on tensor cores.
+    fn launch_mma(&self, call: Call, kernels: MmaKernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
+        let width = [64, 128][self.width];
+        let grid =
+            self.grid(rows, MMA_THREADS).shared(kernels.rows * (width + PAD) * size_of::<u16>() + kernels.beside);
+        call.launch(kernels.names[self.width], grid, &[tensors, &self.sizes].concat())
+    }
+
+    fn grid(&self, [rows, heads]: [usize; 2], threads: u32) -> Grid {
+        Grid::cube([rows.div_ceil(TILE), heads, self.p.batch], threads)
     }
 }
 
@@ -86,8 +130,15 @@ impl Taken {
     }
 }
 
-/// out and lse, by tiles of queries. In bf16, q, k and v are rounded and P is not: f32's units have no use for it, and
-/// the contract's bound has room.
+/// A tensor in bf16.
+fn in_bf16(call: Call, x: Argument, n: usize) -> Result<Scratch> {
+    let rounded = call.scratch(DType::Bf16, n)?;
+    cast_at(call, (DType::F32, x.value()), (DType::Bf16, rounded.at(0)), n)?;
+    Ok(rounded)
+}
+
+/// out and lse, by tiles of queries. In bf16 without tensor cores, q, k and v are rounded and P is not: f32's units
+/// have no use for it, and the contract's bound has room.
 pub(crate) fn attention(
     on: &CudaBackend,
     p: &Attention,
@@ -104,6 +155,11 @@ pub(crate) fn attention(
     let starts_in = call.some_input("starts", DType::U32, starts)?;
     let (out, lse) = (call.f32_mut("out", &mut out)?, call.f32_mut("lse", &mut lse)?);
     let problem = Problem::new(call, p, starts)?;
+    if problem.is_for_tensor_cores() {
+        let [k, v] = [in_bf16(call, k, p.key_elements())?, in_bf16(call, v, p.key_elements())?];
+        let tensors = [q, k.input(), v.input(), starts_in, out, lse];
+        return problem.launch_mma(call, MMA_FORWARD, [p.queries, p.heads], &tensors);
+    }
     let q = Taken::new(call, p, q, p.query_elements())?;
     let [k, v] = [Taken::new(call, p, k, p.key_elements())?, Taken::new(call, p, v, p.key_elements())?];
     let tensors = [q.argument, k.argument, v.argument, starts_in, out, lse];
@@ -141,6 +197,20 @@ pub(crate) fn attention_grad(
         call.launch("attention_dots_f32", Grid::blocks(rows.div_ceil(ROWS), THREADS), &arguments)?;
     }
     let dots = dots.as_ref().map_or(Argument::input(DType::F32, 0), |dots| dots.input());
+    if problem.is_for_tensor_cores() {
+        let [held_k, held_v] = [in_bf16(call, k, p.key_elements())?, in_bf16(call, v, p.key_elements())?];
+        let [k, v] = [held_k.input(), held_v.input()];
+        if dq.is_some() {
+            let tensors = [q, k, v, starts, dout, lse, dots, to_q];
+            problem.launch_mma(call, MMA_GRAD_QUERIES, [p.queries, p.heads], &tensors)?;
+        }
+        if dk.is_some() || dv.is_some() {
+            let [q, dout] = [in_bf16(call, q, p.query_elements())?, in_bf16(call, dout, p.query_elements())?];
+            let tensors = [q.input(), k, v, starts, dout.input(), lse, dots, to_k, to_v];
+            problem.launch_mma(call, MMA_GRAD_KEYS, [p.keys, p.kv_heads], &tensors)?;
+        }
+        return Ok(());
+    }
     let [q, dout] = [Taken::new(call, p, q, p.query_elements())?, Taken::new(call, p, dout, p.query_elements())?];
     let [k, v] = [Taken::new(call, p, k, p.key_elements())?, Taken::new(call, p, v, p.key_elements())?];
     let inputs = [q.argument, k.argument, v.argument, starts, dout.argument, lse, dots];
