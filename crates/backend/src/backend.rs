@@ -205,6 +205,14 @@ pub trait Backend: Debug + Send + Sync {
     /// With g = grad_scale·grad: param ← param·(1 − lr·weight_decay); m ← β1 m + (1 − β1) g;
     /// v ← β2 v + (1 − β2) g²; param ← param − lr·(m/(1 − β1^t)) / (√(v/(1 − β2^t)) + ε).
     fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()>;
+
+    /// [`Backend::adamw`] with its moments kept in 8 bits, in blocks of [`MOMENT_BLOCK`] elements: m by the signed
+    /// map, v by the unsigned one (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", §2).
+    ///
+    /// The moments are decoded as by [`Backend::dequantize_8bit`]; the new ones are formed of them and move param as
+    /// in [`Backend::adamw`], and only then are encoded as by [`Backend::quantize_8bit`]. Where a new moment is not
+    /// finite, what becomes of its block is unspecified: no error looks for it.
+    fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()>;
 }
 
 impl dyn Backend + '_ {

@@ -13,7 +13,7 @@ use rankfold_backend::params::AdamW;
 
 /// The step's constants.
 #[derive(Clone, Copy)]
-struct Constants {
+pub(crate) struct Constants {
     grad_scale: f32,
     beta1: f32,
     one_less_beta1: f32,
@@ -29,7 +29,7 @@ struct Constants {
 }
 
 impl Constants {
-    fn new(p: &AdamW) -> Self {
+    pub(crate) fn new(p: &AdamW) -> Self {
         let correction = |beta: f64| 1.0 - beta.powf(p.step as f64);
         Self {
             grad_scale: p.grad_scale as f32,
@@ -56,11 +56,12 @@ pub(crate) fn adamw(threads: &Threads, isa: Isa, p: &AdamW, grad: &[f32], [param
     });
 }
 
-struct Step<'a> {
-    constants: Constants,
-    grad: &'a [f32],
+/// A step of one task's elements.
+pub(crate) struct Step<'a> {
+    pub(crate) constants: Constants,
+    pub(crate) grad: &'a [f32],
     /// param, m, v
-    state: [&'a mut [f32]; 3],
+    pub(crate) state: [&'a mut [f32]; 3],
 }
 
 impl Kernel for Step<'_> {

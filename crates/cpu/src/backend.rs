@@ -1,5 +1,6 @@
 //! The backend: each kernel checks its parameters, turns views into slices, and calls the file of its operation.
 
+use crate::adamw_8bit::Coded;
 use crate::attention::{self, Gradients};
 use crate::gemm::{Gemm, QuantSlice, WeightSlice};
 use crate::linear::{GradSlices, LowRankSlice};
@@ -10,7 +11,7 @@ use crate::simd::{Float, Isa};
 use crate::slices::{self, BACKEND, Slices};
 use crate::storage::{HostMemory, MemoryFigures, Pool};
 use crate::threads::Threads;
-use crate::{adamw, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
+use crate::{adamw, adamw_8bit, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
 use half::{bf16, f16};
 use rankfold_backend::params::*;
 use rankfold_backend::{
@@ -494,6 +495,16 @@ impl Backend for CpuBackend {
         let (param, m) = (s.get_mut("param", &mut param)?, s.get_mut("m", &mut m)?);
         let state = [param, m, s.get_mut("v", &mut v)?];
         adamw::adamw(&self.threads, self.isa, p, grad, state);
+        Ok(())
+    }
+
+    fn adamw_8bit(&self, p: &AdamW, grad: View, mut param: ViewMut, mut m: Moment, mut v: Moment) -> Result<()> {
+        let s = Slices("adamw_8bit");
+        p.check_8bit(&grad, &param, &m, &v)?;
+        let (grad, param) = (s.get("grad", grad)?, s.get_mut("param", &mut param)?);
+        let m = Coded { codes: s.get_mut("m codes", &mut m.codes)?, absmax: s.get_mut("m absmax", &mut m.absmax)? };
+        let v = Coded { codes: s.get_mut("v codes", &mut v.codes)?, absmax: s.get_mut("v absmax", &mut v.absmax)? };
+        adamw_8bit::adamw_8bit(&self.threads, self.isa, p, grad, param, m, v);
         Ok(())
     }
 }

@@ -10,10 +10,11 @@
 //! - `slices`, `backend`: from checked views to slices, one line a kernel;
 //! - `gemm`, then `linear` and `matmul` on it: products;
 //! - `attention`: its own small products and an online softmax;
-//! - `elementwise`, `dropout`, `silu_mul`, `rms_norm`, `rope`, `embedding`, `cross_entropy`, `adamw`, `quantize4`,
-//!   `quantize8`: one file an operation, forward beside backward.
+//! - `elementwise`, `dropout`, `silu_mul`, `rms_norm`, `rope`, `embedding`, `cross_entropy`, `quantize4`, `quantize8`,
+//!   `adamw`, `adamw_8bit`: one file an operation, forward beside backward.
 
 mod adamw;
+mod adamw_8bit;
 mod attention;
 mod backend;
 mod cross_entropy;

@@ -21,7 +21,7 @@ const CHUNK: usize = 1 << 14;
 const DROPPED: u32 = 17;
 
 /// How a map's codes are found.
-struct Search {
+pub(crate) struct Search {
     /// The midpoints, each rounded down to an f32, and two that nothing exceeds.
     thresholds: [f32; 257],
     /// The least code in each interval.
@@ -44,7 +44,7 @@ impl Search {
         Self { thresholds, first: first.collect() }
     }
 
-    fn of(map: DynamicMap) -> &'static Self {
+    pub(crate) fn of(map: DynamicMap) -> &'static Self {
         static SIGNED: LazyLock<Search> = LazyLock::new(|| Search::new(DynamicMap::Signed));
         static UNSIGNED: LazyLock<Search> = LazyLock::new(|| Search::new(DynamicMap::Unsigned));
         match map {
@@ -60,6 +60,16 @@ impl Search {
         let [below, above] = [self.thresholds[usize::from(first)], self.thresholds[usize::from(first) + 1]];
         first + u8::from(v > below) + u8::from(v > above)
     }
+
+    /// The codes of a block.
+    #[inline(always)]
+    pub(crate) fn encode(&self, x: &[f32], absmax: f32, codes: &mut [u8]) {
+        let reciprocal = 1.0 / absmax.max(1e-38);
+        for (x, code) in x.iter().zip(codes) {
+            // No clamp: what a product exceeds 1 by changes no code.
+            *code = self.code(x * reciprocal);
+        }
+    }
 }
 
 /// The f32s at both ends of an interval, in the order of their bits.
@@ -67,10 +77,10 @@ fn ends(interval: u32) -> [f32; 2] {
     [interval << DROPPED, interval << DROPPED | ((1 << DROPPED) - 1)].map(f32::from_bits)
 }
 
-/// max |x|, `None` where an element is NaN or infinite: without the sign, f32s are ordered as their bits are.
-fn finite_absmax(x: &[f32]) -> Option<f32> {
-    let bits = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & !(1 << 31)));
-    Some(f32::from_bits(bits)).filter(|max| max.is_finite())
+/// max |x|, not finite where an element is not: without the sign, f32s are ordered as their bits are, NaN above all.
+#[inline(always)]
+pub(crate) fn absmax(x: &[f32]) -> f32 {
+    f32::from_bits(x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & !(1 << 31))))
 }
 
 /// Codes and absmax of x; an error for the first element that is not finite.
@@ -89,16 +99,12 @@ pub(crate) fn quantize_8bit(
         let (start, end) = (task * chunk, x.len().min((task + 1) * chunk));
         // SAFETY: a chunk is a multiple of the block, so no two tasks share a code or a scale.
         let (codes, absmax) = unsafe { (codes.get(start..end), absmax.get(start / block..end.div_ceil(block))) };
-        for ((part, codes), absmax) in x[start..end].chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
-            let Some(max) = finite_absmax(part) else {
+        for ((part, codes), scale) in x[start..end].chunks(block).zip(codes.chunks_mut(block)).zip(absmax) {
+            *scale = self::absmax(part);
+            if !scale.is_finite() {
                 return (start..end).find(|i| !x[*i].is_finite());
-            };
-            *absmax = max;
-            let reciprocal = 1.0 / max.max(1e-38);
-            for (x, c) in part.iter().zip(codes) {
-                // No clamp: what a product exceeds 1 by changes no code.
-                *c = search.code(x * reciprocal);
             }
+            search.encode(part, *scale, codes);
         }
         None
     });

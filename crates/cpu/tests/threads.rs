@@ -90,6 +90,22 @@ fn quantisation() {
 }
 
 #[test]
+fn adamw_in_8_bits() {
+    same_at_any_number_of_threads(|b| {
+        let (mut param, blocks) = (random(b, N, 1)?, N.div_ceil(MOMENT_BLOCK));
+        let [mut m_codes, mut v_codes] = [b.filled(DType::U8, N, 0.0)?, b.filled(DType::U8, N, 0.0)?];
+        let [mut m_absmax, mut v_absmax] = [zeros(b, blocks)?, zeros(b, blocks)?];
+        for step in 1..4 {
+            let p = AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.1, step, grad_scale: 0.5 };
+            let m = Moment { codes: m_codes.view_mut(), absmax: m_absmax.view_mut() };
+            let v = Moment { codes: v_codes.view_mut(), absmax: v_absmax.view_mut() };
+            b.adamw_8bit(&p, random(b, N, 1 + step)?.view(), param.view_mut(), m, v)?;
+        }
+        bits(b, &[&param, &m_codes, &m_absmax, &v_codes, &v_absmax])
+    });
+}
+
+#[test]
 fn products() {
     same_at_any_number_of_threads(|b| {
         let mut all = Vec::new();

@@ -273,4 +273,8 @@ impl Backend for CudaBackend {
     fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()> {
         ops::adamw::adamw(self, p, grad, param, m, v)
     }
+
+    fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
+        ops::adamw::adamw_8bit(self, p, grad, param, m, v)
+    }
 }

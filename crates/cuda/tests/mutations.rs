@@ -20,7 +20,7 @@ fn laws_of(file: &str) -> &'static [&'static str] {
         "embedding.cu" => &["embedding"],
         "attention.cu" | "attention.cuh" | "attention_grad.cu" => &["attention"],
         "attention_mma.cu" | "attention_mma.cuh" | "attention_mma_grad.cu" => &["attention_bf16"],
-        "common.cuh" => &["sum_squares", "rms_norm", "cross_entropy"],
+        "common.cuh" => &["sum_squares", "rms_norm", "cross_entropy", "adamw_8bit"],
         _ => &[],
     }
 }

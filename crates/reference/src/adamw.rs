@@ -19,10 +19,18 @@ pub(crate) fn adamw(p: &AdamW, grad: View, mut param: ViewMut, mut m: ViewMut, m
     let mut param = kernel.floats_mut("param", &mut param)?;
     let mut m = kernel.floats_mut("m", &mut m)?;
     let mut v = kernel.floats_mut("v", &mut v)?;
+    let (mut params, mut means, mut squares) = (param.load(), m.load(), v.load());
+    step(p, &grad, [&mut params, &mut means, &mut squares]);
+    param.store(params);
+    m.store(means);
+    v.store(squares);
+    Ok(())
+}
 
+/// The same on numbers: param, m and v.
+pub(crate) fn step(p: &AdamW, grad: &[f64], [params, means, squares]: [&mut [f64]; 3]) {
     let correction = |beta: f64| 1.0 - beta.powf(p.step as f64);
     let (correction1, correction2) = (correction(p.beta1), correction(p.beta2));
-    let (mut params, mut means, mut squares) = (param.load(), m.load(), v.load());
     for i in 0..grad.len() {
         let g = p.grad_scale * grad[i];
         means[i] = p.beta1 * means[i] + (1.0 - p.beta1) * g;
@@ -30,10 +38,6 @@ pub(crate) fn adamw(p: &AdamW, grad: View, mut param: ViewMut, mut m: ViewMut, m
         let (mean, square) = (means[i] / correction1, squares[i] / correction2);
         params[i] = params[i] * (1.0 - p.lr * p.weight_decay) - p.lr * mean / (square.sqrt() + p.eps);
     }
-    param.store(params);
-    m.store(means);
-    v.store(squares);
-    Ok(())
 }
 
 #[cfg(test)]

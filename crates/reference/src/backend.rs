@@ -3,7 +3,8 @@
 use crate::storage::{Cells, NAME};
 use crate::*;
 use rankfold_backend::params::{
-    AdamW, Attention, CrossEntropy, Dropout, Embedding, Linear, LinearGrads, LowRank, MatMul, RmsNorm, Rope, Weight,
+    AdamW, Attention, CrossEntropy, Dropout, Embedding, Linear, LinearGrads, LowRank, MatMul, Moment, RmsNorm, Rope,
+    Weight,
 };
 use rankfold_backend::{
     AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, View, ViewMut,
@@ -212,5 +213,9 @@ impl Backend for ReferenceBackend {
 
     fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()> {
         adamw::adamw(p, grad, param, m, v)
+    }
+
+    fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
+        adamw_8bit::adamw_8bit(p, grad, param, m, v)
     }
 }

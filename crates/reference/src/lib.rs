@@ -12,11 +12,12 @@
 //! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`mod@derive`], [`thresholds`]: where
 //!   their tables and decisions come from;
 //! - `embedding`, `rms_norm`, `rope`, `attention`, `silu_mul`, `cross_entropy`: a transformer's other layers;
-//! - `dropout`, `adamw`: training;
+//! - `dropout`, `adamw`, `adamw_8bit`: training;
 //! - `backend`: the trait, which only delegates.
 #![forbid(unsafe_code)]
 
 mod adamw;
+mod adamw_8bit;
 mod attention;
 mod backend;
 mod cross_entropy;

@@ -34,7 +34,8 @@ pub(crate) fn quantize_8bit(
     Ok(())
 }
 
-fn encode(map: DynamicMap, block: usize, x: &[f32], codes: &mut [u8], scales: &mut [f32]) {
+/// Codes, and absmax into `scales`, of finite elements.
+pub(crate) fn encode(map: DynamicMap, block: usize, x: &[f32], codes: &mut [u8], scales: &mut [f32]) {
     let midpoints = thresholds::eight_bits(map);
     let blocks = x.chunks(block).zip(codes.chunks_mut(block)).zip(scales);
     for ((block, codes), scale) in blocks {

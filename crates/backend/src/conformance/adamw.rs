@@ -16,13 +16,14 @@ use crate::params::AdamW;
 use proptest::prelude::*;
 use proptest::sample::select;
 
-struct State {
-    param: Vec<f32>,
-    m: Vec<f32>,
-    v: Vec<f32>,
+pub(super) struct State {
+    pub(super) param: Vec<f32>,
+    pub(super) m: Vec<f32>,
+    pub(super) v: Vec<f32>,
 }
 
-fn call<T: Real>(
+/// The new param, m and v.
+pub(super) fn call<T: Real>(
     backend: &dyn Backend,
     p: &AdamW,
     seed: u64,
@@ -37,7 +38,7 @@ fn call<T: Real>(
 }
 
 /// Bounds of the new param, m and v of one element.
-fn bounds(p: &AdamW, grad: f32, param: f32, m: f32, v: f32) -> [f64; 3] {
+pub(super) fn bounds(p: &AdamW, grad: f32, param: f32, m: f32, v: f32) -> [f64; 3] {
     let [grad, param, m, v] = [grad, param, m, v].map(f64::from);
     let g = p.grad_scale * grad;
     let (old, new) = ((p.beta1 * m).abs(), ((1.0 - p.beta1) * g).abs());
@@ -56,8 +57,8 @@ fn bounds(p: &AdamW, grad: f32, param: f32, m: f32, v: f32) -> [f64; 3] {
     [param_error, m_error, v_error]
 }
 
-/// Four steps from a fresh or an old state, with and without decay and clipping.
-pub fn steps(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+/// The first of some steps, fresh (1) or of an old state, with and without decay and clipping.
+pub(super) fn first_steps() -> impl Strategy<Value = AdamW> {
     let parameters = (
         select(vec![1e-3, 2e-4, 0.1]),
         select(vec![(0.9, 0.999), (0.9, 0.95), (0.0, 0.5)]),
@@ -66,29 +67,38 @@ pub fn steps(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         select(vec![1, 2, 1000, 1_000_000]),
         select(vec![1.0, 0.25, 0.0123]),
     );
-    check(
-        32,
-        &(parameters, length(), any::<u64>()),
-        |((lr, betas, eps, weight_decay, first, grad_scale), len, seed)| {
-            let mut draw = Draw::new(seed);
-            let mut state = State { param: draw.scaled(len), m: vec![0.0; len], v: vec![0.0; len] };
-            if first > 1 {
-                state.m = draw.normal(len, 0.1);
-                state.v = draw.normal(len, 0.1).iter().map(|v| v * v).collect();
+    parameters.prop_map(|(lr, (beta1, beta2), eps, weight_decay, step, grad_scale)| AdamW {
+        lr,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        step,
+        grad_scale,
+    })
+}
+
+/// Four steps.
+pub fn steps(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    check(32, &(first_steps(), length(), any::<u64>()), |(first, len, seed)| {
+        let mut draw = Draw::new(seed);
+        let mut state = State { param: draw.scaled(len), m: vec![0.0; len], v: vec![0.0; len] };
+        if first.step > 1 {
+            state.m = draw.normal(len, 0.1);
+            state.v = draw.normal(len, 0.1).iter().map(|v| v * v).collect();
+        }
+        for step in first.step..first.step + 4 {
+            let p = AdamW { step, ..first };
+            let grad = draw.scaled(len);
+            let found = twice(|| call::<f32>(candidate, &p, seed, &grad, &state))?;
+            let exact = call::<f64>(oracle, &p, seed, &grad, &state)?;
+            let bound = |i: usize| bounds(&p, grad[i], state.param[i], state.m[i], state.v[i]);
+            for (output, tensor) in ["param", "m", "v"].into_iter().enumerate() {
+                agree(tensor, &found[output], &exact[output], |i| bound(i)[output])?;
             }
-            for step in first..first + 4 {
-                let p = AdamW { lr, beta1: betas.0, beta2: betas.1, eps, weight_decay, step, grad_scale };
-                let grad = draw.scaled(len);
-                let found = twice(|| call::<f32>(candidate, &p, seed, &grad, &state))?;
-                let exact = call::<f64>(oracle, &p, seed, &grad, &state)?;
-                let bound = |i: usize| bounds(&p, grad[i], state.param[i], state.m[i], state.v[i]);
-                for (output, tensor) in ["param", "m", "v"].into_iter().enumerate() {
-                    agree(tensor, &found[output], &exact[output], |i| bound(i)[output])?;
-                }
-                let [param, m, v] = <[Vec<f32>; 3]>::try_from(found).expect("three outputs");
-                state = State { param, m, v };
-            }
-            Ok(())
-        },
-    )
+            let [param, m, v] = <[Vec<f32>; 3]>::try_from(found).expect("three outputs");
+            state = State { param, m, v };
+        }
+        Ok(())
+    })
 }

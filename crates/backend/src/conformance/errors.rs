@@ -187,6 +187,16 @@ fn kernels() -> Vec<Kernel> {
         kernel("adamw", [(F, 4)], [(F, 4), (F, 4), (F, 4)], |on, [grad], [param, m, v]| {
             on.adamw(&ADAMW, *grad, param, m, v)
         }),
+        kernel(
+            "adamw_8bit",
+            [(F, 300)],
+            [(F, 300), (u8, 300), (F, 2), (u8, 300), (F, 2)],
+            |on, [grad], [param, m_codes, m_absmax, v_codes, v_absmax]| {
+                let m = Moment { codes: m_codes, absmax: m_absmax };
+                let v = Moment { codes: v_codes, absmax: v_absmax };
+                on.adamw_8bit(&ADAMW, *grad, param, m, v)
+            },
+        ),
     ]
 }
 
@@ -387,6 +397,10 @@ pub fn parameters(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
         let (mut m, mut v) = (blank(4)?, blank(4)?);
         let p = AdamW { step: 0, ..ADAMW };
         invalid("step 0", candidate.adamw(&p, x.view(), y.view_mut(), m.view_mut(), v.view_mut()))?;
+        let (mut m_codes, mut v_codes) = (candidate.alloc(DType::U8, 4)?, candidate.alloc(DType::U8, 4)?);
+        let m = Moment { codes: m_codes.view_mut(), absmax: m.slice_mut(0, 1)? };
+        let v = Moment { codes: v_codes.view_mut(), absmax: v.slice_mut(0, 1)? };
+        invalid("step 0 in 8 bits", candidate.adamw_8bit(&p, x.view(), y.view_mut(), m, v))?;
 
         let (q, k, mut out, mut lse) = (blank(8)?, blank(6)?, blank(8)?, blank(4)?);
         for (what, p) in [

@@ -18,6 +18,7 @@ mod draw;
 mod harness;
 
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
@@ -114,6 +115,7 @@ macro_rules! conformance {
             cross_entropy_backward_agrees => cross_entropy::backward,
             cross_entropy_of_nan_is_nan => cross_entropy::nan,
             adamw_agrees => adamw::steps,
+            adamw_8bit_agrees => adamw_8bit::steps,
             wrong_lengths_are_errors => errors::lengths,
             wrong_element_types_are_errors => errors::dtypes,
             foreign_buffers_are_errors => errors::foreign,

@@ -10,7 +10,7 @@ mod rms_norm;
 mod rope;
 mod tokens;
 
-pub use adamw::AdamW;
+pub use adamw::{AdamW, MOMENT_BLOCK, Moment};
 pub use attention::{Attention, AttentionGrads, AttentionSaved};
 pub use dropout::Dropout;
 pub use products::{Layout, Linear, LinearGrads, LowRank, MatMul, Weight};

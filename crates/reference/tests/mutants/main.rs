@@ -80,6 +80,12 @@ fn a_wrong_element_is_caught() {
         (Nudge("adamw", 0, 5e-7), adamw::steps),
         (Nudge("adamw", 1, 1e-6), adamw::steps),
         (Nudge("adamw", 2, 1e-6), adamw::steps),
+        // param; the codes and scales of m and of v.
+        (Nudge("adamw_8bit", 0, 5e-7), adamw_8bit::steps),
+        (Nudge("adamw_8bit", 1, 0.0), adamw_8bit::steps),
+        (Nudge("adamw_8bit", 2, 1e-6), adamw_8bit::steps),
+        (Nudge("adamw_8bit", 3, 0.0), adamw_8bit::steps),
+        (Nudge("adamw_8bit", 4, 1e-6), adamw_8bit::steps),
         (Deaf("f64 of fill"), memory::fill),
         (Deaf("f64 of sum_squares"), elementwise::sum_squares),
         (Deaf("host bytes"), memory::host_bytes),
@@ -118,6 +124,8 @@ fn a_parameter_that_is_not_listened_to_is_caught() {
         (Deaf("scale"), cross_entropy::backward),
         (Deaf("step"), adamw::steps),
         (Deaf("weight_decay"), adamw::steps),
+        (Deaf("step"), adamw_8bit::steps),
+        (Deaf("weight_decay"), adamw_8bit::steps),
     ]);
 }
 
@@ -145,7 +153,7 @@ fn a_broken_law_of_quantisation_is_caught() {
 }
 
 /// Each kernel's first output, or the one named: kernel, output, law.
-const WRITES: [(&str, usize, Law); 30] = [
+const WRITES: [(&str, usize, Law); 33] = [
     ("fill", 0, memory::fill),
     ("copy", 0, memory::copy),
     ("cast", 0, memory::cast),
@@ -176,6 +184,9 @@ const WRITES: [(&str, usize, Law); 30] = [
     ("cross_entropy", 0, cross_entropy::forward),
     ("cross_entropy_grad", 1, cross_entropy::backward),
     ("adamw", 2, adamw::steps),
+    ("adamw_8bit", 0, adamw_8bit::steps),
+    ("adamw_8bit", 1, adamw_8bit::steps),
+    ("adamw_8bit", 4, adamw_8bit::steps),
 ];
 
 #[test]
@@ -221,7 +232,19 @@ fn other_bits_within_the_bounds_are_told_apart() {
 #[test]
 fn an_error_that_is_not_reported_is_caught() {
     let laws: [Law; 3] = [errors::lengths, errors::dtypes, errors::foreign];
-    for kernel in ["copy", "add", "matmul", "linear", "rms_norm_grad", "attention", "quantize_8bit", "adamw", "cast"] {
+    let kernels = [
+        "copy",
+        "add",
+        "matmul",
+        "linear",
+        "rms_norm_grad",
+        "attention",
+        "quantize_8bit",
+        "adamw",
+        "adamw_8bit",
+        "cast",
+    ];
+    for kernel in kernels {
         caught(&laws.map(|law| (Lenient(kernel), law)));
         caught(&laws.map(|law| (Hasty(kernel), law)));
     }
@@ -235,6 +258,7 @@ fn an_error_that_is_not_reported_is_caught() {
         (Lenient("quantize_4bit"), errors::parameters),
         (Lenient("dropout"), errors::parameters),
         (Lenient("adamw"), errors::parameters),
+        (Lenient("adamw_8bit"), errors::parameters),
         (Lenient("attention"), errors::parameters),
         (Lenient("matmul"), errors::products),
     ]);

@@ -403,18 +403,26 @@ impl Backend for Mutant {
     }
 
     fn adamw(&self, p: &AdamW, grad: View, param: ViewMut, m: ViewMut, v: ViewMut) -> Result<()> {
-        let mut p = *p;
-        if self.deaf("step") {
-            p.step += 1;
-        }
-        if self.deaf("weight_decay") {
-            p.weight_decay = 0.0;
-        }
-        self.run("adamw", [param, m, v], |[param, m, v]| ORACLE.adamw(&p, grad, param, m, v))
+        self.run("adamw", [param, m, v], |[param, m, v]| ORACLE.adamw(&self.taken(p), grad, param, m, v))
+    }
+
+    fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
+        let outputs = [param, m.codes, m.absmax, v.codes, v.absmax];
+        self.run("adamw_8bit", outputs, |[param, m_codes, m_absmax, v_codes, v_absmax]| {
+            let m = Moment { codes: m_codes, absmax: m_absmax };
+            let v = Moment { codes: v_codes, absmax: v_absmax };
+            ORACLE.adamw_8bit(&self.taken(p), grad, param, m, v)
+        })
     }
 }
 
 impl Mutant {
+    fn taken(&self, p: &AdamW) -> AdamW {
+        let step = p.step + u64::from(self.deaf("step"));
+        let weight_decay = if self.deaf("weight_decay") { 0.0 } else { p.weight_decay };
+        AdamW { step, weight_decay, ..*p }
+    }
+
     fn precision(&self, p: &Linear) -> Linear {
         Linear { compute: if self.deaf("compute") { Compute::F32 } else { p.compute }, ..*p }
     }
