@@ -2,21 +2,22 @@
 
 use crate::adamw_8bit::Coded;
 use crate::attention::{self, Gradients};
-use crate::gemm::{Gemm, QuantSlice, WeightSlice};
-use crate::linear::{GradSlices, LowRankSlice};
-use crate::quantize4::{self, ScaleSlice};
+use crate::gemm::Gemm;
+use crate::linear::GradSlices;
+use crate::quantize4;
 use crate::rms_norm::{self, Saved};
 use crate::rope::{self, Angles};
 use crate::simd::{Float, Isa};
 use crate::slices::{self, BACKEND, Slices};
 use crate::storage::{HostMemory, MemoryFigures, Pool};
 use crate::threads::Threads;
+use crate::weights::{low_rank_slice, scale_slice, weight_slice};
 use crate::{adamw, adamw_8bit, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
 use half::{bf16, f16};
 use rankfold_backend::params::*;
 use rankfold_backend::{
     AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result,
-    Scales, View, ViewMut, check_block,
+    View, ViewMut, check_block,
 };
 use std::sync::Arc;
 
@@ -75,41 +76,6 @@ fn check_compute(compute: Compute) -> Result<()> {
         Compute::F32 => Ok(()),
         Compute::Bf16 => Err(Error::Unsupported { backend: BACKEND, what: "bf16 compute" }),
     }
-}
-
-/// The scales of a weight whose lengths have been checked.
-fn scale_slice<'a>(s: Slices, scales: &'a Scales) -> Result<ScaleSlice<'a>> {
-    Ok(match scales {
-        Scales::Plain(absmax) => ScaleSlice::Plain(s.get("absmax", absmax.view())?),
-        Scales::Nested { codes, absmax, offset } => {
-            ScaleSlice::nested(s.get("scale codes", codes.view())?, s.get("nested absmax", absmax.view())?, *offset)
-        }
-    })
-}
-
-fn weight_slice<'a>(s: Slices, w: &Weight<'a>) -> Result<WeightSlice<'a>> {
-    Ok(match w {
-        Weight::Dense(w) => WeightSlice::Dense(s.floats("weight", *w)?),
-        Weight::Quantized(q) => WeightSlice::Quantized(QuantSlice {
-            codes: s.get("codes", q.codes.view())?,
-            scales: scale_slice(s, &q.scales)?,
-            format: q.format,
-            block: q.block,
-        }),
-    })
-}
-
-fn low_rank_slice<'a>(s: Slices, l: Option<&LowRank<'a>>) -> Result<Option<LowRankSlice<'a>>> {
-    let Some(l) = l else { return Ok(None) };
-    Ok(Some(LowRankSlice {
-        rank: l.rank,
-        a: s.get("a", l.a)?,
-        b: s.get("b", l.b)?,
-        scale: l.scale,
-        per_rank: l.per_rank.map(|x| s.get("per_rank", x)).transpose()?,
-        row_scale: l.row_scale.map(|x| s.get("row_scale", x)).transpose()?,
-        dropout: l.dropout,
-    }))
 }
 
 impl Backend for CpuBackend {

@@ -33,6 +33,7 @@ pub mod simd;
 mod slices;
 mod storage;
 mod threads;
+mod weights;
 
 pub use backend::CpuBackend;
 pub use storage::MemoryFigures;

@@ -43,7 +43,7 @@ pub(super) struct Work<'a> {
     /// A pointer to each argument, and behind them the arguments.
     pub(super) arguments: &'a [u64],
     pub(super) schedule: Schedule,
-    /// How many launches there were before.
+    /// The number of the launch, from 1.
     pub(super) launch: u64,
     /// A barrier that is passed over: for tests that want to see it missed.
     pub(super) left_out: Option<&'a crate::Site>,
