@@ -1,0 +1,12 @@
+//! The file tier: pages in one sparse file, each with a checksum that is kept in memory.
+//!
+//! Read [`extents`] (who has which addresses of the file), then [`tier`] (what is stored there, and what a failure
+//! leaves), then [`disk`] (the file itself: made without a name, written directly or through the system's cache).
+
+mod disk;
+#[cfg(test)]
+pub(crate) mod faulty;
+mod tier;
+
+pub(crate) use tier::FileTier;
+pub use tier::{FileFigures, FileOptions};

@@ -1,0 +1,131 @@
+//! The host's memory over a file.
+
+use crate::extents::Extent;
+use crate::file::FileTier;
+use crate::space::Space;
+use crate::{Error, FileFigures, FileOptions, Memory, Result};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Host memory, whose pages are kept in a file where there is one.
+#[derive(Debug)]
+pub struct Host {
+    page: usize,
+    file: Option<Arc<FileTier>>,
+}
+
+/// Addresses of the process, and a place in the file.
+#[derive(Debug)]
+pub struct HostRegion {
+    space: Space,
+    place: Option<Place>,
+}
+
+/// A place in the file, given back when it is dropped.
+#[derive(Debug)]
+struct Place {
+    file: Arc<FileTier>,
+    /// `None` only while it is dropped.
+    extent: Option<Extent>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(extent) = self.extent.take() {
+            self.file.free(extent);
+        }
+    }
+}
+
+impl HostRegion {
+    /// The first byte's address.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.space.start()
+    }
+
+    fn kept(&self) -> Result<(&FileTier, &Extent)> {
+        let Some(Place { file, extent: Some(extent) }) = &self.place else { return Err(Error::NoTier) };
+        Ok((file, extent))
+    }
+}
+
+impl Host {
+    pub(crate) fn new(page: usize, file: Option<&FileOptions>) -> Result<Self> {
+        Ok(Self { page, file: file.map(|options| FileTier::open(options, page).map(Arc::new)).transpose()? })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn on(file: FileTier, page: usize) -> Self {
+        Self { page, file: Some(Arc::new(file)) }
+    }
+
+    /// The file's figures, where there is one.
+    pub fn file(&self) -> Option<FileFigures> {
+        self.file.as_ref().map(|file| file.figures())
+    }
+
+    /// The bytes of pages.
+    ///
+    /// # Safety
+    /// Nobody writes them while the slice lives.
+    unsafe fn bytes<'a>(&self, region: &'a HostRegion, pages: &Range<usize>) -> &'a [u8] {
+        let range = pages.start * self.page..pages.end * self.page;
+        assert!(range.end <= region.space.bytes(), "pages beyond their region");
+        // SAFETY: within the space; the caller keeps writers away.
+        unsafe { std::slice::from_raw_parts(region.start().add(range.start), range.len()) }
+    }
+
+    /// The same, to write.
+    ///
+    /// # Safety
+    /// Nobody else touches them while the slice lives.
+    #[allow(clippy::mut_from_ref)] // the memory is the region's, not borrowed from it; see the safety condition
+    unsafe fn bytes_mut<'a>(&self, region: &'a HostRegion, pages: &Range<usize>) -> &'a mut [u8] {
+        let range = pages.start * self.page..pages.end * self.page;
+        assert!(range.end <= region.space.bytes(), "pages beyond their region");
+        // SAFETY: within the space; the caller keeps others away.
+        unsafe { std::slice::from_raw_parts_mut(region.start().add(range.start), range.len()) }
+    }
+}
+
+// SAFETY of what follows: the core calls `store` for pages that nobody holds for writing and lets nobody hold them so
+// before it returns; `load` and `release` for pages that nobody holds at all, and never two at once for one page.
+impl Memory for Host {
+    type Region = HostRegion;
+
+    fn reserve(&self, pages: usize) -> Result<HostRegion> {
+        let source = std::io::ErrorKind::OutOfMemory;
+        let too_many = || Error::Address { bytes: usize::MAX, source: source.into() };
+        let space = Space::reserve(pages.checked_mul(self.page).ok_or_else(too_many)?)?;
+        let place = |file: &Arc<FileTier>| Place { file: file.clone(), extent: Some(file.reserve(pages)) };
+        Ok(HostRegion { space, place: self.file.as_ref().map(place) })
+    }
+
+    fn commit(&self, _: &HostRegion, _: Range<usize>) -> Result<()> {
+        // The system does, when a page is first touched.
+        Ok(())
+    }
+
+    fn store(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
+        let (file, extent) = region.kept()?;
+        // SAFETY: as above.
+        file.store(extent, pages.start, unsafe { self.bytes(region, &pages) })
+    }
+
+    fn load(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
+        let (file, extent) = region.kept()?;
+        // SAFETY: as above.
+        file.load(extent, pages.start, unsafe { self.bytes_mut(region, &pages) })
+    }
+
+    fn release(&self, region: &HostRegion, pages: Range<usize>) {
+        // SAFETY: as above.
+        unsafe { region.space.release(pages.start * self.page..pages.end * self.page) };
+    }
+
+    fn forget(&self, region: &HostRegion, pages: Range<usize>) {
+        if let Ok((file, extent)) = region.kept() {
+            file.forget(extent, pages);
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! Paged memory: allocations that never move, whose pages go to a slower tier when memory runs short, and come back.
+//!
+//! An [`Allocation`] reserves contiguous addresses. Its pages have frames while they are pinned ([`Allocation::pin`]),
+//! and as long after as nobody else needs the frames more; then they are written to the tier below and the frames given
+//! back. The addresses stay, so that who has a pin sees a plain slice.
+//!
+//! In reading order:
+//! - [`memory`](Memory), `space`, `host`: the memory behind a pager, and the host's: address space over a file;
+//! - `file`, `extents`: pages in a file, each with its checksum;
+//! - `forecast`: which page is needed when, and so which may leave;
+//! - `table`, `core`: the books, and how pages come and go; `limit`: how many may stay;
+//! - `worker`: the thread that brings pages in ahead of their use;
+//! - [`device`](OnHost): a device's memory over a pager of the host's, three tiers; [`Simulated`], one that is not there;
+//! - [`handle`](Pager): pagers, allocations, pins; [`Stats`]; [`Error`].
+
+mod core;
+mod device;
+mod error;
+mod extents;
+mod file;
+mod forecast;
+mod handle;
+mod host;
+mod limit;
+mod memory;
+mod simulated;
+mod space;
+mod stats;
+mod sync;
+mod table;
+#[cfg(all(test, not(feature = "shuttle")))]
+mod tests;
+mod worker;
+
+pub use device::{Device, DeviceRegion, OnHost};
+pub use error::{Error, Result};
+pub use file::{FileFigures, FileOptions};
+pub use handle::{Access, Allocation, Hold, Options, Pager, Pin, PinMut};
+pub use host::{Host, HostRegion};
+pub use limit::{Limit, ProcessLimit};
+pub use memory::Memory;
+pub use simulated::{Frames, Simulated};
+pub use stats::Stats;

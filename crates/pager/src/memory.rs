@@ -1,0 +1,34 @@
+//! The seam between the pager's bookkeeping and the memory whose pages it keeps.
+
+use crate::Result;
+use std::fmt::Debug;
+use std::ops::Range;
+
+/// Memory in which pages are used, over a slower tier in which they are kept meanwhile.
+///
+/// The pager calls `store` for pages that nobody holds for writing, and lets nobody hold them so before it returns; `load`
+/// and `release` for pages that nobody touches at all; and never two of them at once for the same page. They move bytes,
+/// and may take long: no lock is kept over them, but over `commit`, `release` and
+/// `forget`.
+pub trait Memory: Debug + Send + Sync + 'static {
+    /// The addresses of one allocation, and its place in the tier below: free when it is dropped.
+    type Region: Debug + Send + Sync;
+
+    /// Addresses for `pages` pages, without frames.
+    fn reserve(&self, pages: usize) -> Result<Self::Region>;
+
+    /// Frames for pages that have none and were never stored. What they hold is unspecified (in the host's memory, zero).
+    fn commit(&self, region: &Self::Region, pages: Range<usize>) -> Result<()>;
+
+    /// Copy pages to the tier below. Where it fails, the pages are what they were.
+    fn store(&self, region: &Self::Region, pages: Range<usize>) -> Result<()>;
+
+    /// Bring pages back that were stored, into frames that this takes. Where it fails, what the tier below holds is what it was.
+    fn load(&self, region: &Self::Region, pages: Range<usize>) -> Result<()>;
+
+    /// Give back the frames of pages, those that a failed load left too.
+    fn release(&self, region: &Self::Region, pages: Range<usize>);
+
+    /// What the tier below holds of these pages is no longer wanted.
+    fn forget(&self, region: &Self::Region, pages: Range<usize>);
+}

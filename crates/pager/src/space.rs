@@ -1,0 +1,76 @@
+//! Address space of the process, with frames or without.
+//!
+//! A [`Space`] is reserved at one go and never moves. The system puts a zeroed frame behind a part of it when that is
+//! first touched, and takes it back when told ([`Space::release`]); the addresses stay. A hole of one page of the
+//! system behind each space turns a stray access into a fault at once.
+
+use crate::{Error, Result};
+use std::io;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+
+/// Reserved addresses: readable and writable, and not mapped to any file.
+#[derive(Debug)]
+pub(crate) struct Space {
+    start: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a space is owned addresses, not bound to a thread; who touches which bytes is the pager's business, which
+// hands them out under its pins.
+unsafe impl Send for Space {}
+// SAFETY: as above.
+unsafe impl Sync for Space {}
+
+/// The hole behind each space; at least a page of the system, whichever size that has.
+const HOLE: usize = 64 << 10;
+
+impl Space {
+    /// Reserve `bytes`, a multiple of 64 KiB and not 0.
+    pub(crate) fn reserve(bytes: usize) -> Result<Self> {
+        let failed = |source| Error::Address { bytes, source };
+        let all = bytes.checked_add(HOLE).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the system's choice touches nothing that exists.
+        let mapped = unsafe { libc::mmap(ptr::null_mut(), all, libc::PROT_NONE, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        let start = NonNull::new(mapped.cast()).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let space = Self { start, bytes };
+        // SAFETY: the first `bytes` of the mapping just made, which is longer.
+        if unsafe { libc::mprotect(mapped, bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(space)
+    }
+
+    /// The first byte's address.
+    pub(crate) fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
+    /// Bytes from the first that may be touched.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Give back the frames of a range (multiples of the system's page): it reads as zero afterwards.
+    ///
+    /// # Safety
+    /// Nobody has a reference into the range.
+    pub(crate) unsafe fn release(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
+        // SAFETY: within the mapping; the caller keeps references away.
+        let start = unsafe { self.start.as_ptr().add(range.start) };
+        // SAFETY: as above. It cannot fail for a private mapping that is there and not locked.
+        unsafe { libc::madvise(start.cast(), range.len(), libc::MADV_DONTNEED) };
+    }
+}
+
+impl Drop for Space {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `reserve` with this length, unmapped once; no reference outlives its owner.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.bytes + HOLE) };
+    }
+}

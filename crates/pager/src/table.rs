@@ -1,0 +1,218 @@
+//! The pager's books: every page's place, and which pages may leave.
+
+use crate::Memory;
+use crate::extents::{Extent, Extents};
+use crate::forecast::{Forecast, PageId};
+use crate::stats::Counters;
+use crate::sync::Arc;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// Where a page's bytes are.
+///
+/// ```text
+///   Empty ──hold──▶ Resident ──store──▶ Resident, kept ──leave──▶ Kept
+///     ▲                │  ▲                                        │
+///     └── leave, clean ┘  └──────────────── load ──────────────────┘
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Nowhere: it was never written, or is no longer wanted, and reads as zero.
+    Empty,
+    /// In memory.
+    Resident,
+    /// In memory, and being copied to the tier below: to be read, not written.
+    Storing,
+    /// In the tier below alone.
+    Kept,
+    /// On its way from there; its frame is taken already.
+    Loading,
+}
+
+/// A page in the books.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Page {
+    pub(crate) place: Place,
+    /// Holds on it: while there are any it does not leave.
+    pub(crate) holds: u32,
+    /// Written since it was stored or loaded.
+    pub(crate) dirty: bool,
+    /// The tier below has a copy; where the page is not dirty, a true one.
+    pub(crate) kept: bool,
+    /// Not needed for long, as its owner says: it leaves before others.
+    pub(crate) cold: bool,
+    /// Its bytes are not wanted at all: it leaves before all others, and at no cost.
+    pub(crate) dead: bool,
+    /// It was brought in before anybody asked.
+    pub(crate) ahead: bool,
+}
+
+impl Page {
+    const EMPTY: Self =
+        Self { place: Place::Empty, holds: 0, dirty: false, kept: false, cold: false, dead: false, ahead: false };
+
+    fn may_leave(&self) -> bool {
+        self.place == Place::Resident && self.holds == 0
+    }
+}
+
+/// Consecutive pages of one allocation.
+pub(crate) struct Run<M: Memory> {
+    pub(crate) region: Arc<M::Region>,
+    /// In the allocation.
+    pub(crate) within: Range<usize>,
+    /// In the table.
+    pub(crate) pages: Range<PageId>,
+}
+
+/// All pages of a pager.
+pub(crate) struct Table<M: Memory> {
+    pages: Vec<Page>,
+    /// Regions by their first page.
+    regions: BTreeMap<PageId, (Arc<M::Region>, Extent)>,
+    /// Which page numbers are taken.
+    numbers: Extents,
+    pub(crate) forecast: Forecast,
+    pub(crate) counters: Counters,
+    /// Pages with a frame.
+    pub(crate) resident: usize,
+    /// Pages that are held.
+    pub(crate) held: usize,
+    /// Pages whose only copy is in the tier below.
+    pub(crate) away: usize,
+    /// Pages that were brought in and not asked for yet.
+    pub(crate) ahead: usize,
+}
+
+impl<M: Memory> Default for Table<M> {
+    fn default() -> Self {
+        Self {
+            pages: Vec::new(),
+            regions: BTreeMap::new(),
+            numbers: Extents::default(),
+            forecast: Forecast::default(),
+            counters: Counters::default(),
+            resident: 0,
+            held: 0,
+            away: 0,
+            ahead: 0,
+        }
+    }
+}
+
+impl<M: Memory> Table<M> {
+    /// Enter a region of `pages` pages (1 or more), empty; the number of its first.
+    pub(crate) fn enter(&mut self, region: Arc<M::Region>, pages: usize) -> PageId {
+        let numbers = self.numbers.reserve(pages);
+        let end = numbers.first as usize + pages;
+        assert!(PageId::try_from(end).is_ok(), "fewer than 2³² pages");
+        if self.pages.len() < end {
+            self.pages.resize(end, Page::EMPTY);
+        }
+        let first = numbers.first as PageId;
+        self.forecast.forget(first..end as PageId);
+        self.regions.insert(first, (region, numbers));
+        self.counters.allocated += pages;
+        first
+    }
+
+    /// Take a region out: none of its pages is held or on its way.
+    pub(crate) fn leave(&mut self, first: PageId) -> Option<Arc<M::Region>> {
+        let (region, numbers) = self.regions.remove(&first)?;
+        for page in &mut self.pages[first as usize..first as usize + numbers.pages] {
+            self.resident -= usize::from(page.place == Place::Resident);
+            self.away -= usize::from(page.place == Place::Kept);
+            self.ahead -= usize::from(page.ahead);
+            *page = Page::EMPTY;
+        }
+        self.counters.allocated -= numbers.pages;
+        self.numbers.free(numbers);
+        Some(region)
+    }
+
+    pub(crate) fn page(&self, id: PageId) -> &Page {
+        &self.pages[id as usize]
+    }
+
+    pub(crate) fn page_mut(&mut self, id: PageId) -> &mut Page {
+        &mut self.pages[id as usize]
+    }
+
+    /// Somebody holds the pages of a range.
+    pub(crate) fn hold(&mut self, pages: Range<PageId>) {
+        for id in pages {
+            let page = &mut self.pages[id as usize];
+            self.held += usize::from(page.holds == 0);
+            page.holds += 1;
+            (page.cold, page.dead) = (false, false);
+            self.forecast.touch(id);
+        }
+    }
+
+    /// And no longer does.
+    pub(crate) fn unhold(&mut self, pages: Range<PageId>) {
+        for id in pages {
+            let page = &mut self.pages[id as usize];
+            page.holds -= 1;
+            self.held -= usize::from(page.holds == 0);
+        }
+    }
+
+    /// Somebody asks for a page: whether it was brought in before.
+    pub(crate) fn is_asked_for(&mut self, id: PageId) -> bool {
+        let ahead = std::mem::take(&mut self.pages[id as usize].ahead);
+        self.ahead -= usize::from(ahead);
+        ahead
+    }
+
+    /// The longest run from `pages.start` within `pages`, of at most `most` pages, all of one allocation and in `place`.
+    pub(crate) fn run(&self, pages: Range<PageId>, most: usize, place: Place) -> Option<Run<M>> {
+        let (&first, (region, Extent { pages: len, .. })) = self.regions.range(..=pages.start).next_back()?;
+        let end = pages.end.min(first + *len as PageId).min(pages.start.saturating_add(most as PageId));
+        let same = (pages.start..end).take_while(|id| self.pages[*id as usize].place == place).count();
+        let (start, end) = (pages.start, pages.start + same as PageId);
+        let within = (start - first) as usize..(end - first) as usize;
+        (same > 0).then(|| Run { region: region.clone(), within, pages: start..end })
+    }
+
+    /// The pages that lose least by leaving, `count` at the most, and none expected sooner than in `horizon` touches:
+    /// the dead, then the cold, then those expected farthest ahead. Only those that need no store, if `clean`.
+    pub(crate) fn leavers(&self, count: usize, horizon: u64, clean: bool) -> Vec<PageId> {
+        let mut found: Vec<(u64, PageId)> = Vec::new();
+        for (first, (_, Extent { pages: len, .. })) in &self.regions {
+            for id in *first..*first + *len as PageId {
+                let page = &self.pages[id as usize];
+                if !page.may_leave() || (clean && page.dirty) {
+                    continue;
+                }
+                let distance = match (page.dead, page.cold) {
+                    (true, _) => u64::MAX,
+                    (_, true) => u64::MAX - 1,
+                    _ => self.forecast.distance(id).min(u64::MAX - 2),
+                };
+                if distance > horizon {
+                    found.push((distance, id));
+                }
+            }
+        }
+        if found.len() > count {
+            found.select_nth_unstable_by(count, |a, b| b.cmp(a));
+            found.truncate(count);
+        }
+        // In the order of addresses, so that neighbours leave in one go.
+        let mut leavers: Vec<PageId> = found.into_iter().map(|(_, id)| id).collect();
+        leavers.sort_unstable();
+        leavers
+    }
+
+    /// A page that is in memory and clean gives its frame back.
+    pub(crate) fn drop_frame(&mut self, id: PageId) {
+        let page = &mut self.pages[id as usize];
+        debug_assert!(page.may_leave() && !page.dirty);
+        page.place = if page.kept { Place::Kept } else { Place::Empty };
+        self.ahead -= usize::from(std::mem::take(&mut page.ahead));
+        self.away += usize::from(page.kept);
+        self.resident -= 1;
+        self.counters.evictions += 1;
+    }
+}

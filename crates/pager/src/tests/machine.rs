@@ -1,0 +1,220 @@
+//! A pager is a map of byte vectors: whatever is done to it, in whatever order, under whatever limit.
+
+use super::{PAGE, byte, pager};
+use crate::{Access, Allocation, Error, Hold, Limit, Pager};
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// One thing to do. Numbers choose among what there is, modulo how much.
+#[derive(Clone, Debug)]
+enum Act {
+    Alloc(usize),
+    Write(usize, Range<usize>, u64),
+    Read(usize, Range<usize>),
+    /// Keep a range in memory until it is let go.
+    Hold(usize, Range<usize>),
+    LetGo(usize),
+    Prefetch(usize, Range<usize>),
+    Cool(usize, Range<usize>),
+    Discard(usize, Range<usize>),
+    Free(usize),
+    Capacity(usize),
+}
+
+/// The most bytes of an allocation.
+const MOST: usize = 6 * PAGE;
+
+fn act() -> impl Strategy<Value = Act> {
+    let range = || (0..=MOST, 0..=MOST).prop_map(|(a, b)| a.min(b)..a.max(b));
+    prop_oneof![
+        3 => (1..=MOST).prop_map(Act::Alloc),
+        8 => (any::<usize>(), range(), any::<u64>()).prop_map(|(i, range, seed)| Act::Write(i, range, seed)),
+        8 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Read(i, range)),
+        2 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Hold(i, range)),
+        2 => any::<usize>().prop_map(Act::LetGo),
+        2 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Prefetch(i, range)),
+        1 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Cool(i, range)),
+        1 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Discard(i, range)),
+        1 => any::<usize>().prop_map(Act::Free),
+        1 => (1usize..16).prop_map(Act::Capacity),
+    ]
+}
+
+/// An allocation and what it must hold; nothing is known of what was discarded.
+struct Known {
+    allocation: Allocation,
+    /// Apart for ever: names its pages.
+    number: usize,
+    bytes: Vec<Option<u8>>,
+}
+
+struct Machine {
+    pager: Pager,
+    capacity: usize,
+    /// Pages that may be resident: more than the capacity where more were held when it shrank.
+    most: usize,
+    known: Vec<Known>,
+    made: usize,
+    held: Vec<(Hold, BTreeSet<(usize, usize)>)>,
+}
+
+fn clip(range: &Range<usize>, known: &Known) -> Range<usize> {
+    let len = known.bytes.len();
+    range.start.min(len)..range.end.min(len)
+}
+
+fn pages(range: &Range<usize>, known: &Known) -> BTreeSet<(usize, usize)> {
+    let end = if range.is_empty() { range.start / PAGE } else { range.end.div_ceil(PAGE) };
+    (range.start / PAGE..end).map(|page| (known.number, page)).collect()
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self { pager: pager(4), capacity: 4, most: 4, known: Vec::new(), made: 0, held: Vec::new() }
+    }
+
+    fn held_pages(&self) -> BTreeSet<(usize, usize)> {
+        self.held.iter().flat_map(|(_, pages)| pages.iter().copied()).collect()
+    }
+
+    /// Whether a range can be held beside what is: it can exactly if all of that fits, or nothing of it is new. (While more
+    /// is in memory than the capacity, because it was held when that shrank, it depends on what leaves first.)
+    fn fits(&self, i: usize, range: &Range<usize>) -> bool {
+        let held = self.held_pages();
+        let new = pages(range, &self.known[i]).difference(&held).count();
+        new == 0 || held.len() + new <= self.capacity
+    }
+
+    fn check(&self, i: usize, range: Range<usize>) {
+        let (fits, over) = (self.fits(i, &range), self.most > self.capacity);
+        let Known { allocation, bytes, .. } = &self.known[i];
+        match allocation.pin(range.clone()) {
+            Ok(pin) => {
+                assert!(fits || over, "{range:?} cannot fit");
+                let wrong = pin.iter().zip(&bytes[range.clone()]).position(|(a, b)| b.is_some_and(|b| *a != b));
+                assert_eq!(wrong.map(|at| range.start + at), None, "the first byte that is another");
+            }
+            Err(error @ Error::Full { .. }) => assert!(!fits || over, "{range:?} fits, and was refused: {error}"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    fn act(&mut self, act: Act) {
+        if let Act::Alloc(bytes) = act {
+            let allocation = self.pager.alloc(bytes).unwrap();
+            self.known.push(Known { allocation, number: self.made, bytes: vec![Some(0); bytes] });
+            self.made += 1;
+            return;
+        }
+        let count = self.known.len();
+        match act {
+            Act::Capacity(pages) => {
+                let held = self.held_pages().len();
+                let set = self.pager.set_limit(Limit::Pages(pages * PAGE));
+                assert_eq!(set.is_ok(), held <= pages, "{held} pages are held, {pages} allowed");
+                // What could not leave then leaves when next something must come.
+                (self.capacity, self.most) = (pages, pages.max(held));
+            }
+            Act::LetGo(i) if !self.held.is_empty() => drop(self.held.swap_remove(i % self.held.len())),
+            _ if count == 0 => {}
+            Act::Write(i, range, seed) => {
+                let i = i % count;
+                let (range, number) = (clip(&range, &self.known[i]), self.known[i].number);
+                // Whoever holds a page may be reading it.
+                if self.held_pages().iter().any(|(other, _)| *other == number) {
+                    return;
+                }
+                let (fits, over) = (self.fits(i, &range), self.most > self.capacity);
+                let Known { allocation, bytes, .. } = &mut self.known[i];
+                match allocation.pin_mut(range.clone()) {
+                    Ok(mut pin) => {
+                        assert!(fits || over);
+                        for (at, (to, known)) in pin.iter_mut().zip(&mut bytes[range]).enumerate() {
+                            *to = byte(seed, at);
+                            *known = Some(*to);
+                        }
+                    }
+                    Err(Error::Full { .. }) => assert!(!fits || over),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            Act::Read(i, range) => self.check(i % count, clip(&range, &self.known[i % count])),
+            Act::Hold(i, range) => {
+                let i = i % count;
+                let range = clip(&range, &self.known[i]);
+                match self.known[i].allocation.hold(range.clone(), Access::Read) {
+                    Ok(hold) => self.held.push((hold, pages(&range, &self.known[i]))),
+                    Err(Error::Full { .. }) => assert!(!self.fits(i, &range) || self.most > self.capacity),
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            Act::Prefetch(i, range) => self.known[i % count].allocation.prefetch(range),
+            Act::Cool(i, range) => self.known[i % count].allocation.cool(range),
+            Act::Discard(i, range) => {
+                let known = &mut self.known[i % count];
+                let range = clip(&range, known);
+                known.bytes[range.clone()].fill(None);
+                known.allocation.discard(range);
+            }
+            Act::Free(i) => {
+                let number = self.known.swap_remove(i % count).number;
+                // The addresses stay while somebody holds them, and so do the frames.
+                assert!(self.pager.stats().held >= self.held_pages().iter().filter(|p| p.0 == number).count() * PAGE);
+            }
+            Act::Alloc(_) | Act::LetGo(_) => {}
+        }
+        let stats = self.pager.stats();
+        assert_eq!(stats.held, self.held_pages().len() * PAGE);
+        assert!(stats.resident <= self.most * PAGE, "{stats:?}");
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_pager_is_a_map_of_bytes(acts in prop::collection::vec(act(), 1..150)) {
+        let mut machine = Machine::new();
+        for act in acts {
+            machine.act(act);
+        }
+        machine.held.clear();
+        machine.pager.set_limit(Limit::Pages(7 * PAGE)).unwrap();
+        (machine.capacity, machine.most) = (7, 7);
+        for i in 0..machine.known.len() {
+            machine.check(i, 0..machine.known[i].bytes.len());
+        }
+        machine.known.clear();
+        let stats = machine.pager.stats();
+        prop_assert_eq!((stats.allocated, stats.resident, stats.held, stats.away), (0, 0, 0, 0));
+        prop_assert_eq!(machine.pager.memory().file().unwrap().stored, 0);
+    }
+}
+
+/// The same walk, round after round: a cycle of 80 pages in a memory of 24.
+#[test]
+fn rounds_over_more_than_fits_keep_every_byte_and_a_part_of_the_pages() {
+    const ALLOCATIONS: u64 = 40;
+    let pager = pager(24);
+    let mut all: Vec<_> = (0..ALLOCATIONS).map(|_| pager.alloc(2 * PAGE).unwrap()).collect();
+    let mut loaded = Vec::new();
+    for round in 0..9 {
+        for (i, allocation) in all.iter_mut().enumerate() {
+            let seed = round * ALLOCATIONS + i as u64;
+            if round > 0 {
+                let pin = allocation.pin(0..2 * PAGE).unwrap();
+                let right = |(at, found): (usize, &u8)| *found == byte(seed - ALLOCATIONS, at);
+                assert!(pin.iter().enumerate().all(right), "round {round}, {i}");
+            }
+            let mut pin = allocation.pin_mut(0..2 * PAGE).unwrap();
+            pin.iter_mut().enumerate().for_each(|(at, to)| *to = byte(seed, at));
+        }
+        loaded.push(pager.stats().loaded as usize / PAGE);
+    }
+    // LRU would load all 80 in every round, the optimum 57. The rounds before the third teach the order; of the 24
+    // frames 4 are for what is ahead and free, and half of the others at least must hold something from round to round.
+    let later = (loaded[8] - loaded[3]) as f64 / 5.0;
+    assert!(later <= 70.0, "{later} pages a round: {loaded:?}");
+    assert!(pager.stats().prefetch_hits > 0, "{:?}", pager.stats());
+}

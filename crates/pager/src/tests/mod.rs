@@ -1,0 +1,90 @@
+//! Whole pagers: against a plain map of bytes, under faults, from several threads.
+
+mod faults;
+mod machine;
+mod threads;
+mod tiers;
+
+use crate::{Error, FileOptions, Limit, Options, Pager};
+
+/// The least page there is.
+pub(super) const PAGE: usize = 64 << 10;
+
+/// A pager of so many pages in memory, over a file in the system's folder for such.
+pub(super) fn pager(pages: usize) -> Pager {
+    let file = FileOptions { folder: std::env::temp_dir(), direct: false, capacity: u64::MAX };
+    let options = Options { page: PAGE, look_ahead: 4 * PAGE, ..Options::new(Limit::Pages(pages * PAGE), Some(file)) };
+    Pager::new(options).expect("a pager over a temporary file")
+}
+
+/// Bytes that belong to a place and a seed.
+pub(super) fn byte(seed: u64, at: usize) -> u8 {
+    let mixed = (seed ^ at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    (mixed >> 56) as u8
+}
+
+#[test]
+fn what_cannot_work_is_refused_before_anything_starts() {
+    let options = |page, limit| Options { page, ..Options::new(Limit::Pages(limit), None) };
+    for page in [0, 1, 4096, 32 << 10, (64 << 10) + 1, 8 << 20] {
+        assert!(matches!(Pager::new(options(page, 1 << 30)), Err(Error::PageSize { found }) if found == page));
+    }
+    for limit in [0, 1, PAGE - 1] {
+        assert!(matches!(Pager::new(options(PAGE, limit)), Err(Error::Capacity { .. })));
+    }
+    let missing = FileOptions { folder: "/nowhere/at/all".into(), direct: false, capacity: u64::MAX };
+    let over = Options::new(Limit::Pages(1 << 20), Some(missing));
+    let message = Pager::new(over).unwrap_err().to_string();
+    assert!(message.contains("/nowhere/at/all"), "{message}");
+}
+
+#[test]
+fn without_a_file_what_does_not_fit_is_an_error_that_says_so() {
+    let pager = Pager::new(Options { page: PAGE, ..Options::new(Limit::Pages(2 * PAGE), None) }).unwrap();
+    let mut first = pager.alloc(2 * PAGE).unwrap();
+    first.pin_mut(0..2 * PAGE).unwrap().fill(7);
+    let second = pager.alloc(1).unwrap();
+    let error = second.pin(0..1).unwrap_err();
+    assert!(matches!(&error, Error::Stuck { source, .. } if matches!(**source, Error::NoTier)), "{error}");
+    assert!(first.pin(0..2 * PAGE).unwrap().iter().all(|byte| *byte == 7));
+    // What is not wanted leaves without a file.
+    first.discard(0..2 * PAGE);
+    assert_eq!(*second.pin(0..1).unwrap(), [0]);
+}
+
+#[test]
+fn a_range_beyond_its_allocation_is_named() {
+    let pager = pager(2);
+    let allocation = pager.alloc(100).unwrap();
+    let reversed = std::ops::Range { start: 5, end: 4 };
+    for range in [0..101, 101..101, reversed] {
+        assert!(matches!(allocation.pin(range), Err(Error::Range { available: 100, .. })));
+    }
+    assert!(allocation.pin(100..100).unwrap().is_empty());
+}
+
+#[test]
+fn two_pagers_do_not_meet() {
+    let (one, two) = (pager(2), pager(2));
+    let mut allocations: Vec<_> = (0..12).map(|i| [&one, &two][i % 2].alloc(PAGE).unwrap()).collect();
+    for (i, allocation) in allocations.iter_mut().enumerate() {
+        allocation.pin_mut(0..PAGE).unwrap().fill(i as u8);
+    }
+    for (i, allocation) in allocations.iter().enumerate() {
+        assert!(allocation.pin(0..PAGE).unwrap().iter().all(|byte| *byte == i as u8));
+    }
+    assert!(one.stats().evictions >= 4 && two.stats().evictions >= 4);
+}
+
+#[test]
+fn everything_pinned_is_an_error_and_not_a_deadlock() {
+    let pager = pager(3);
+    let held: Vec<_> = (0..3).map(|_| pager.alloc(PAGE).unwrap()).collect();
+    let pins: Vec<_> = held.iter().map(|allocation| allocation.pin(0..PAGE).unwrap()).collect();
+    let more = pager.alloc(PAGE).unwrap();
+    let error = more.pin(0..PAGE).unwrap_err();
+    // Its own page counts as pinned while it asks.
+    assert!(matches!(error, Error::Full { free: 0, .. }), "{error}");
+    drop(pins);
+    more.pin(0..PAGE).unwrap();
+}
