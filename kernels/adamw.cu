@@ -41,6 +41,8 @@ constexpr u32 BLOCK = 256;
 //
 //   m = map[code]·absmax, v likewise; the step above; absmax ← max |m|, code ← midpoints below m·(1/max(absmax, 10⁻³⁸))
 //
+// but a v that is not 0 has code 1 at the least: m̂/ε would be the next step of one that became 0 before its m did.
+//
 // A block of threads has a block of elements, a thread one, and its new moments never leave the registers: two maxima
 // over the block are all that passes between threads. Beyond the end a thread has moments of 0, which change no
 // maximum. The maps are read through cache, and the midpoints, at eight of which each moment looks, in shared memory.
@@ -70,7 +72,8 @@ extern "C" __global__ void adamw_8bit_f32(const float* grad, float* param, u8* m
     float m_scale = block_max(fabsf(mean), m_warps), v_scale = block_max(square, v_warps);
     if (i < n) {
         m_codes[i] = u8(exceeded<BLOCK>(m_staged, mean * (1.0f / fmaxf(m_scale, 1e-38f))));
-        v_codes[i] = u8(exceeded<BLOCK>(v_staged, square * (1.0f / fmaxf(v_scale, 1e-38f))));
+        u32 v_code = exceeded<BLOCK>(v_staged, square * (1.0f / fmaxf(v_scale, 1e-38f)));
+        v_codes[i] = u8(max(v_code, u32(square > 0)));
     }
     if (threadIdx.x == 0) {
         m_absmax[blockIdx.x] = m_scale;

@@ -210,8 +210,13 @@ pub trait Backend: Debug + Send + Sync {
     /// map, v by the unsigned one (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", §2).
     ///
     /// The moments are decoded as by [`Backend::dequantize_8bit`]; the new ones are formed of them and move param as
-    /// in [`Backend::adamw`], and only then are encoded as by [`Backend::quantize_8bit`]. Where a new moment is not
-    /// finite, what becomes of its block is unspecified: no error looks for it.
+    /// in [`Backend::adamw`], and only then are encoded as by [`Backend::quantize_8bit`]; but a v that is not 0 is
+    /// never encoded as 0: its least code is 1. Where a new moment is not finite, what becomes of its block is
+    /// unspecified: no error looks for it.
+    ///
+    /// Without that exception a v below 1.6·10⁻⁷ of its block's largest would be lost while its m is not, and the next
+    /// step without a gradient would be lr·m̂/ε. With it no step is larger than a bound that ε is no part of
+    /// (`reference`, adamw_8bit.rs).
     fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()>;
 }
 

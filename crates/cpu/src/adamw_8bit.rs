@@ -1,8 +1,9 @@
 //! AdamW whose moments are kept in 8 bits (Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", §2).
 //!
 //! A block of 256 at a time, so that its moments in f32 are two arrays that stay in the nearest cache: decoded, moved
-//! by the step of [`crate::adamw`], and encoded again with the search of [`crate::quantize8`]. The step, the products
-//! and the maxima are vectors; the lookups of values and of codes, two each an element, are what takes the time.
+//! by the step of [`crate::adamw`], and encoded again with the search of [`crate::quantize8`], but for a v that is not
+//! 0, whose least code is 1 (the contract says why). The step, the products and the maxima are vectors; the lookups of
+//! values and of codes, two each an element, are what takes the time.
 
 use crate::adamw::{Constants, Step};
 use crate::quantize8::{Search, absmax};
@@ -67,6 +68,9 @@ impl Kernel for Blocks<'_> {
             (*m_absmax, *v_absmax) = (absmax(means), absmax(squares));
             signed.1.encode(means, *m_absmax, m);
             unsigned.1.encode(squares, *v_absmax, v);
+            for (code, square) in v.iter_mut().zip(squares) {
+                *code = (*code).max(u8::from(*square > 0.0));
+            }
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::open::{BLOCK, BUILTIN};
 use clap::{Args, ValueEnum};
 use rankfold_backend::Format;
+use rankfold_trainer::optimizer::Moments;
 use rankfold_trainer::schedule::Decay;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -76,11 +77,33 @@ impl From<Schedule> for Decay {
 }
 
 /// Optimisers by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Optimizer {
-    /// AdamW with moments in f32.
+    /// AdamW with moments in f32: 8 bytes a trained parameter.
+    #[default]
     Adamw,
+    /// AdamW with moments in 8 bits, in blocks of 256 (tensors of less than 4096 elements in f32): 2 bytes.
+    Adamw8bit,
+    /// adamw, its moments paged out where memory is short.
+    PagedAdamw,
+    /// adamw8bit, its moments paged out where memory is short.
+    PagedAdamw8bit,
+}
+
+impl Optimizer {
+    /// What its moments are kept in.
+    pub fn moments(self) -> Moments {
+        match self {
+            Self::Adamw | Self::PagedAdamw => Moments::F32,
+            Self::Adamw8bit | Self::PagedAdamw8bit => Moments::Blockwise8,
+        }
+    }
+
+    /// Whether they may be paged out.
+    pub fn is_paged(self) -> bool {
+        matches!(self, Self::PagedAdamw | Self::PagedAdamw8bit)
+    }
 }
 
 /// Options of a run, each absent where nobody gave it.
@@ -285,7 +308,7 @@ impl Options {
             weight_decay: Some(0.0),
             clip: Some(1.0),
             seed: Some(0),
-            optimizer: Some(Optimizer::Adamw),
+            optimizer: Some(Optimizer::default()),
             beta2: Some(0.999),
             checkpointing: Some(false),
             eval_every: Some(0),
@@ -319,6 +342,24 @@ mod tests {
         let other = Options { steps: Some(8), ..Options::default() };
         let difference = other.first_difference(&resolved).unwrap();
         assert_eq!(difference, Some(("steps".into(), "8".into(), "7".into())));
+    }
+
+    #[test]
+    fn an_optimiser_is_named_alike_by_flag_and_file_and_is_adamw_unless_said() {
+        let named = [
+            ("adamw", Moments::F32, false),
+            ("adamw8bit", Moments::Blockwise8, false),
+            ("paged-adamw", Moments::F32, true),
+            ("paged-adamw8bit", Moments::Blockwise8, true),
+        ];
+        assert_eq!(Optimizer::value_variants().len(), named.len());
+        for (name, moments, is_paged) in named {
+            let flag = Optimizer::from_str(name, false).unwrap();
+            let file: Options = toml::from_str(&format!("optimizer = \"{name}\"")).unwrap();
+            assert_eq!(file.optimizer, Some(flag));
+            assert_eq!((flag.moments(), flag.is_paged()), (moments, is_paged));
+        }
+        assert_eq!(Options::default().defaults().optimizer, Some(Optimizer::Adamw));
     }
 
     #[test]

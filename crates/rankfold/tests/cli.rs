@@ -67,6 +67,31 @@ fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     assert!(before == adapter(&place.path("killed")));
 }
 
+/// A run that goes on from its checkpoint, on other threads, too.
+#[test]
+fn paged_equals_unpaged_bit_for_bit() {
+    let place = Place::new();
+    let train = |optimizer: &str, threads: &str| {
+        let (out, folder) = (place.text(optimizer), place.path(optimizer));
+        succeed(&run(&out, &["--optimizer", optimizer, "--threads", threads]));
+        let whole = adapter(&folder);
+        for product in ["adapter_model.safetensors", "adapter_config.json"] {
+            std::fs::remove_file(folder.join(product)).unwrap();
+        }
+        succeed(&["train", "--out", &out, "--resume"]);
+        assert!(adapter(&folder) == whole, "{optimizer}: a resumed run has other bits");
+        whole
+    };
+    let exact = train("adamw", "1");
+    assert!(exact == train("paged-adamw", "2"));
+    let coded = train("adamw8bit", "3");
+    assert!(coded == train("paged-adamw8bit", "1"));
+    assert!(exact != coded, "8 bits change nothing");
+    let out = place.text("adamw");
+    refuse(&["train", "--out", &out, "--resume", "--optimizer", "adamw8bit"], &["optimizer", "adamw8bit"]);
+    refuse(&run(&place.text("no"), &["--optimizer", "sgd"]), &["sgd"]);
+}
+
 #[test]
 fn a_run_learns_and_its_adapter_is_used_by_every_command() {
     let place = Place::new();

@@ -1,12 +1,14 @@
 //! A run's checkpoints: `checkpoints/step-000010/`, each whole or not there.
 //!
 //! A checkpoint is the product as it then was (an adapter folder, or the whole model's in f32), the optimiser's
-//! moments in `optimizer.safetensors` and `state.json`. It is written into a temporary folder that is given its name
-//! when everything in it is on the disk, so that a name is a promise.
+//! moments in `optimizer.safetensors`, as they are: `NAME.m` and `NAME.v`, where in 8 bits with `NAME.m.absmax` and
+//! `NAME.v.absmax`; and `state.json`. It is written into a temporary folder that is given its name when everything in
+//! it is on the disk, so that a name is a promise.
 
-use crate::optimizer::{AdamW, Named};
+use crate::optimizer::{AdamW, Moments, Named, Slot};
 use crate::product::Product;
 use crate::{Error, Result};
+use rankfold_autograd::Parameter;
 use rankfold_backend::{Backend, Buffer, DType};
 use rankfold_files::{Checkpoint, Spec, StagedFolder, Writer, write_atomically};
 use serde::{Deserialize, Serialize};
@@ -18,6 +20,8 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     step: usize,
+    #[serde(default)]
+    moments: Moments,
 }
 
 /// The folder of a run's checkpoints.
@@ -63,7 +67,8 @@ impl Checkpoints {
         let staged = StagedFolder::create(&path)?;
         product.save(staged.path(), true)?;
         write_moments(&staged.path().join(OPTIMIZER), optimizer, backend)?;
-        let state = serde_json::to_vec(&State { step }).map_err(|e| Error::file(&path, e.to_string()))?;
+        let state = serde_json::to_vec(&State { step, moments: optimizer.moments() })
+            .map_err(|e| Error::file(&path, e.to_string()))?;
         write_atomically(&staged.path().join(STATE), &state)?;
         staged.commit()?;
         let list = self.list()?;
@@ -74,24 +79,31 @@ impl Checkpoints {
     }
 
     /// Put the last whole checkpoint back into the parameters and the optimiser: its step, or 0 where there is none.
+    ///
+    /// Errors: moments of another kind than the optimiser's; a file that is not whole.
     pub fn restore(&self, product: &Product, optimizer: &mut AdamW, backend: &dyn Backend) -> Result<usize> {
         let Some((_, path)) = self.list()?.pop() else { return Ok(0) };
         let state_path = path.join(STATE);
         let state = std::fs::read(&state_path).map_err(Error::io(&state_path))?;
         let state: State = serde_json::from_slice(&state).map_err(|e| Error::file(&state_path, e.to_string()))?;
+        if state.moments != optimizer.moments() {
+            let (found, expected) = (state.moments, optimizer.moments());
+            let why = format!("the optimiser's moments are in {found}, expected {expected}, which this run's are in");
+            return Err(Error::file(&state_path, why));
+        }
         let moments = Checkpoint::open(&path.join(OPTIMIZER))?;
         let weights = Checkpoint::open(&product.weights(&path))?;
         for slot in &mut optimizer.slots {
             let Named { name, parameter } = &slot.named;
-            let shape = parameter.shape().dims().to_vec();
             let read = |file: &Checkpoint, name: &str, into: &mut Buffer| -> Result<()> {
-                file.expect(name, &[DType::F32], &shape)?;
+                file.expect(name, &[into.dtype()], &shape_of(into, parameter))?;
                 let mut bytes = vec![0; into.bytes()];
                 file.read_into(name, &mut bytes)?;
                 Ok(backend.write(&bytes, into.view_mut())?)
             };
-            read(&moments, &format!("{name}.m"), &mut slot.m)?;
-            read(&moments, &format!("{name}.v"), &mut slot.v)?;
+            for (end, buffer) in slot.state.tensors_mut() {
+                read(&moments, &format!("{name}.{end}"), buffer)?;
+            }
             let mut value = backend.alloc(DType::F32, parameter.shape().elements())?;
             read(&weights, name, &mut value)?;
             parameter.update(|buffer| Ok(backend.copy(value.view(), buffer.view_mut())?))?;
@@ -101,18 +113,22 @@ impl Checkpoints {
     }
 }
 
+/// That of a buffer with an element for each of the parameter's; else of a vector: scales.
+fn shape_of(buffer: &Buffer, parameter: &Parameter) -> Vec<usize> {
+    let shape = parameter.shape();
+    if buffer.len() == shape.elements() { shape.dims().to_vec() } else { vec![buffer.len()] }
+}
+
 fn write_moments(path: &Path, optimizer: &AdamW, backend: &dyn Backend) -> Result<()> {
-    let moments = || {
-        optimizer.slots.iter().flat_map(|slot| {
-            let name = &slot.named.name;
-            [(format!("{name}.m"), &slot.m, slot), (format!("{name}.v"), &slot.v, slot)]
-        })
+    let tensors = |slot| {
+        let Slot { named: Named { name, parameter }, state }: &Slot = slot;
+        let tensors = state.tensors().into_iter();
+        tensors.map(move |(end, buffer)| (format!("{name}.{end}"), buffer, shape_of(buffer, parameter)))
     };
-    let spec = |(name, _, slot): (String, _, &crate::optimizer::Slot)| {
-        Spec::new(name, DType::F32, slot.named.parameter.shape().dims())
-    };
-    let mut writer = Writer::create(path, moments().map(spec).collect())?;
-    for (name, buffer, _) in moments() {
+    let tensors = || optimizer.slots.iter().flat_map(tensors);
+    let specs = tensors().map(|(name, buffer, shape)| Spec::new(name, buffer.dtype(), shape));
+    let mut writer = Writer::create(path, specs.collect())?;
+    for (name, buffer, _) in tensors() {
         writer.write_view(&name, backend, buffer.view())?;
     }
     Ok(writer.finish()?)

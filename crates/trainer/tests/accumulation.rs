@@ -7,7 +7,7 @@ use rankfold_files::Checkpoint;
 use rankfold_reference::ReferenceBackend;
 use rankfold_trainer::data::{Example, Loader, Shape};
 use rankfold_trainer::model::{DeviceBatch, Model, ModelConfig, Precision};
-use rankfold_trainer::optimizer::{AdamW, Hyper};
+use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
 use rankfold_trainer::schedule::{Decay, Schedule};
 use rankfold_trainer::step::{Batches, Recipe, gradients};
 use std::path::Path;
@@ -56,12 +56,12 @@ fn step(accumulate: usize) -> (f64, Vec<Trained>) {
     let schedule = Schedule { lr: 1.0, decay: Decay::Constant, warmup: 0, steps: 1 };
     let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing: false, compute: Compute::F32 };
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, weight_decay: 0.0 };
-    let mut optimizer = AdamW::new(backend.clone(), hyper, model.parameters()).unwrap();
+    let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, model.parameters()).unwrap();
     let mut batches = Batches::Loader(Box::new(loader(accumulate)));
     let pending = gradients(&model, &mut batches, &recipe, &optimizer, 1).unwrap();
     let loss = pending.apply(&recipe, &mut optimizer).unwrap().loss;
     let trained = optimizer.slots.into_iter().map(|slot| Trained {
-        gradient: backend.download(slot.m.view()).unwrap(),
+        gradient: backend.download(slot.state.tensors()[0].1.view()).unwrap(),
         values: backend.download(slot.named.parameter.tensor().view()).unwrap(),
         name: slot.named.name,
     });

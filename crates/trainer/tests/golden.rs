@@ -13,7 +13,7 @@ use rankfold_files::Checkpoint;
 use rankfold_reference::ReferenceBackend;
 use rankfold_trainer::data::{Batch, tokens};
 use rankfold_trainer::model::{DeviceBatch, Model, ModelConfig, Precision};
-use rankfold_trainer::optimizer::{AdamW, Hyper};
+use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
 use rankfold_trainer::schedule::{Decay, Schedule};
 use rankfold_trainer::step::{Batches, Recipe, evaluate, gradients};
 use serde_json::Value;
@@ -154,7 +154,7 @@ fn follow_on(backend: Arc<dyn Backend>, case: &str) {
     let schedule = Schedule { lr: trajectory["lr"].as_f64().unwrap(), decay: Decay::Constant, warmup: 0, steps };
     let recipe =
         Recipe { schedule, accumulate: 1, clip: 0.0, seed: 0, checkpointing: case == "rslora", compute: Compute::F32 };
-    let mut optimizer = AdamW::new(backend, Hyper::default(), model.parameters()).unwrap();
+    let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let mut batches = Batches::Fixed(batch(&model));
     for (t, expected) in trajectory["losses"].as_array().unwrap().iter().enumerate() {
         let pending = gradients(&model, &mut batches, &recipe, &optimizer, t + 1).unwrap();

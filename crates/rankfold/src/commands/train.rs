@@ -132,7 +132,8 @@ impl Job {
             beta2: options.beta2.unwrap_or(Hyper::default().beta2),
             ..Hyper::default()
         };
-        let optimizer = AdamW::new(model.backend().clone(), hyper, model.parameters())?;
+        let moments = options.optimizer.unwrap_or_default().moments();
+        let optimizer = AdamW::new(model.backend().clone(), moments, hyper, model.parameters())?;
         let kind = match &adapter {
             Some(config) => Kind::Adapter(config),
             None => Kind::Full { tokenizer: tokenizer.as_ref(), dtype: folder.dtype()? },
@@ -257,7 +258,10 @@ fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Mo
         }
     }
     let lr = options.lr.unwrap_or_default();
+    let optimizer = options.optimizer.unwrap_or_default();
+    let (moments, pageable) = (optimizer.moments(), if optimizer.is_paged() { ", pageable" } else { "" });
     eprintln!("{} steps at a rate of {lr:e} at most", options.steps.unwrap_or_default());
+    eprintln!("AdamW, its moments in {moments}{pageable}");
     let memory = Memory::estimate(options, model, batches.tokens(), trained);
     eprintln!("memory: {memory}");
     memory.check()

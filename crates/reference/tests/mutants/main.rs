@@ -126,6 +126,7 @@ fn a_parameter_that_is_not_listened_to_is_caught() {
         (Deaf("weight_decay"), adamw::steps),
         (Deaf("step"), adamw_8bit::steps),
         (Deaf("weight_decay"), adamw_8bit::steps),
+        (Deaf("the least v"), adamw_8bit::steps),
     ]);
 }
 

@@ -408,12 +408,23 @@ impl Backend for Mutant {
 
     fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
         let outputs = [param, m.codes, m.absmax, v.codes, v.absmax];
-        self.run("adamw_8bit", outputs, |[param, m_codes, m_absmax, v_codes, v_absmax]| {
+        self.run("adamw_8bit", outputs, |[param, m_codes, m_absmax, mut v_codes, v_absmax]| {
             let m = Moment { codes: m_codes, absmax: m_absmax };
-            let v = Moment { codes: v_codes, absmax: v_absmax };
-            ORACLE.adamw_8bit(&self.taken(p), grad, param, m, v)
+            let v = Moment { codes: v_codes.reborrow(), absmax: v_absmax };
+            ORACLE.adamw_8bit(&self.taken(p), grad, param, m, v)?;
+            match self.deaf("the least v") {
+                true => lose_the_least(v_codes),
+                false => Ok(()),
+            }
         })
     }
+}
+
+/// Codes of 1 become 0.
+fn lose_the_least(codes: ViewMut) -> Result<()> {
+    let mut values = HOST.download::<u8>(codes.as_view())?;
+    values.iter_mut().filter(|code| **code == 1).for_each(|code| *code = 0);
+    ORACLE.write(&values, codes)
 }
 
 impl Mutant {
