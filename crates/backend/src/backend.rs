@@ -6,7 +6,7 @@
 //! number of threads.
 
 use crate::params::*;
-use crate::{Buffer, DType, DynamicMap, Element, Format, Quantized, Result, View, ViewMut};
+use crate::{Buffer, DType, DynamicMap, Element, Format, HostBytes, Quantized, Result, View, ViewMut};
 use std::fmt::Debug;
 
 /// Kernels on plain buffers. Every method checks lengths and element types before it writes anything.
@@ -28,7 +28,9 @@ pub trait Backend: Debug + Send + Sync {
     fn read(&self, x: View, bytes: &mut [u8]) -> Result<()>;
 
     /// The buffer's own bytes where the host can write them, so that files are read straight into place.
-    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]>;
+    ///
+    /// Errors: a buffer of another backend, where this one's can be written; pages that cannot be brought into memory.
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>>;
 
     /// out_i = value, rounded to the element type.
     fn fill(&self, value: f64, out: ViewMut) -> Result<()>;

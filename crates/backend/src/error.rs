@@ -51,6 +51,9 @@ pub enum Error {
          --accumulate makes up for it, and --checkpointing keeps fewer activations"
     )]
     DeviceMemory { asked: usize, free: usize },
+    /// Paged memory that could not be brought into place.
+    #[error("{kernel}: '{tensor}': {what}")]
+    Paging { kernel: &'static str, tensor: &'static str, what: String },
     /// Memory that could not be had.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory { bytes: usize },

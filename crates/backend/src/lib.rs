@@ -6,7 +6,7 @@
 //!
 //! In reading order:
 //! - [`DType`], [`Shape`]: element types and shapes;
-//! - [`Buffer`], [`View`], [`ViewMut`]: memory that only its backend can read;
+//! - [`Buffer`], [`View`], [`ViewMut`]: memory that only its backend can read; [`HostBytes`]: lent to the host;
 //! - [`params`]: the parameter structs, with the checks that every backend runs first;
 //! - [`Backend`]: the trait;
 //! - [`Format`], [`Quantized`]: 4-bit weights, their tables, and the one way to make them;
@@ -22,6 +22,7 @@ mod dtype;
 mod dynamic_map;
 mod error;
 mod format;
+mod host_bytes;
 pub mod params;
 pub mod philox;
 mod quantized;
@@ -34,6 +35,7 @@ pub use dtype::{DType, Element};
 pub use dynamic_map::{DynamicMap, NESTED_BLOCK};
 pub use error::{Error, Result};
 pub use format::{Format, Thresholds, linspace_f32};
+pub use host_bytes::HostBytes;
 pub use params::{AttentionGrads, AttentionSaved, Compute, LinearGrads, LowRank, Weight};
 pub use quantized::{Quantized, Scales, check_block};
 pub use shape::Shape;

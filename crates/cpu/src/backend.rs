@@ -8,17 +8,18 @@ use crate::quantize4;
 use crate::rms_norm::{self, Saved};
 use crate::rope::{self, Angles};
 use crate::simd::{Float, Isa};
-use crate::slices::{self, BACKEND, Slices};
-use crate::storage::{HostMemory, MemoryFigures, Pool};
+use crate::slices::{BACKEND, Slices, paging};
+use crate::storage::{HostMemory, MemoryFigures, Paging, Pool};
 use crate::threads::Threads;
 use crate::weights::{low_rank_slice, scale_slice, weight_slice};
 use crate::{adamw, adamw_8bit, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
 use half::{bf16, f16};
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, NESTED_BLOCK, Quantized, Result,
-    View, ViewMut, check_block,
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, HostBytes, NESTED_BLOCK,
+    Quantized, Result, View, ViewMut, check_block,
 };
+use rankfold_pager::Pager;
 use std::sync::Arc;
 
 /// The CPU backend: an instruction set, threads, and a pool of memory.
@@ -43,6 +44,18 @@ impl CpuBackend {
     pub fn with_isa(isa: Isa, threads: Option<usize>) -> Self {
         assert!(Isa::available().contains(&isa), "this machine has no {isa}");
         Self { isa, threads: Threads::new(threads), pool: Arc::default() }
+    }
+
+    /// With the memory of its buffers on a pager, but for those of less than a page: each kernel holds what it touches
+    /// while it runs, the rest may leave. Buffers that were made before stay where they are.
+    pub fn on_pager(self, pager: Pager) -> Self {
+        let page = pager.page();
+        self.on_pager_from(pager, page)
+    }
+
+    /// The same for buffers of `from` bytes and more.
+    pub fn on_pager_from(self, pager: Pager, from: usize) -> Self {
+        Self { pool: Arc::new(Pool::paged(Paging { pager, from })), ..self }
     }
 
     /// The instruction set that its kernels run on.
@@ -92,25 +105,28 @@ impl Backend for CpuBackend {
     }
 
     fn write(&self, bytes: &[u8], mut out: ViewMut) -> Result<()> {
-        let out = slices::bytes_mut(&mut out)?;
-        expect("write", "bytes", bytes.len(), out.len())?;
+        let s = Slices::new("write");
+        let out = s.bytes_mut("out", &mut out)?;
+        expect(s.kernel, "bytes", bytes.len(), out.len())?;
         elementwise::copy(&self.threads, bytes, out);
         Ok(())
     }
 
     fn read(&self, x: View, bytes: &mut [u8]) -> Result<()> {
-        let x = slices::bytes(x)?;
-        expect("read", "bytes", bytes.len(), x.len())?;
+        let s = Slices::new("read");
+        let x = s.bytes("x", x)?;
+        expect(s.kernel, "bytes", bytes.len(), x.len())?;
         elementwise::copy(&self.threads, x, bytes);
         Ok(())
     }
 
-    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]> {
-        buffer.storage_mut(BACKEND).ok().map(HostMemory::bytes_mut)
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>> {
+        let memory: &mut HostMemory = buffer.storage_mut(BACKEND)?;
+        memory.host_bytes().map(Some).map_err(paging("host_bytes_mut", "buffer"))
     }
 
     fn fill(&self, value: f64, mut out: ViewMut) -> Result<()> {
-        let (s, out, threads) = (Slices("fill"), &mut out, &self.threads);
+        let (s, out, threads) = (Slices::new("fill"), &mut out, &self.threads);
         let integer = value.round_ties_even();
         match out.dtype() {
             DType::F32 => elementwise::fill(threads, value as f32, s.get_mut("out", out)?),
@@ -125,30 +141,31 @@ impl Backend for CpuBackend {
     }
 
     fn copy(&self, x: View, mut out: ViewMut) -> Result<()> {
-        expect("copy", "out", out.len(), x.len())?;
+        let s = Slices::new("copy");
+        expect(s.kernel, "out", out.len(), x.len())?;
         if out.dtype() != x.dtype() {
             let (expected, found) = (x.dtype().name(), out.dtype());
-            return Err(Error::DType { kernel: "copy", tensor: "out", expected, found });
+            return Err(Error::DType { kernel: s.kernel, tensor: "out", expected, found });
         }
-        elementwise::copy(&self.threads, slices::bytes(x)?, slices::bytes_mut(&mut out)?);
+        elementwise::copy(&self.threads, s.bytes("x", x)?, s.bytes_mut("out", &mut out)?);
         Ok(())
     }
 
     fn cast(&self, x: View, mut out: ViewMut) -> Result<()> {
-        let s = Slices("cast");
+        let s = Slices::new("cast");
         expect("cast", "out", out.len(), x.len())?;
         elementwise::cast(&self.threads, self.isa, s.floats("x", x)?, s.floats_mut("out", &mut out)?);
         Ok(())
     }
 
     fn scale_in_place(&self, factor: f64, mut x: ViewMut) -> Result<()> {
-        let x = Slices("scale_in_place").get_mut("x", &mut x)?;
-        elementwise::scale_in_place(&self.threads, self.isa, factor as f32, x);
+        let s = Slices::new("scale_in_place");
+        elementwise::scale_in_place(&self.threads, self.isa, factor as f32, s.get_mut("x", &mut x)?);
         Ok(())
     }
 
     fn add(&self, a: View, b: View, mut out: ViewMut) -> Result<()> {
-        let s = Slices("add");
+        let s = Slices::new("add");
         expect("add", "b", b.len(), a.len())?;
         expect("add", "out", out.len(), a.len())?;
         elementwise::add(&self.threads, self.isa, s.get("a", a)?, s.get("b", b)?, s.get_mut("out", &mut out)?);
@@ -156,25 +173,26 @@ impl Backend for CpuBackend {
     }
 
     fn add_in_place(&self, x: View, mut out: ViewMut) -> Result<()> {
-        let s = Slices("add_in_place");
+        let s = Slices::new("add_in_place");
         expect("add_in_place", "out", out.len(), x.len())?;
         elementwise::add_in_place(&self.threads, self.isa, s.get("x", x)?, s.get_mut("out", &mut out)?);
         Ok(())
     }
 
     fn sum_squares(&self, x: View) -> Result<f64> {
-        Ok(elementwise::sum_squares(&self.threads, self.isa, Slices("sum_squares").get("x", x)?))
+        let s = Slices::new("sum_squares");
+        Ok(elementwise::sum_squares(&self.threads, self.isa, s.get("x", x)?))
     }
 
     fn dropout(&self, p: &Dropout, x: View, mut y: ViewMut) -> Result<()> {
-        let s = Slices("dropout");
+        let s = Slices::new("dropout");
         p.check(&x, &y)?;
         dropout::dropout(&self.threads, self.isa, p, s.get("x", x)?, s.get_mut("y", &mut y)?);
         Ok(())
     }
 
     fn matmul(&self, p: &MatMul, a: View, b: View, mut c: ViewMut) -> Result<()> {
-        let s = Slices("matmul");
+        let s = Slices::new("matmul");
         p.check(&a, &b, &c)?;
         check_compute(p.compute)?;
         self.gemm().matmul(p, s.get("a", a)?, s.get("b", b)?, s.get_mut("c", &mut c)?);
@@ -189,27 +207,27 @@ impl Backend for CpuBackend {
         mut codes: ViewMut,
         mut absmax: ViewMut,
     ) -> Result<()> {
-        let s = Slices("quantize_4bit");
+        let s = Slices::new("quantize_4bit");
         check_block(block)?;
-        expect(s.0, "codes", codes.len(), w.len().div_ceil(2))?;
-        expect(s.0, "absmax", absmax.len(), w.len().div_ceil(block))?;
+        expect(s.kernel, "codes", codes.len(), w.len().div_ceil(2))?;
+        expect(s.kernel, "absmax", absmax.len(), w.len().div_ceil(block))?;
         let (codes, absmax) = (s.get_mut("codes", &mut codes)?, s.get_mut("absmax", &mut absmax)?);
         quantize4::quantize_4bit(&self.threads, self.isa, format, block, s.floats("w", w)?, codes, absmax)
     }
 
     fn quantize_scales(&self, absmax: View, mut codes: ViewMut, mut nested: ViewMut) -> Result<f32> {
-        let s = Slices("quantize_scales");
-        expect(s.0, "codes", codes.len(), absmax.len())?;
-        expect(s.0, "nested", nested.len(), absmax.len().div_ceil(NESTED_BLOCK))?;
+        let s = Slices::new("quantize_scales");
+        expect(s.kernel, "codes", codes.len(), absmax.len())?;
+        expect(s.kernel, "nested", nested.len(), absmax.len().div_ceil(NESTED_BLOCK))?;
         let (codes, nested) = (s.get_mut("codes", &mut codes)?, s.get_mut("nested", &mut nested)?);
         quantize8::quantize_scales(&self.threads, s.get("absmax", absmax)?, codes, nested)
     }
 
     fn dequantize_4bit(&self, q: &Quantized, mut out: ViewMut) -> Result<()> {
-        let s = Slices("dequantize_4bit");
+        let s = Slices::new("dequantize_4bit");
         q.check()?;
-        expect(s.0, "out", out.len(), q.elements())?;
-        let (codes, scales) = (s.get("codes", q.codes.view())?, scale_slice(s, &q.scales)?);
+        expect(s.kernel, "out", out.len(), q.elements())?;
+        let (codes, scales) = (s.get("codes", q.codes.view())?, scale_slice(&s, &q.scales)?);
         let out = s.floats_mut("out", &mut out)?;
         quantize4::dequantize_4bit(&self.threads, self.isa, q.format, q.block, codes, scales, out);
         Ok(())
@@ -223,10 +241,10 @@ impl Backend for CpuBackend {
         mut codes: ViewMut,
         mut absmax: ViewMut,
     ) -> Result<()> {
-        let s = Slices("quantize_8bit");
+        let s = Slices::new("quantize_8bit");
         check_block(block)?;
-        expect(s.0, "codes", codes.len(), x.len())?;
-        expect(s.0, "absmax", absmax.len(), x.len().div_ceil(block))?;
+        expect(s.kernel, "codes", codes.len(), x.len())?;
+        expect(s.kernel, "absmax", absmax.len(), x.len().div_ceil(block))?;
         let (codes, absmax) = (s.get_mut("codes", &mut codes)?, s.get_mut("absmax", &mut absmax)?);
         quantize8::quantize_8bit(&self.threads, map, block, s.get("x", x)?, codes, absmax)
     }
@@ -239,10 +257,10 @@ impl Backend for CpuBackend {
         absmax: View,
         mut out: ViewMut,
     ) -> Result<()> {
-        let s = Slices("dequantize_8bit");
+        let s = Slices::new("dequantize_8bit");
         check_block(block)?;
-        expect(s.0, "absmax", absmax.len(), codes.len().div_ceil(block))?;
-        expect(s.0, "out", out.len(), codes.len())?;
+        expect(s.kernel, "absmax", absmax.len(), codes.len().div_ceil(block))?;
+        expect(s.kernel, "out", out.len(), codes.len())?;
         let (codes, absmax) = (s.get("codes", codes)?, s.get("absmax", absmax)?);
         quantize8::dequantize_8bit(&self.threads, map, block, codes, absmax, s.get_mut("out", &mut out)?);
         Ok(())
@@ -257,10 +275,10 @@ impl Backend for CpuBackend {
         bias: Option<View>,
         mut y: ViewMut,
     ) -> Result<()> {
-        let s = Slices("linear");
+        let s = Slices::new("linear");
         p.check(&x, w, low_rank, bias.as_ref(), &y)?;
         check_compute(p.compute)?;
-        let (x, w, low_rank) = (s.get("x", x)?, weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let (x, w, low_rank) = (s.get("x", x)?, weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
         let bias = bias.map(|bias| s.get("bias", bias)).transpose()?;
         self.gemm().linear(p, x, w, low_rank.as_ref(), bias, s.get_mut("y", &mut y)?);
         Ok(())
@@ -275,10 +293,10 @@ impl Backend for CpuBackend {
         accumulate: bool,
         mut dx: ViewMut,
     ) -> Result<()> {
-        let s = Slices("linear_grad_input");
+        let s = Slices::new("linear_grad_input");
         p.check_grad_input(&dy, w, low_rank, &dx)?;
         check_compute(p.compute)?;
-        let (dy, w, low_rank) = (s.get("dy", dy)?, weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let (dy, w, low_rank) = (s.get("dy", dy)?, weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
         let dx = s.get_mut("dx", &mut dx)?;
         self.gemm().linear_grad_input(p, dy, w, low_rank.as_ref(), accumulate, dx);
         Ok(())
@@ -293,11 +311,11 @@ impl Backend for CpuBackend {
         low_rank: Option<&LowRank>,
         mut grads: LinearGrads,
     ) -> Result<()> {
-        let s = Slices("linear_grad_weight");
+        let s = Slices::new("linear_grad_weight");
         p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
         check_compute(p.compute)?;
         let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
-        let (w, low_rank) = (weight_slice(s, w)?, low_rank_slice(s, low_rank)?);
+        let (w, low_rank) = (weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
         let grads = GradSlices {
             weight: s.some_mut("d weight", &mut grads.weight)?,
             bias: s.some_mut("d bias", &mut grads.bias)?,
@@ -311,7 +329,7 @@ impl Backend for CpuBackend {
     }
 
     fn rms_norm(&self, p: &RmsNorm, x: View, gain: View, mut y: ViewMut, mut inv_rms: ViewMut) -> Result<()> {
-        let s = Slices("rms_norm");
+        let s = Slices::new("rms_norm");
         p.check(&x, &gain, &y, &inv_rms)?;
         let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
         let (y, inv_rms) = (s.get_mut("y", &mut y)?, s.get_mut("inv_rms", &mut inv_rms)?);
@@ -330,7 +348,7 @@ impl Backend for CpuBackend {
         mut dx: Option<ViewMut>,
         mut dgain: Option<ViewMut>,
     ) -> Result<()> {
-        let s = Slices("rms_norm_grad");
+        let s = Slices::new("rms_norm_grad");
         p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
         let (x, gain) = (s.get("x", x)?, s.get("gain", gain)?);
         let saved = Saved { x, gain, inv_rms: s.get("inv_rms", inv_rms)?, dy: s.get("dy", dy)? };
@@ -340,7 +358,7 @@ impl Backend for CpuBackend {
     }
 
     fn rope(&self, p: &Rope, x: View, positions: View, cos: View, sin: View, mut y: ViewMut) -> Result<()> {
-        let s = Slices("rope");
+        let s = Slices::new("rope");
         let known = p.check(&x, &positions, &cos, &sin, &y)?;
         let angles =
             Angles { positions: s.get("positions", positions)?, cos: s.get("cos", cos)?, sin: s.get("sin", sin)? };
@@ -357,7 +375,7 @@ impl Backend for CpuBackend {
         mut out: ViewMut,
         mut lse: ViewMut,
     ) -> Result<()> {
-        let s = Slices("attention");
+        let s = Slices::new("attention");
         p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
         check_compute(p.compute)?;
         let inputs = [s.get("q", q)?, s.get("k", k)?, s.get("v", v)?];
@@ -367,7 +385,7 @@ impl Backend for CpuBackend {
     }
 
     fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
-        let s = Slices("attention_grad");
+        let s = Slices::new("attention_grad");
         p.check_grad(&saved, &dout, &grads)?;
         check_compute(p.compute)?;
         let AttentionSaved { q, k, v, starts, out, lse } = saved;
@@ -390,9 +408,9 @@ impl Backend for CpuBackend {
     }
 
     fn silu_mul(&self, gate: View, up: View, mut out: ViewMut) -> Result<()> {
-        let s = Slices("silu_mul");
-        expect(s.0, "up", up.len(), gate.len())?;
-        expect(s.0, "out", out.len(), gate.len())?;
+        let s = Slices::new("silu_mul");
+        expect(s.kernel, "up", up.len(), gate.len())?;
+        expect(s.kernel, "out", out.len(), gate.len())?;
         let (gate, up) = (s.get("gate", gate)?, s.get("up", up)?);
         silu_mul::silu_mul(&self.threads, self.isa, gate, up, s.get_mut("out", &mut out)?);
         Ok(())
@@ -406,11 +424,11 @@ impl Backend for CpuBackend {
         mut dgate: Option<ViewMut>,
         mut dup: Option<ViewMut>,
     ) -> Result<()> {
-        let (s, len) = (Slices("silu_mul_grad"), gate.len());
-        expect(s.0, "up", up.len(), len)?;
-        expect(s.0, "dout", dout.len(), len)?;
-        expect_some(s.0, "dgate", dgate.as_ref().map(ViewMut::len), len)?;
-        expect_some(s.0, "dup", dup.as_ref().map(ViewMut::len), len)?;
+        let (s, len) = (Slices::new("silu_mul_grad"), gate.len());
+        expect(s.kernel, "up", up.len(), len)?;
+        expect(s.kernel, "dout", dout.len(), len)?;
+        expect_some(s.kernel, "dgate", dgate.as_ref().map(ViewMut::len), len)?;
+        expect_some(s.kernel, "dup", dup.as_ref().map(ViewMut::len), len)?;
         let inputs = [s.get("gate", gate)?, s.get("up", up)?, s.get("dout", dout)?];
         let outputs = [s.some_mut("dgate", &mut dgate)?, s.some_mut("dup", &mut dup)?];
         silu_mul::silu_mul_grad(&self.threads, self.isa, inputs, outputs);
@@ -418,22 +436,22 @@ impl Backend for CpuBackend {
     }
 
     fn embedding(&self, p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
-        let s = Slices("embedding");
+        let s = Slices::new("embedding");
         p.check(&ids, &table, &rows)?;
         let (ids, table) = (s.get("ids", ids)?, s.floats("table", table)?);
         embedding::embedding(&self.threads, self.isa, p, ids, table, s.floats_mut("rows", &mut rows)?)
     }
 
     fn embedding_grad(&self, p: &Embedding, ids: View, drows: View, mut dtable: ViewMut) -> Result<()> {
-        let s = Slices("embedding_grad");
+        let s = Slices::new("embedding_grad");
         p.check_grad(&ids, &drows, &dtable)?;
         let (ids, drows) = (s.get("ids", ids)?, s.get("drows", drows)?);
         embedding::embedding_grad(&self.threads, self.isa, p, ids, drows, s.get_mut("dtable", &mut dtable)?)
     }
 
     fn cross_entropy(&self, p: &CrossEntropy, logits: View, labels: View, mut losses: ViewMut) -> Result<()> {
-        let s = Slices("cross_entropy");
-        p.check(s.0, logits.len(), &labels, &losses)?;
+        let s = Slices::new("cross_entropy");
+        p.check(s.kernel, logits.len(), &labels, &losses)?;
         let (logits, labels) = (s.get("logits", logits)?, s.get("labels", labels)?);
         let losses = s.get_mut("losses", &mut losses)?;
         cross_entropy::cross_entropy(&self.threads, self.isa, p, logits, labels, losses)
@@ -447,15 +465,15 @@ impl Backend for CpuBackend {
         labels: View,
         mut losses: ViewMut,
     ) -> Result<()> {
-        let s = Slices("cross_entropy_grad_in_place");
-        p.check(s.0, logits.len(), &labels, &losses)?;
+        let s = Slices::new("cross_entropy_grad_in_place");
+        p.check(s.kernel, logits.len(), &labels, &losses)?;
         let (logits, labels) = (s.get_mut("logits", &mut logits)?, s.get("labels", labels)?);
         let losses = s.get_mut("losses", &mut losses)?;
         cross_entropy::cross_entropy_grad_in_place(&self.threads, self.isa, p, scale, logits, labels, losses)
     }
 
     fn adamw(&self, p: &AdamW, grad: View, mut param: ViewMut, mut m: ViewMut, mut v: ViewMut) -> Result<()> {
-        let s = Slices("adamw");
+        let s = Slices::new("adamw");
         p.check(&grad, &param, &m, &v)?;
         let grad = s.get("grad", grad)?;
         let (param, m) = (s.get_mut("param", &mut param)?, s.get_mut("m", &mut m)?);
@@ -465,7 +483,7 @@ impl Backend for CpuBackend {
     }
 
     fn adamw_8bit(&self, p: &AdamW, grad: View, mut param: ViewMut, mut m: Moment, mut v: Moment) -> Result<()> {
-        let s = Slices("adamw_8bit");
+        let s = Slices::new("adamw_8bit");
         p.check_8bit(&grad, &param, &m, &v)?;
         let (grad, param) = (s.get("grad", grad)?, s.get_mut("param", &mut param)?);
         let m = Coded { codes: s.get_mut("m codes", &mut m.codes)?, absmax: s.get_mut("m absmax", &mut m.absmax)? };

@@ -7,7 +7,7 @@
 //! In reading order:
 //! - [`simd`]: one vector type, the instruction sets behind it, and the choice at run time;
 //! - `threads`, `scratch`, `storage`: who works, on which working memory, and where buffers live;
-//! - `slices`, `backend`: from checked views to slices, one line a kernel;
+//! - `slices`, `backend`: from checked views to slices, whose memory is held while the kernel runs, one line a kernel;
 //! - `gemm`, then `linear` and `matmul` on it: products;
 //! - `attention`: its own small products and an online softmax;
 //! - `elementwise`, `dropout`, `silu_mul`, `rms_norm`, `rope`, `embedding`, `cross_entropy`, `quantize4`, `quantize8`,

@@ -1,69 +1,89 @@
 //! Views as slices, with errors that name the kernel and the tensor.
 
-use crate::storage::HostMemory;
+use crate::storage::{Holds, HostMemory};
 use half::{bf16, f16};
 use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
+use rankfold_pager as pager;
 use std::ops::Range;
 
 /// This backend's name in errors.
 pub(crate) const BACKEND: &str = "cpu";
 
-/// The view's bytes.
-pub(crate) fn bytes<'a>(view: View<'a>) -> Result<&'a [u8]> {
-    let size = view.dtype().size();
-    let memory: &HostMemory = view.buffer().storage(BACKEND)?;
-    Ok(&memory.bytes()[view.offset() * size..(view.offset() + view.len()) * size])
+/// For `map_err`: what the pager says of a kernel's tensor.
+pub(crate) fn paging(kernel: &'static str, tensor: &'static str) -> impl FnOnce(pager::Error) -> Error {
+    move |error| Error::Paging { kernel, tensor, what: error.to_string() }
 }
 
-/// The view's bytes, to write.
-pub(crate) fn bytes_mut<'a>(view: &'a mut ViewMut<'_>) -> Result<&'a mut [u8]> {
-    let size = view.dtype().size();
-    let range = view.offset() * size..(view.offset() + view.len()) * size;
-    let memory: &mut HostMemory = view.buffer_mut().storage_mut(BACKEND)?;
-    Ok(&mut memory.bytes_mut()[range])
+/// Turns the views of one kernel into slices, and keeps the memory behind them in place while that kernel runs: a slice
+/// cannot outlive it.
+#[derive(Debug)]
+pub(crate) struct Slices {
+    /// The kernel's name.
+    pub(crate) kernel: &'static str,
+    holds: Holds,
 }
 
-/// Turns the views of one kernel into slices.
-#[derive(Clone, Copy)]
-pub(crate) struct Slices(pub(crate) &'static str);
+/// Where elements lie in their buffer, in bytes.
+fn place(offset: usize, len: usize, dtype: DType) -> Range<usize> {
+    offset * dtype.size()..(offset + len) * dtype.size()
+}
 
 impl Slices {
-    fn wrong(self, tensor: &'static str, expected: &'static str, found: DType) -> Error {
-        Error::DType { kernel: self.0, tensor, expected, found }
+    /// Of a kernel of this name.
+    pub(crate) fn new(kernel: &'static str) -> Self {
+        Self { kernel, holds: Holds::default() }
     }
 
-    fn check<T: Element>(self, tensor: &'static str, found: DType) -> Result<()> {
+    /// The view's bytes.
+    pub(crate) fn bytes<'s>(&'s self, tensor: &'static str, view: View<'s>) -> Result<&'s [u8]> {
+        let memory: &HostMemory = view.buffer().storage(BACKEND)?;
+        let part = place(view.offset(), view.len(), view.dtype());
+        memory.bytes(part, &self.holds).map_err(paging(self.kernel, tensor))
+    }
+
+    /// The view's bytes, to write.
+    pub(crate) fn bytes_mut<'s>(&'s self, tensor: &'static str, view: &'s mut ViewMut<'_>) -> Result<&'s mut [u8]> {
+        let part = place(view.offset(), view.len(), view.dtype());
+        let memory: &mut HostMemory = view.buffer_mut().storage_mut(BACKEND)?;
+        memory.bytes_mut(part, &self.holds).map_err(paging(self.kernel, tensor))
+    }
+
+    fn wrong(&self, tensor: &'static str, expected: &'static str, found: DType) -> Error {
+        Error::DType { kernel: self.kernel, tensor, expected, found }
+    }
+
+    fn check<T: Element>(&self, tensor: &'static str, found: DType) -> Result<()> {
         if found == T::DTYPE { Ok(()) } else { Err(self.wrong(tensor, T::DTYPE.name(), found)) }
     }
 
     /// Elements of type `T`.
-    pub(crate) fn get<'a, T: Element>(self, tensor: &'static str, view: View<'a>) -> Result<&'a [T]> {
+    pub(crate) fn get<'s, T: Element>(&'s self, tensor: &'static str, view: View<'s>) -> Result<&'s [T]> {
         self.check::<T>(tensor, view.dtype())?;
         // Blocks are aligned to 64 bytes and offsets count whole elements: the cast finds them aligned.
-        Ok(bytemuck::cast_slice(bytes(view)?))
+        Ok(bytemuck::cast_slice(self.bytes(tensor, view)?))
     }
 
     /// Elements of type `T`, to write.
-    pub(crate) fn get_mut<'a, T: Element>(
-        self,
+    pub(crate) fn get_mut<'s, T: Element>(
+        &'s self,
         tensor: &'static str,
-        view: &'a mut ViewMut<'_>,
-    ) -> Result<&'a mut [T]> {
+        view: &'s mut ViewMut<'_>,
+    ) -> Result<&'s mut [T]> {
         self.check::<T>(tensor, view.dtype())?;
-        Ok(bytemuck::cast_slice_mut(bytes_mut(view)?))
+        Ok(bytemuck::cast_slice_mut(self.bytes_mut(tensor, view)?))
     }
 
     /// [`Slices::get_mut`] of an output that may not be asked for.
-    pub(crate) fn some_mut<'a, T: Element>(
-        self,
+    pub(crate) fn some_mut<'s, T: Element>(
+        &'s self,
         tensor: &'static str,
-        view: &'a mut Option<ViewMut<'_>>,
-    ) -> Result<Option<&'a mut [T]>> {
+        view: &'s mut Option<ViewMut<'_>>,
+    ) -> Result<Option<&'s mut [T]>> {
         view.as_mut().map(|view| self.get_mut(tensor, view)).transpose()
     }
 
     /// f32, bf16 or f16 elements.
-    pub(crate) fn floats<'a>(self, tensor: &'static str, view: View<'a>) -> Result<Floats<'a>> {
+    pub(crate) fn floats<'s>(&'s self, tensor: &'static str, view: View<'s>) -> Result<Floats<'s>> {
         match view.dtype() {
             DType::F32 => self.get(tensor, view).map(Floats::F32),
             DType::Bf16 => self.get(tensor, view).map(Floats::Bf16),
@@ -73,7 +93,7 @@ impl Slices {
     }
 
     /// f32, bf16 or f16 elements, to write.
-    pub(crate) fn floats_mut<'a>(self, tensor: &'static str, view: &'a mut ViewMut<'_>) -> Result<FloatsMut<'a>> {
+    pub(crate) fn floats_mut<'s>(&'s self, tensor: &'static str, view: &'s mut ViewMut<'_>) -> Result<FloatsMut<'s>> {
         match view.dtype() {
             DType::F32 => self.get_mut(tensor, view).map(FloatsMut::F32),
             DType::Bf16 => self.get_mut(tensor, view).map(FloatsMut::Bf16),

@@ -8,7 +8,7 @@ use rankfold_backend::params::{LowRank, Weight};
 use rankfold_backend::{Result, Scales};
 
 /// The scales of a weight whose lengths have been checked.
-pub(crate) fn scale_slice<'a>(s: Slices, scales: &'a Scales) -> Result<ScaleSlice<'a>> {
+pub(crate) fn scale_slice<'s>(s: &'s Slices, scales: &'s Scales) -> Result<ScaleSlice<'s>> {
     Ok(match scales {
         Scales::Plain(absmax) => ScaleSlice::Plain(s.get("absmax", absmax.view())?),
         Scales::Nested { codes, absmax, offset } => {
@@ -18,7 +18,7 @@ pub(crate) fn scale_slice<'a>(s: Slices, scales: &'a Scales) -> Result<ScaleSlic
 }
 
 /// A weight whose lengths have been checked.
-pub(crate) fn weight_slice<'a>(s: Slices, w: &Weight<'a>) -> Result<WeightSlice<'a>> {
+pub(crate) fn weight_slice<'s>(s: &'s Slices, w: &Weight<'s>) -> Result<WeightSlice<'s>> {
     Ok(match w {
         Weight::Dense(w) => WeightSlice::Dense(s.floats("weight", *w)?),
         Weight::Quantized(q) => WeightSlice::Quantized(QuantSlice {
@@ -31,7 +31,7 @@ pub(crate) fn weight_slice<'a>(s: Slices, w: &Weight<'a>) -> Result<WeightSlice<
 }
 
 /// The low-rank part beside it.
-pub(crate) fn low_rank_slice<'a>(s: Slices, l: Option<&LowRank<'a>>) -> Result<Option<LowRankSlice<'a>>> {
+pub(crate) fn low_rank_slice<'s>(s: &'s Slices, l: Option<&LowRank<'s>>) -> Result<Option<LowRankSlice<'s>>> {
     let Some(l) = l else { return Ok(None) };
     Ok(Some(LowRankSlice {
         rank: l.rank,

@@ -6,7 +6,8 @@ use crate::tables::Tables;
 use crate::{Argument, Crossover, Driver, NAME, ops};
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, Quantized, Result, View, ViewMut,
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, HostBytes, Quantized, Result,
+    View, ViewMut,
 };
 use std::sync::Arc;
 
@@ -97,8 +98,8 @@ impl Backend for CudaBackend {
         ops::elementwise::read(self, x, bytes)
     }
 
-    fn host_bytes_mut<'a>(&self, _: &'a mut Buffer) -> Option<&'a mut [u8]> {
-        None
+    fn host_bytes_mut<'a>(&self, _: &'a mut Buffer) -> Result<Option<HostBytes<'a>>> {
+        Ok(None)
     }
 
     fn fill(&self, value: f64, out: ViewMut) -> Result<()> {

@@ -211,11 +211,12 @@ impl Checkpoint {
         let dtype = self.dtype(name)?;
         let info = self.info(name)?;
         let mut buffer = backend.alloc(dtype, info.elements()).map_err(Error::backend(self.file(name), name))?;
-        if let Some(bytes) = backend.host_bytes_mut(&mut buffer) {
-            self.read_into(name, bytes)?;
-            return Ok(buffer);
+        let refused = Error::backend(self.file(name), name);
+        if let Some(mut bytes) = backend.host_bytes_mut(&mut buffer).map_err(refused)? {
+            self.read_into(name, &mut bytes)?;
+        } else {
+            self.load_by_parts(name, backend, &mut buffer)?;
         }
-        self.load_by_parts(name, backend, &mut buffer)?;
         Ok(buffer)
     }
 

@@ -373,6 +373,23 @@ impl<M: Memory> Core<M> {
         Ok((state, false))
     }
 
+    /// Let every page leave that nobody holds.
+    pub(crate) fn vacate(&self) -> Result<()> {
+        let mut state = self.lock();
+        loop {
+            let leavers = state.table.leavers(BATCH, 0, false);
+            if leavers.is_empty() {
+                return Ok(());
+            }
+            self.drop_frames(&mut state, &leavers);
+            let dirty = (0..leavers.len()).find_map(|i| self.dirty_run(&state, leavers[i], &leavers[i..]));
+            let Some(run) = dirty else { continue };
+            let stored;
+            (state, stored) = self.store(state, &run);
+            stored?;
+        }
+    }
+
     /// The pages at the head of `leavers`, `first` and those next to it, that nobody holds and that must be stored; none
     /// where `first` is not such a page.
     pub(crate) fn dirty_run(&self, state: &State<M>, first: PageId, leavers: &[PageId]) -> Option<Run<M>> {

@@ -129,6 +129,13 @@ impl<M: Memory> Pager<M> {
         self.0.core.set_limit(limit)
     }
 
+    /// Let every page leave that nobody holds.
+    ///
+    /// Errors: a tier below that cannot take one; that one and others may then stay.
+    pub fn vacate(&self) -> Result<()> {
+        self.0.core.vacate()
+    }
+
     /// What it did and holds.
     pub fn stats(&self) -> Stats {
         self.0.core.stats()

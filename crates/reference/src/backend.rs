@@ -7,7 +7,8 @@ use rankfold_backend::params::{
     Weight,
 };
 use rankfold_backend::{
-    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, Quantized, Result, View, ViewMut,
+    AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, HostBytes, Quantized, Result, View,
+    ViewMut,
 };
 
 /// The reference implementation of every kernel.
@@ -38,8 +39,9 @@ impl Backend for ReferenceBackend {
         elementwise::read(x, bytes)
     }
 
-    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]> {
-        buffer.storage_mut::<Cells>(NAME).ok().map(Cells::bytes_mut)
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>> {
+        let cells = buffer.storage_mut::<Cells>(NAME)?;
+        Ok(Some(HostBytes::new(cells.bytes_mut())))
     }
 
     fn fill(&self, value: f64, out: ViewMut) -> Result<()> {

@@ -118,7 +118,7 @@ mod tests {
         let error = BACKEND.write(&[0; 3], x.slice_mut(1, 1).unwrap()).unwrap_err();
         assert_eq!(error, Error::Length { kernel: "write", tensor: "bytes", expected: 4, found: 3 });
         assert!(BACKEND.read(x.view(), &mut [0; 3]).is_err());
-        BACKEND.host_bytes_mut(&mut x).unwrap()[4..8].copy_from_slice(&7u32.to_ne_bytes());
+        BACKEND.host_bytes_mut(&mut x).unwrap().unwrap()[4..8].copy_from_slice(&7u32.to_ne_bytes());
         assert_eq!(BACKEND.download::<u32>(x.view()).unwrap(), [1, 7, 9, 4]);
     }
 
@@ -178,6 +178,6 @@ mod tests {
         assert_eq!(BACKEND.fill(0.0, foreign.view_mut()).unwrap_err(), refusal);
         assert_eq!(BACKEND.scale_in_place(1.0, foreign.view_mut()).unwrap_err(), refusal);
         assert_eq!(BACKEND.read(foreign.view(), &mut [0; 8]).unwrap_err(), refusal);
-        assert!(BACKEND.host_bytes_mut(&mut foreign).is_none());
+        assert_eq!(BACKEND.host_bytes_mut(&mut foreign).unwrap_err(), refusal);
     }
 }

@@ -2,8 +2,8 @@
 
 use rankfold_backend::params::*;
 use rankfold_backend::{
-    AttentionGrads, AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Element, Error, Format, LinearGrads,
-    LowRank, Quantized, Result, View, ViewMut, Weight,
+    AttentionGrads, AttentionSaved, Backend, Buffer, Compute, DType, DynamicMap, Element, Error, Format, HostBytes,
+    LinearGrads, LowRank, Quantized, Result, View, ViewMut, Weight,
 };
 use rankfold_reference::ReferenceBackend;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -171,10 +171,10 @@ impl Backend for Mutant {
         if self.fault == Lenient("read") { Ok(()) } else { answer }
     }
 
-    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Option<&'a mut [u8]> {
-        let len = buffer.bytes();
-        let bytes = ORACLE.host_bytes_mut(buffer)?;
-        Some(if self.deaf("host bytes") { &mut bytes[..len / 2] } else { bytes })
+    fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>> {
+        let lent = ORACLE.host_bytes_mut(buffer)?;
+        // A copy of them: what the host writes is lost.
+        Ok(lent.map(|bytes| if self.deaf("host bytes") { HostBytes::new(bytes.to_vec()) } else { bytes }))
     }
 
     fn fill(&self, value: f64, out: ViewMut) -> Result<()> {

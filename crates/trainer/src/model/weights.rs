@@ -242,13 +242,12 @@ impl Reader<'_> {
             self.checkpoint.read_into(name, bytes)?;
             Ok(self.checkpoint.check_finite(name, 0, bytes)?)
         };
-        match self.backend.host_bytes_mut(&mut buffer) {
-            Some(bytes) => read(bytes)?,
-            None => {
-                let mut bytes = vec![0; buffer.bytes()];
-                read(&mut bytes)?;
-                self.backend.write(&bytes, buffer.view_mut())?;
-            }
+        if let Some(mut bytes) = self.backend.host_bytes_mut(&mut buffer)? {
+            read(&mut bytes)?;
+        } else {
+            let mut bytes = vec![0; buffer.bytes()];
+            read(&mut bytes)?;
+            self.backend.write(&bytes, buffer.view_mut())?;
         }
         Ok(buffer)
     }
