@@ -6,6 +6,7 @@ use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
 use rankfold_cpu::simd::Isa;
 use rankfold_cuda::CudaBackend;
+use rankfold_pager::Pager;
 use rankfold_reference::ReferenceBackend;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -83,6 +84,11 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// The backend that the flags ask for.
     pub fn open(&self) -> Result<Arc<dyn Backend>> {
+        self.open_on(None)
+    }
+
+    /// The same, its memory on a pager, where the device can.
+    pub fn open_on(&self, pager: Option<Pager>) -> Result<Arc<dyn Backend>> {
         check_threads(self.threads)?;
         let missing = |isa: &str| {
             let there = self.device.instruction_sets().join(", ");
@@ -98,9 +104,12 @@ impl DeviceArgs {
         Ok(match self.device {
             Device::Cpu => {
                 let isa = self.isa.as_deref().map(|name| Isa::named(name).ok_or_else(|| missing(name))).transpose()?;
-                Arc::new(
-                    isa.map_or_else(|| CpuBackend::new(self.threads), |isa| CpuBackend::with_isa(isa, self.threads)),
-                )
+                let cpu =
+                    isa.map_or_else(|| CpuBackend::new(self.threads), |isa| CpuBackend::with_isa(isa, self.threads));
+                Arc::new(match pager {
+                    Some(pager) => cpu.on_pager(pager),
+                    None => cpu,
+                })
             }
             Device::Cuda => Arc::new(CudaBackend::on_gpu()?),
             Device::CudaHost => Arc::new(CudaBackend::on_host(self.threads)?),

@@ -23,6 +23,8 @@ pub enum Error {
     #[error(transparent)]
     Cuda(#[from] rankfold_cuda::Error),
     #[error(transparent)]
+    Pager(#[from] rankfold_pager::Error),
+    #[error(transparent)]
     Files(#[from] rankfold_files::Error),
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },

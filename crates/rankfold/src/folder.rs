@@ -83,7 +83,8 @@ pub fn options_to_resume(folder: &Path, given: &Options) -> Result<Options> {
     if !path.exists() {
         return given.clone().or(given.defaults());
     }
-    let kept = Options::read(&path)?;
+    // Where pages go changes no result, and may be what made the run stop.
+    let kept = Options::read(&path)?.paged_as(given);
     match given.first_difference(&kept)? {
         None => Ok(kept),
         Some((key, now, then)) => {

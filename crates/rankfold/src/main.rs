@@ -14,8 +14,10 @@ mod folder;
 mod memory;
 mod open;
 mod options;
+mod paging;
 mod sample;
 mod show;
+mod size;
 
 use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 use clap::{Parser, Subcommand};

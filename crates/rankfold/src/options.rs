@@ -6,6 +6,7 @@
 use crate::device::{ComputeType, Device};
 use crate::error::{Error, Result};
 use crate::open::{BLOCK, BUILTIN};
+use crate::size::Size;
 use clap::{Args, ValueEnum};
 use rankfold_backend::Format;
 use rankfold_trainer::optimizer::Moments;
@@ -104,6 +105,17 @@ impl Optimizer {
     pub fn is_paged(self) -> bool {
         matches!(self, Self::PagedAdamw | Self::PagedAdamw8bit)
     }
+}
+
+/// How pages that do not fit in memory are written and read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageIo {
+    /// Through the system's cache, which keeps some of them in memory that nobody else needs.
+    #[default]
+    Buffered,
+    /// Past it.
+    Direct,
 }
 
 /// Options of a run, each absent where nobody gave it.
@@ -231,6 +243,18 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<usize>,
+    /// The most memory of the process: what does not fit is paged to a file. Never changes a result.
+    #[arg(long, value_name = "SIZE")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_limit: Option<Size>,
+    /// Where that file is, without a name and gone with the process [default: the system's temporary folder].
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_folder: Option<PathBuf>,
+    /// How pages reach it [default: buffered].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub page_io: Option<PageIo>,
     /// Where to compute [default: cpu].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -264,6 +288,12 @@ impl Options {
             given.entry(key).or_insert(value);
         }
         given.try_into().map_err(|e: toml::de::Error| Error::Usage(e.to_string()))
+    }
+
+    /// These options, where memory goes as the other says.
+    pub fn paged_as(self, other: &Self) -> Self {
+        let Self { memory_limit, page_folder, page_io, .. } = other.clone();
+        Self { memory_limit, page_folder, page_io, ..self }
     }
 
     /// The first option that is given here and differs in `other`: (name, here, there).
@@ -318,6 +348,9 @@ impl Options {
             isa: device.instruction_sets().first().cloned(),
             compute: Some(if self.tokens.is_some() { ComputeType::F32 } else { device.trains_in() }),
             model: Some(model),
+            memory_limit: None,
+            page_folder: None,
+            page_io: None,
             data: Vec::new(),
             eval_data: Vec::new(),
             tokens: None,

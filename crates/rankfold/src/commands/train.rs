@@ -8,10 +8,12 @@ use crate::folder;
 use crate::memory::Memory;
 use crate::open::Folder;
 use crate::options::{Method, Options};
+use crate::paging;
 use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
 use clap::Args;
 use rankfold_adapters::{AdapterConfig, LoraSpec, Targets};
+use rankfold_pager::Pager;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
 use rankfold_trainer::optimizer::{AdamW, Hyper};
@@ -83,24 +85,27 @@ struct Job {
     adapter: Option<AdapterConfig>,
     batches: Batches,
     held_out: Vec<Batch>,
+    pager: Option<Pager>,
 }
 
 impl Job {
     fn open(options: &Options, threads: Option<usize>) -> Result<Self> {
         let device = options.device.unwrap_or_default();
         let compute = options.compute.unwrap_or_default();
-        let backend = DeviceArgs { device, compute, isa: options.isa.clone(), threads }.open()?;
+        let pager = paging::pager(options)?;
+        let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
+        let backend = device.open_on(pager.clone())?;
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;
         let mut model = folder.load(backend, precision)?;
         let adapter = attach(options, &folder, &mut model)?;
         describe(options, &folder, precision, &model, &batches)?;
-        Ok(Self { model, folder, tokenizer, adapter, batches, held_out })
+        Ok(Self { model, folder, tokenizer, adapter, batches, held_out, pager })
     }
 
     fn run(self, options: &Options, out: &Path, resume: bool) -> Result<()> {
-        let Self { model, folder, tokenizer, adapter, batches, held_out } = self;
+        let Self { model, folder, tokenizer, adapter, batches, held_out, pager } = self;
         let compute = options.compute.unwrap_or_default().into();
         let prompt = sample_prompt(&folder, tokenizer.as_ref(), options);
         if let (Some(prompt), false) = (&prompt, resume) {
@@ -153,6 +158,9 @@ impl Job {
         }
         let memory = bar.peak_rss.map_or(String::new(), |rss| format!(", {} of memory at the most", bytes(rss)));
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
+        if let Some(pager) = pager {
+            eprintln!("{}", paging::summary(&pager.stats()));
+        }
         let (what, next) = match &adapter {
             Some(_) => (
                 "adapter",
