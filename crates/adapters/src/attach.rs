@@ -3,7 +3,9 @@
 use crate::patterns::Specs;
 use crate::targets::{select, unmatched};
 use crate::{AdapterConfig, AdapterFolder, Linear, Lora, LoraSpec, Result, Targets};
-use rankfold_backend::Backend;
+use rankfold_autograd::Parameter;
+use rankfold_backend::params::elements;
+use rankfold_backend::{Backend, DType};
 
 /// What was attached, for printing and for writing.
 #[derive(Clone, Debug)]
@@ -55,6 +57,27 @@ pub fn attach_new(
     let loras = plan.build(layers, |layer, spec| {
         let dims = [layer.outputs(), layer.inputs()];
         Lora::init(backend, layer.path(), dims, spec, config.init, seed, layer.index())
+    })?;
+    plan.carry_out(layers, loras)
+}
+
+/// Attach updates of unspecified value, for what counts memory and computes nothing.
+///
+/// Errors: those of [`attach_new`].
+pub fn attach_blank(
+    backend: &dyn Backend,
+    layers: &mut [&mut Linear],
+    config: &AdapterConfig,
+    architecture: &str,
+) -> Result<Attached> {
+    config.check()?;
+    let plan = Plan::new(layers, config, architecture)?;
+    let loras = plan.build(layers, |layer, spec| {
+        let parameter = |dims: [usize; 2]| -> Result<Parameter> {
+            Ok(Parameter::new(backend.alloc(DType::F32, elements(&dims))?, dims)?)
+        };
+        let (a, b) = (parameter([spec.rank, layer.inputs()])?, parameter([layer.outputs(), spec.rank])?);
+        Lora::new(layer.path(), a, b, spec)
     })?;
     plan.carry_out(layers, loras)
 }

@@ -26,7 +26,7 @@ pub mod patterns;
 pub mod streams;
 pub mod targets;
 
-pub use attach::{Attached, AttachedModule, attach_folder, attach_new};
+pub use attach::{Attached, AttachedModule, attach_blank, attach_folder, attach_new};
 pub use config::AdapterConfig;
 pub use error::{Error, Result};
 pub use folder::{AdapterFolder, write_folder};

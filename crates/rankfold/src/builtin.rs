@@ -6,15 +6,24 @@ use crate::error::{Error, Result};
 use rankfold_trainer::data::Source;
 use std::path::{Path, PathBuf};
 
+/// The model's `config.json`.
+pub const CONFIG: &str = include_str!("../assets/base/config.json");
+
+/// Its `tokenizer.json`.
+pub const TOKENIZER: &str = include_str!("../assets/base/tokenizer.json");
+
+/// Its weights.
+pub const MODEL: &[u8] = include_bytes!("../assets/base/model.safetensors");
+
 const FILES: [(&str, &[u8]); 4] = [
-    ("config.json", include_bytes!("../assets/base/config.json")),
-    ("model.safetensors", include_bytes!("../assets/base/model.safetensors")),
-    ("tokenizer.json", include_bytes!("../assets/base/tokenizer.json")),
+    ("config.json", CONFIG.as_bytes()),
+    ("model.safetensors", MODEL),
+    ("tokenizer.json", TOKENIZER.as_bytes()),
     ("tokenizer_config.json", include_bytes!("../assets/base/tokenizer_config.json")),
 ];
 
 /// The text to finetune on: Psalms to Song of Solomon in the King James version, public domain.
-const TEXT: &str = include_str!("../assets/poetry.txt");
+pub const TEXT: &str = include_str!("../assets/poetry.txt");
 
 /// Its name in messages.
 pub const TEXT_NAME: &str = "built-in text";

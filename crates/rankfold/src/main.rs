@@ -47,6 +47,7 @@ enum Command {
     Merge(commands::merge::Merge),
     Export(commands::export::Export),
     New(commands::new::New),
+    Plan(Box<commands::plan::PlanArgs>),
     Inspect(commands::inspect::Inspect),
     Doctor(commands::doctor::Doctor),
 }
@@ -93,6 +94,7 @@ fn run(command: Command) -> error::Result<()> {
         Command::Merge(command) => command.run(),
         Command::Export(command) => command.run(),
         Command::New(command) => command.run(),
+        Command::Plan(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }

@@ -1,50 +1,134 @@
-//! How much memory a run will take.
+//! How much memory a run will take: its plan, from its options.
 
+use crate::builtin;
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::options::Options;
+use crate::options::{Method, Options};
 use crate::show::bytes;
-use rankfold_trainer::model::Model;
+use rankfold_adapters::{AdapterConfig, AdapterFolder, LoraSpec, Targets};
+use rankfold_trainer::model::{ModelConfig, Precision};
+use rankfold_trainer::plan::{Category, Machine, Plan, Setup, Stored};
+use std::path::Path;
 
-/// Bytes that a run will take, by what takes them.
-pub struct Memory {
-    weights: usize,
-    training: usize,
-    activations: usize,
+/// The program with its libraries and threads. This and the figures below were measured (Linux, x86-64, glibc): what
+/// the system says of a run beyond its counted buffers.
+const PROGRAM: u64 = 9 << 20;
+/// A tokenizer: a part that any has, and bytes in memory for each byte of its file.
+const TOKENIZER: (u64, u64) = (2 << 20, 6);
+/// Text: bytes in memory for each byte, as token ids,
+const TEXT: u64 = 2;
+/// and while it is encoded, a piece at a time, so that the most is soon reached.
+const ENCODING: (u64, u64) = (36, 12 << 20);
+
+/// The model of a run, as far as its memory is concerned.
+pub struct Subject<'a> {
+    /// Its dimensions.
+    pub config: &'a ModelConfig,
+    /// The element types of its files.
+    pub stored: Stored,
+    /// What they become.
+    pub precision: Precision,
+    /// What is attached to it.
+    pub adapter: Option<&'a AdapterConfig>,
+    /// Its folder, where it has one.
+    pub folder: Option<&'a Path>,
 }
 
-impl Memory {
-    /// Weights, adapters, gradients and moments are counted; activations are what the tape saves of each block, for
-    /// the tokens of a micro-batch, and the head's chunk of logits.
-    pub fn estimate(options: &Options, model: &Model, tokens: usize, trained: usize) -> Self {
-        let c = &model.config;
-        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        // Inputs and outputs of the norms, q k v before and after rotation, attention's output, gate, up, product.
-        let saved = 6 * c.width + 3 * q + 3 * kv + 3 * c.feed_forward;
-        let blocks = if options.checkpointing == Some(true) { 1 } else { c.layers };
-        let kept = if options.checkpointing == Some(true) { c.layers * c.width } else { 0 };
-        let logits = tokens.min((16 << 20) / (4 * c.vocab)).max(tokens.min(128)) * c.vocab;
-        Self {
-            weights: model.base_bytes(),
-            // Value, gradient and two moments, f32 each.
-            training: 16 * trained,
-            activations: tokens.saturating_mul(4 * (blocks * saved + kept + 2 * c.width)).saturating_add(4 * logits),
-        }
-    }
+/// Count a run of `rows` rows of `seq` tokens a micro-batch.
+pub fn plan(options: &Options, subject: &Subject, [rows, seq]: [usize; 2], threads: Option<usize>) -> Result<Plan> {
+    let device = options.device.unwrap_or_default();
+    let all = || std::thread::available_parallelism().map_or(1, |n| n.get());
+    let machine = Machine {
+        program: program(options, subject.folder),
+        cpu_threads: (device == Device::Cpu).then(|| threads.unwrap_or_else(all)),
+    };
+    Ok(Plan::of(&Setup {
+        config: subject.config,
+        stored: subject.stored,
+        precision: subject.precision,
+        adapter: subject.adapter,
+        moments: options.optimizer.unwrap_or_default().moments(),
+        rows,
+        seq,
+        accumulate: options.accumulate.unwrap_or(1),
+        evaluates: options.tokens.is_none(),
+        checkpointing: options.checkpointing.unwrap_or_default(),
+        compute: options.compute.unwrap_or_default().into(),
+        machine,
+    })?)
+}
 
-    fn sum(&self) -> usize {
-        [self.weights, self.training, self.activations].into_iter().fold(0, usize::saturating_add)
-    }
+/// The program with its text and tokenizer, by the sizes of their files.
+fn program(options: &Options, folder: Option<&Path>) -> u64 {
+    let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+    let text = match (options.tokens.is_some(), options.data.is_empty()) {
+        (true, _) => 0,
+        (false, true) => builtin::TEXT.len() as u64,
+        (false, false) => options.data.iter().chain(&options.eval_data).map(|path| size(path)).sum(),
+    };
+    let tokenizer = match folder {
+        // The embedded model is a part of the program's file, which is in memory where it was read.
+        None => builtin::MODEL.len() as u64 + TOKENIZER.0 + TOKENIZER.1 * builtin::TOKENIZER.len() as u64,
+        Some(folder) => match size(&folder.join("tokenizer.json")) {
+            0 => 0,
+            bytes => TOKENIZER.0 + TOKENIZER.1 * bytes,
+        },
+    };
+    PROGRAM + tokenizer + TEXT * text + ENCODING.1.min(ENCODING.0 * text)
+}
 
-    /// That the machine has as much, where the system tells.
-    pub fn check(&self) -> Result<()> {
-        match of_the_machine() {
-            Some(total) if self.sum() as u64 > total => {
-                let (sum, total) = (bytes(self.sum() as u64), bytes(total));
-                let why = "expected a smaller --batch, --seq or --rank, or --checkpointing";
-                Err(Error::Usage(format!("the run needs about {sum} of memory, this machine has {total}: {why}")))
-            }
-            _ => Ok(()),
+/// The adapters that the options ask for: new ones, or a folder's; `None` for `--method full`.
+pub fn adapter(options: &Options, builtin: bool) -> Result<Option<AdapterConfig>> {
+    if options.method == Some(Method::Full) {
+        return Ok(None);
+    }
+    if let Some(saved) = &options.init_adapter {
+        return Ok(Some(AdapterFolder::open(saved)?.config().clone()));
+    }
+    Ok(Some(AdapterConfig {
+        spec: LoraSpec {
+            rank: options.rank.unwrap_or(1),
+            alpha: options.alpha.unwrap_or(1.0),
+            rslora: options.rslora.unwrap_or_default(),
+            dropout: options.dropout.unwrap_or_default(),
+        },
+        targets: Targets::parse(options.targets.as_deref().unwrap_or_default()),
+        base_model: options.model.clone().filter(|_| !builtin),
+        ..AdapterConfig::default()
+    }))
+}
+
+/// The plan in one line.
+pub fn summary(plan: &Plan) -> String {
+    let peak = plan.peak();
+    let sum = |of: &[Category]| bytes(of.iter().map(|category| peak.bytes[*category]).sum());
+    use Category::*;
+    format!(
+        "weights {}, trained values with gradients and moments {}, activations {}, the program and its working memory \
+         {}: {} at the most",
+        sum(&[Codes, Scales, Dense]),
+        sum(&[Weights, Adapters, Gradients, Optimizer]),
+        sum(&[Saved, Head, Working, Batch]),
+        sum(&[Program, Scratch, Pool]),
+        bytes(peak.bytes.sum())
+    )
+}
+
+/// That a limit is one that the run works under, or, without one, that the machine has as much, where the system tells.
+/// (A GPU's memory is the GPU's own.)
+pub fn check(options: &Options, plan: &Plan) -> Result<()> {
+    if let Some(limit) = &options.memory_limit {
+        plan.under(limit.bytes())?;
+        return Ok(());
+    }
+    let needed = plan.peak().bytes.sum();
+    match of_the_machine().filter(|_| options.device != Some(Device::Cuda)) {
+        Some(total) if needed > total => {
+            let (needed, total) = (bytes(needed), bytes(total));
+            let why = "expected a smaller --batch, --seq or --rank, --checkpointing or --memory-limit";
+            Err(Error::Usage(format!("the run needs about {needed} of memory, this machine has {total}: {why}")))
         }
+        _ => Ok(()),
     }
 }
 
@@ -53,15 +137,4 @@ pub fn of_the_machine() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
-}
-
-impl std::fmt::Display for Memory {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let [weights, training, activations, sum] =
-            [self.weights, self.training, self.activations, self.sum()].map(|n| bytes(n as u64));
-        write!(
-            f,
-            "weights {weights}, trained values with gradients and moments {training}, activations {activations}: about {sum} and the program itself"
-        )
-    }
 }

@@ -10,6 +10,7 @@ use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
+use rankfold_trainer::plan::Stored;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -82,6 +83,14 @@ impl Folder {
         Ok(self.checkpoint.dtype("model.embed_tokens.weight")?)
     }
 
+    /// The element types of its weights, as far as memory is concerned: all 4-bit weights are taken to be as the first.
+    pub fn stored(&self) -> Result<Stored> {
+        let first = quantized::weights(&self.checkpoint).into_iter().next();
+        let state = first.map(|name| quantized::state(&self.checkpoint, name)).transpose()?.flatten();
+        let four_bits = state.map(|s| Quantization { format: s.format, block: s.block, double: s.offset.is_some() });
+        Ok(Stored { dense: self.dtype()?, four_bits })
+    }
+
     /// The flags of [`Folder::precision`] that the commands which use a run's adapter need, where they differ from what
     /// these take by themselves.
     pub fn flags(&self, options: &Options) -> String {
@@ -106,25 +115,36 @@ impl Folder {
         Ok(Model::load(backend, &self.checkpoint, self.config.clone(), precision)?)
     }
 
-    /// What the weights become: what is asked for, or 4 bits for the embedded model and as stored for others. A 4-bit
-    /// checkpoint stays as it is, whatever is asked.
+    /// What the weights become, as [`precision`] has it.
     pub fn precision(
         &self,
         quantize: Option<Quantize>,
         block: Option<usize>,
         double: Option<bool>,
     ) -> Result<Precision> {
-        let quantize = quantize.unwrap_or(Quantize::of(self.builtin));
-        let (block, double) = (block.unwrap_or(BLOCK), double.unwrap_or(self.builtin));
-        check_block(block)?;
-        if quantize == Quantize::None && double && !self.builtin {
-            tracing::warn!("--double-quant without --quantize: nothing is quantised");
-        }
-        if quantize == Quantize::None || self.is_quantized() {
-            return Ok(Precision::AsStored);
-        }
-        Ok(Precision::Quantized(Quantization { format: quantize.format()?, block, double }))
+        precision(self.builtin, self.is_quantized(), quantize, block, double)
     }
+}
+
+/// What the weights become: what is asked for, or 4 bits for the embedded model and as stored for others. A 4-bit
+/// checkpoint stays as it is, whatever is asked.
+pub fn precision(
+    builtin: bool,
+    quantized: bool,
+    quantize: Option<Quantize>,
+    block: Option<usize>,
+    double: Option<bool>,
+) -> Result<Precision> {
+    let quantize = quantize.unwrap_or(Quantize::of(builtin));
+    let (block, double) = (block.unwrap_or(BLOCK), double.unwrap_or(builtin));
+    check_block(block)?;
+    if quantize == Quantize::None && double && !builtin {
+        tracing::warn!("--double-quant without --quantize: nothing is quantised");
+    }
+    if quantize == Quantize::None || quantized {
+        return Ok(Precision::AsStored);
+    }
+    Ok(Precision::Quantized(Quantization { format: quantize.format()?, block, double }))
 }
 
 /// The flags of every command that runs a model as it is.

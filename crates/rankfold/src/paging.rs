@@ -5,11 +5,8 @@ use crate::error::{Error, Result};
 use crate::options::{Options, PageIo};
 use crate::show::bytes;
 use rankfold_pager::{FileOptions, Limit, Pager, ProcessLimit, Stats};
+use rankfold_trainer::plan::RESERVE;
 use std::env::temp_dir;
-
-/// What may be taken between two looks at the process's memory: kernels' working memory as it grows, small buffers,
-/// what reading and writing files needs.
-const RESERVE: u64 = 8 << 20;
 
 /// The pager of a run that has a limit: `--memory-limit`, or for a paged optimiser what the machine has left.
 ///

@@ -40,6 +40,22 @@ pub fn count(n: usize) -> String {
     HumanCount(n as u64).to_string()
 }
 
+/// Rows of cells in columns, the first one aligned to the left, the others to the right.
+pub fn table(rows: &[Vec<String>]) -> Result<()> {
+    let cells = |column: usize| rows.iter().filter_map(move |row| row.get(column));
+    let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> =
+        (0..columns).map(|column| cells(column).map(|cell| cell.chars().count()).max().unwrap_or(0)).collect();
+    for row in rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column {
+            0 => format!("{cell:width$}"),
+            _ => format!("  {cell:>width$}"),
+        });
+        say!("{}", cells.collect::<String>().trim_end())?;
+    }
+    Ok(())
+}
+
 /// The progress bar of a run, on standard error; remembers the held-out losses.
 pub struct Bar {
     bar: ProgressBar,

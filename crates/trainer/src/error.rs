@@ -53,9 +53,21 @@ pub enum Error {
         "step {step}: the {what} is {value}, expected a finite number; a checkpoint, where there is one, is of weights whose loss was finite"
     )]
     NotFinite { step: usize, what: &'static str, value: f64 },
+    /// A memory limit that no paging can keep.
+    #[error(
+        "a memory limit of {}: expected at least {}, which {needs} needs",
+        mib(*limit, f64::floor),
+        mib(*least, f64::ceil)
+    )]
+    MemoryLimit { limit: u64, least: u64, needs: String },
     /// A setting outside its range.
     #[error("{setting} {found}: expected {expected}")]
     Setting { setting: &'static str, found: String, expected: &'static str },
+}
+
+/// To a tenth of a MiB, rounded so that what is said to be enough is.
+fn mib(bytes: u64, round: fn(f64) -> f64) -> String {
+    format!("{} MiB", round(bytes as f64 / (1u64 << 20) as f64 * 10.0) / 10.0)
 }
 
 impl Error {

@@ -6,6 +6,7 @@
 //! - [`optimizer`], [`schedule`]: AdamW and its rate;
 //! - [`step`]: one optimiser step, and a held-out evaluation;
 //! - [`run`]: steps, evaluations and checkpoints to the end; [`metrics`], [`checkpoint`], [`product`] are its files;
+//! - [`plan`]: what memory a run will take, counted before it;
 //! - [`generate`]: text from a model;
 //! - [`initialize`], [`convert`]: new models, and models quantised, dequantised, merged;
 //! - [`error`]: everything that can be wrong.
@@ -20,6 +21,7 @@ pub mod initialize;
 pub mod metrics;
 pub mod model;
 pub mod optimizer;
+pub mod plan;
 pub mod product;
 pub mod run;
 pub mod schedule;

@@ -24,11 +24,11 @@ pub enum Batches {
 }
 
 impl Batches {
-    /// Tokens of a micro-batch.
-    pub fn tokens(&self) -> usize {
+    /// [rows, tokens a row] of a micro-batch.
+    pub fn shape(&self) -> [usize; 2] {
         match self {
-            Self::Loader(loader) => loader.tokens(),
-            Self::Fixed(batch) => batch.ids.len(),
+            Self::Loader(loader) => [loader.shape().rows, loader.shape().seq],
+            Self::Fixed(batch) => [batch.rows, batch.seq],
         }
     }
 

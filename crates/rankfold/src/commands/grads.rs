@@ -27,7 +27,7 @@ pub struct Grads {
 
 impl Grads {
     pub fn run(self) -> Result<()> {
-        super::parent_exists(&self.out)?;
+        super::parent_exists("--out", &self.out)?;
         self.model.needs_adapter()?;
         let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;

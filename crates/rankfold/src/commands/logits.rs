@@ -26,7 +26,7 @@ pub struct Logits {
 
 impl Logits {
     pub fn run(self) -> Result<()> {
-        super::parent_exists(&self.out)?;
+        super::parent_exists("--out", &self.out)?;
         let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
         let model = self.model.load(&folder)?;

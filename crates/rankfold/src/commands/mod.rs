@@ -11,6 +11,7 @@ pub mod inspect;
 pub mod logits;
 pub mod merge;
 pub mod new;
+pub mod plan;
 pub mod quantize;
 pub mod train;
 
@@ -31,11 +32,11 @@ fn stage(path: &Path) -> Result<StagedFolder> {
     }
 }
 
-/// That a file can be written where `path` says: its folder exists.
-fn parent_exists(path: &Path) -> Result<()> {
+/// That a file can be written where the path of `flag` says: its folder exists.
+fn parent_exists(flag: &str, path: &Path) -> Result<()> {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() && !parent.is_dir() => {
-            Err(Error::Path { path: parent.to_owned(), why: "no such folder, for --out".into() })
+            Err(Error::Path { path: parent.to_owned(), why: format!("no such folder, for {flag}") })
         }
         _ => Ok(()),
     }

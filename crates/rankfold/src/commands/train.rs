@@ -5,14 +5,14 @@ use crate::check::check;
 use crate::device::DeviceArgs;
 use crate::error::Result;
 use crate::folder;
-use crate::memory::Memory;
+use crate::memory::{self, Subject};
 use crate::open::Folder;
 use crate::options::{Method, Options};
 use crate::paging;
 use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
 use clap::Args;
-use rankfold_adapters::{AdapterConfig, LoraSpec, Targets};
+use rankfold_adapters::AdapterConfig;
 use rankfold_pager::Pager;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
@@ -98,9 +98,20 @@ impl Job {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;
+        let adapter = memory::adapter(options, folder.builtin)?;
+        let subject = Subject {
+            config: &folder.config,
+            stored: folder.stored()?,
+            precision,
+            adapter: adapter.as_ref(),
+            folder: (!folder.builtin).then_some(&*folder.path),
+        };
+        let plan = memory::plan(options, &subject, batches.shape(), threads)?;
+        memory::check(options, &plan)?;
         let mut model = folder.load(backend, precision)?;
-        let adapter = attach(options, &folder, &mut model)?;
-        describe(options, &folder, precision, &model, &batches)?;
+        let adapter = adapter.map(|fresh| attach(options, &fresh, &mut model)).transpose()?;
+        describe(options, &folder, precision, &model, &batches);
+        eprintln!("memory: {}", memory::summary(&plan));
         Ok(Self { model, folder, tokenizer, adapter, batches, held_out, pager })
     }
 
@@ -208,32 +219,16 @@ fn precision(options: &Options, folder: &Folder) -> Result<Precision> {
     Ok(if options.method == Some(Method::Full) { Precision::Trained } else { as_asked })
 }
 
-/// Put adapters on the model, new or from a folder; `None` for `--method full`.
-fn attach(options: &Options, folder: &Folder, model: &mut Model) -> Result<Option<AdapterConfig>> {
-    if options.method == Some(Method::Full) {
-        return Ok(None);
+/// Put adapters on the model, new or from a folder.
+fn attach(options: &Options, fresh: &AdapterConfig, model: &mut Model) -> Result<AdapterConfig> {
+    match &options.init_adapter {
+        Some(saved) => crate::open::attach_saved(model, saved),
+        None => crate::open::attach_fresh(model, fresh, options.seed.unwrap_or_default()),
     }
-    if let Some(saved) = &options.init_adapter {
-        return crate::open::attach_saved(model, saved).map(Some);
-    }
-    let config = AdapterConfig {
-        spec: LoraSpec {
-            rank: options.rank.unwrap_or(1),
-            alpha: options.alpha.unwrap_or(1.0),
-            rslora: options.rslora.unwrap_or_default(),
-            dropout: options.dropout.unwrap_or_default(),
-        },
-        targets: Targets::parse(options.targets.as_deref().unwrap_or_default()),
-        base_model: options.model.clone().filter(|_| !folder.builtin),
-        ..AdapterConfig::default()
-    };
-    crate::open::attach_fresh(model, &config, options.seed.unwrap_or_default()).map(Some)
 }
 
 /// Say what will be done, before it is.
-///
-/// Errors: more memory than the machine has.
-fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) -> Result<()> {
+fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) {
     let adapted: Vec<_> = model.linears().filter_map(|linear| Some((linear, linear.adapter()?))).collect();
     let trained: usize = model.parameters().iter().map(|n| n.parameter.shape().elements()).sum();
     let total = folder.config.parameters() + adapted.iter().map(|(_, lora)| lora.elements()).sum::<usize>();
@@ -270,7 +265,4 @@ fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Mo
     let (moments, pageable) = (optimizer.moments(), if optimizer.is_paged() { ", pageable" } else { "" });
     eprintln!("{} steps at a rate of {lr:e} at most", options.steps.unwrap_or_default());
     eprintln!("AdamW, its moments in {moments}{pageable}");
-    let memory = Memory::estimate(options, model, batches.tokens(), trained);
-    eprintln!("memory: {memory}");
-    memory.check()
 }

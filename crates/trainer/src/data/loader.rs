@@ -70,9 +70,9 @@ impl Loader {
         packing::batch(&self.examples, rows.iter().map(Vec::as_slice), seq, self.padding)
     }
 
-    /// Tokens of a micro-batch.
-    pub fn tokens(&self) -> usize {
-        self.shape.rows * self.shape.seq
+    /// The tokens that a step takes.
+    pub fn shape(&self) -> Shape {
+        self.shape
     }
 
     /// Rows of the first epoch; later ones differ by their offsets and order, if at all by a few.

@@ -29,14 +29,14 @@ pub struct Model {
 /// A batch in the backend's memory.
 #[derive(Debug)]
 pub struct DeviceBatch {
-    ids: Arc<Buffer>,
-    positions: Arc<Buffer>,
-    starts: Option<Arc<Buffer>>,
+    pub(super) ids: Arc<Buffer>,
+    pub(super) positions: Arc<Buffer>,
+    pub(super) starts: Option<Arc<Buffer>>,
     /// Labels shifted by one: what each position is to predict.
-    targets: Buffer,
-    rows: usize,
+    pub(super) targets: Buffer,
+    pub(super) rows: usize,
     /// One more than the largest position.
-    reach: usize,
+    pub(super) reach: usize,
     /// Positions that predict something.
     pub kept: usize,
 }
@@ -145,13 +145,13 @@ impl Model {
     }
 
     /// The rotary tables for at least `positions` positions.
-    fn rotary(&self, positions: usize) -> Result<(Tensor, Tensor)> {
+    pub(crate) fn rotary(&self, positions: usize) -> Result<(Tensor, Tensor)> {
         // The tables are replaced whole: a panic elsewhere cannot leave half of one.
         let mut tables = self.tables.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         match &*tables {
             Some((made, cos, sin)) if *made >= positions => Ok((cos.clone(), sin.clone())),
             _ => {
-                let made = positions.next_power_of_two().max(64);
+                let made = table_rows(positions);
                 let ModelConfig { rope_base, rope_scaling, head_dim, .. } = self.config;
                 let (cos, sin) = rope::tables(&rope::frequencies(rope_base, head_dim, rope_scaling), made);
                 let tensor = |values: &[f32]| Tensor::constant(self.backend.upload(values)?, [made, head_dim / 2]);
@@ -183,31 +183,33 @@ impl Model {
         self.blocks.iter_mut().filter_map(Arc::get_mut).flat_map(Block::linears_mut).collect()
     }
 
+    /// Every tensor that is in no linear layer of a block, under the name of its file.
+    pub(crate) fn values(&self) -> Vec<(String, &Value)> {
+        let mut values = vec![("model.embed_tokens.weight".to_owned(), &self.embedding)];
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let mut add = |name: &str, value| values.push((format!("model.layers.{layer}.{name}.weight"), value));
+            add("input_layernorm", &block.input_norm);
+            add("post_attention_layernorm", &block.post_norm);
+            if let Some([q, k]) = &block.qk_norm {
+                add("self_attn.q_norm", q);
+                add("self_attn.k_norm", k);
+            }
+        }
+        values.push(("model.norm.weight".into(), &self.norm));
+        values.extend(self.head.iter().map(|head| ("lm_head.weight".into(), head)));
+        values
+    }
+
     /// The trained parameters under the names of their files: an adapter's, or, with `--method full`, all.
     pub fn parameters(&self) -> Vec<Named> {
-        let mut named = Vec::new();
-        let mut add = |name: String, value: &Value| {
-            if let Some(parameter) = value.parameter() {
-                named.push(Named { name, parameter: parameter.clone() });
-            }
-        };
-        add("model.embed_tokens.weight".into(), &self.embedding);
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let path = |name: &str| format!("model.layers.{layer}.{name}.weight");
-            add(path("input_layernorm"), &block.input_norm);
-            add(path("post_attention_layernorm"), &block.post_norm);
-            if let Some([q, k]) = &block.qk_norm {
-                add(path("self_attn.q_norm"), q);
-                add(path("self_attn.k_norm"), k);
-            }
-        }
-        add("model.norm.weight".into(), &self.norm);
-        if let Some(head) = &self.head {
-            add("lm_head.weight".into(), head);
-        }
-        for linear in self.linears() {
-            named.extend(linear.parameters().into_iter().map(|(name, parameter)| Named { name, parameter }));
-        }
-        named
+        let named = |(name, parameter)| Named { name, parameter };
+        let trained = |(name, value): (String, &Value)| Some((name, value.parameter()?.clone()));
+        let of_linears = self.linears().flat_map(|linear| linear.parameters());
+        self.values().into_iter().filter_map(trained).chain(of_linears).map(named).collect()
     }
+}
+
+/// Rows of the rotary tables that are made for so many positions: seldom made again as text grows.
+pub(super) fn table_rows(positions: usize) -> usize {
+    positions.next_power_of_two().max(64)
 }

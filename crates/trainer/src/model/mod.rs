@@ -8,9 +8,10 @@
 //! logits = head(norm(h))
 //! ```
 //!
-//! Read [`ModelConfig`], then `block.rs`, then [`Model`]; `weights.rs` fills it from files, [`Cache`] serves
-//! generation.
+//! Read [`ModelConfig`], then `block.rs`, then [`Model`]; `weights.rs` fills it from files (`blank.rs` from none),
+//! [`Cache`] serves generation.
 
+mod blank;
 mod block;
 mod cache;
 mod config;

@@ -9,6 +9,7 @@ use rankfold_autograd::{AttentionShape, Base, Parameter, Tensor, Value};
 use rankfold_backend::{Backend, Buffer, Compute, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, quantized};
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 /// How 4-bit weights are made.
@@ -102,13 +103,9 @@ impl Model {
         config: ModelConfig,
         precision: Precision,
     ) -> Result<Self> {
-        let reader = Reader { backend: backend.clone(), checkpoint, config: &config, precision };
-        let embedding = reader.table("model.embed_tokens.weight")?;
-        let blocks = (0..config.layers).map(|layer| Ok(Arc::new(reader.block(layer)?))).collect::<Result<_>>()?;
-        let norm = reader.vector("model.norm.weight", config.width)?;
-        let head = if config.tied { None } else { Some(reader.table("lm_head.weight")?) };
-        refuse_unknown(checkpoint, &config)?;
-        Ok(Self { config, backend, embedding, blocks, norm, head, tables: Mutex::new(None) })
+        let model = Reader { backend, source: checkpoint, precision }.model(config)?;
+        refuse_unknown(checkpoint, &model.config)?;
+        Ok(model)
     }
 }
 
@@ -133,16 +130,77 @@ fn refuse_unknown(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<()> {
     }
 }
 
-struct Reader<'a> {
-    backend: Arc<dyn Backend>,
-    checkpoint: &'a Checkpoint,
-    config: &'a ModelConfig,
-    precision: Precision,
+/// Where a model's tensors come from.
+pub(super) trait Source {
+    /// A matrix that is stored in 4 bits.
+    fn stored(&self, backend: &dyn Backend, name: &str, shape: [usize; 2]) -> Result<Option<Quantized>>;
+
+    /// A dense tensor, every value of which is finite.
+    fn dense(&self, backend: &dyn Backend, name: &str, shape: &[usize]) -> Result<Buffer>;
+
+    /// A dense matrix, quantised.
+    fn quantize(&self, backend: &dyn Backend, name: &str, shape: [usize; 2], q: Quantization) -> Result<Quantized>;
+
+    /// Where a tensor is, for messages.
+    fn file(&self, name: &str) -> &Path;
+}
+
+impl Source for Checkpoint {
+    fn stored(&self, backend: &dyn Backend, name: &str, shape: [usize; 2]) -> Result<Option<Quantized>> {
+        let Some(loaded) = quantized::load(self, name, backend)? else { return Ok(None) };
+        if loaded.weight.shape != shape {
+            let why = format!("'{name}' is {:?}, expected {shape:?}", loaded.weight.shape);
+            return Err(Error::file(self.file(name), why));
+        }
+        Ok(Some(loaded.weight))
+    }
+
+    fn dense(&self, backend: &dyn Backend, name: &str, shape: &[usize]) -> Result<Buffer> {
+        let dtype = self.expect(name, &FLOATS, shape)?;
+        let mut buffer = backend.alloc(dtype, shape.iter().product())?;
+        let read = |bytes: &mut [u8]| -> Result<()> {
+            self.read_into(name, bytes)?;
+            Ok(self.check_finite(name, 0, bytes)?)
+        };
+        if let Some(mut bytes) = backend.host_bytes_mut(&mut buffer)? {
+            read(&mut bytes)?;
+        } else {
+            let mut bytes = vec![0; buffer.bytes()];
+            read(&mut bytes)?;
+            backend.write(&bytes, buffer.view_mut())?;
+        }
+        Ok(buffer)
+    }
+
+    fn quantize(&self, backend: &dyn Backend, name: &str, shape: [usize; 2], q: Quantization) -> Result<Quantized> {
+        let dense = self.dense(backend, name, &shape)?;
+        Quantized::quantize(backend, dense.view(), shape, q.format, q.block, q.double)
+            .map_err(|e| Error::file(Source::file(self, name), format!("'{name}': {e}")))
+    }
+
+    fn file(&self, name: &str) -> &Path {
+        Self::file(self, name)
+    }
+}
+
+pub(super) struct Reader<'a> {
+    pub backend: Arc<dyn Backend>,
+    pub source: &'a dyn Source,
+    pub precision: Precision,
 }
 
 impl Reader<'_> {
-    fn block(&self, layer: usize) -> Result<Block> {
-        let c = self.config;
+    /// The whole model, in the order of the forward pass.
+    pub(super) fn model(self, config: ModelConfig) -> Result<Model> {
+        let embedding = self.table(&config, "model.embed_tokens.weight")?;
+        let blocks =
+            (0..config.layers).map(|layer| Ok(Arc::new(self.block(&config, layer)?))).collect::<Result<_>>()?;
+        let norm = self.vector("model.norm.weight", config.width)?;
+        let head = if config.tied { None } else { Some(self.table(&config, "lm_head.weight")?) };
+        Ok(Model { config, backend: self.backend, embedding, blocks, norm, head, tables: Mutex::new(None) })
+    }
+
+    fn block(&self, c: &ModelConfig, layer: usize) -> Result<Block> {
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
         let name = |name: &str| format!("model.layers.{layer}.{name}");
         let norm = |n: &str, width| self.vector(&name(&format!("{n}.weight")), width);
@@ -183,24 +241,18 @@ impl Reader<'_> {
     fn linear(&self, path: String, index: u64, shape: [usize; 2], bias: bool) -> Result<Linear> {
         let name = format!("{path}.weight");
         let bias = bias.then(|| self.vector(&format!("{path}.bias"), shape[0])).transpose()?;
-        if let Some(loaded) = quantized::load(self.checkpoint, &name, self.backend.as_ref())? {
+        let quantized = |weight: Quantized, bias| {
+            Ok(Linear::new(path.clone(), index, Weight::Frozen(Base::Quantized(Arc::new(weight))), bias)?)
+        };
+        if let Some(weight) = self.source.stored(self.backend.as_ref(), &name, shape)? {
             if self.precision == Precision::Trained {
                 let why = format!("'{name}' is stored in 4 bits and cannot be trained: dequantise the model first");
-                return Err(Error::file(self.checkpoint.path(), why));
+                return Err(Error::file(self.source.file(&name), why));
             }
-            if loaded.weight.shape != shape {
-                let why = format!("'{name}' is {:?}, expected {shape:?}", loaded.weight.shape);
-                return Err(Error::file(self.checkpoint.file(&name), why));
-            }
-            let base = Base::Quantized(Arc::new(loaded.weight));
-            return Ok(Linear::new(path, index, Weight::Frozen(base), bias)?);
+            return quantized(weight, bias);
         }
-        if let Precision::Quantized(Quantization { format, block, double }) = self.precision {
-            let dense = self.read(&name, &shape)?;
-            let made = Quantized::quantize(self.backend.as_ref(), dense.view(), shape, format, block, double)
-                .map_err(|e| Error::file(self.checkpoint.file(&name), format!("'{name}': {e}")))?;
-            let base = Base::Quantized(Arc::new(made));
-            return Ok(Linear::new(path, index, Weight::Frozen(base), bias)?);
+        if let Precision::Quantized(q) = self.precision {
+            return quantized(self.source.quantize(self.backend.as_ref(), &name, shape, q)?, bias);
         }
         let weight = match self.value(&name, &shape, false)? {
             Value::Frozen(tensor) => Weight::Frozen(Base::Dense(tensor)),
@@ -215,13 +267,13 @@ impl Reader<'_> {
     }
 
     /// The embedding or the head.
-    fn table(&self, name: &str) -> Result<Value> {
-        self.value(name, &[self.config.vocab, self.config.width], false)
+    fn table(&self, config: &ModelConfig, name: &str) -> Result<Value> {
+        self.value(name, &[config.vocab, config.width], false)
     }
 
     fn value(&self, name: &str, shape: &[usize], widen: bool) -> Result<Value> {
         let trained = self.precision == Precision::Trained;
-        let mut buffer = self.read(name, shape)?;
+        let mut buffer = self.source.dense(self.backend.as_ref(), name, shape)?;
         if (trained || widen) && buffer.dtype() != DType::F32 {
             let mut wide = self.backend.alloc(DType::F32, buffer.len())?;
             self.backend.cast(buffer.view(), wide.view_mut())?;
@@ -232,23 +284,5 @@ impl Reader<'_> {
         } else {
             Value::Frozen(Tensor::constant(buffer, shape)?)
         })
-    }
-
-    /// A dense tensor, every value of which is finite.
-    fn read(&self, name: &str, shape: &[usize]) -> Result<Buffer> {
-        let dtype = self.checkpoint.expect(name, &FLOATS, shape)?;
-        let mut buffer = self.backend.alloc(dtype, shape.iter().product())?;
-        let read = |bytes: &mut [u8]| -> Result<()> {
-            self.checkpoint.read_into(name, bytes)?;
-            Ok(self.checkpoint.check_finite(name, 0, bytes)?)
-        };
-        if let Some(mut bytes) = self.backend.host_bytes_mut(&mut buffer)? {
-            read(&mut bytes)?;
-        } else {
-            let mut bytes = vec![0; buffer.bytes()];
-            read(&mut bytes)?;
-            self.backend.write(&bytes, buffer.view_mut())?;
-        }
-        Ok(buffer)
     }
 }

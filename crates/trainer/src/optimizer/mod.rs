@@ -14,8 +14,8 @@ pub use state::{Coded, LEAST_IN_8_BITS, Moments, State};
 /// Elements that a kernel updates at a time: whole blocks of 8-bit moments.
 ///
 /// A kernel's operands are in memory all at once, so that this, and not the largest tensor, is what the update needs
-/// there: 16 MiB with moments in f32.
-const PIECE: usize = 1 << 20;
+/// there: 4 MiB with moments in f32.
+pub(crate) const PIECE: usize = 1 << 18;
 
 /// A parameter with the name that its files use.
 #[derive(Clone, Debug)]

@@ -1,0 +1,80 @@
+//! Peaks from a record.
+
+use super::ledger::{Event, Record};
+use super::paging::Floor;
+use super::pool::{Block, Pool};
+use super::{Bytes, Category, Machine, Peak, Phase};
+use std::collections::HashMap;
+
+/// What a record tells.
+pub(super) struct Account {
+    pub phases: Vec<Peak>,
+    pub floor: Floor,
+}
+
+/// Go through the record, adding up.
+pub(super) fn account(record: Record, machine: &Machine) -> Account {
+    let mut now = Bytes::default();
+    now[Category::Program] = machine.program;
+    let (mut pool, mut blocks) = (Pool::default(), HashMap::<usize, Block>::new());
+    // Of live buffers: bytes, those that cannot be paged, and those that can, by category.
+    let (mut live, mut small, mut most_small, mut large) = (0, 0, 0, Bytes::default());
+    let mut phase = Phase::Load;
+    let mut peaks: Vec<Peak> = Vec::new();
+    for event in &record.events {
+        match *event {
+            Event::Begun(begun) => phase = begun,
+            Event::Scratch([main, other]) => {
+                if let Some(threads) = machine.cpu_threads {
+                    now[Category::Scratch] = main + other.saturating_mul(threads.saturating_sub(1) as u64);
+                }
+            }
+            Event::Made(piece) => {
+                let (bytes, category) = (record.pieces[piece].bytes, record.category(piece));
+                live += bytes;
+                now[category] += bytes;
+                if record.pieces[piece].pages() {
+                    large[category] += bytes
+                } else {
+                    small += bytes
+                }
+                if machine.cpu_threads.is_some() {
+                    blocks.insert(piece, pool.take(bytes));
+                }
+            }
+            Event::Freed(piece) => {
+                let (bytes, category) = (record.pieces[piece].bytes, record.category(piece));
+                live -= bytes;
+                now[category] -= bytes;
+                if record.pieces[piece].pages() {
+                    large[category] -= bytes
+                } else {
+                    small -= bytes
+                }
+                if let Some(block) = blocks.remove(&piece) {
+                    pool.give(block);
+                }
+            }
+        }
+        most_small = most_small.max(small);
+        let peak = match peaks.iter().position(|peak| peak.phase == phase) {
+            Some(found) => &mut peaks[found],
+            None => peaks.push_mut(Peak { phase, bytes: now, pageable: large }),
+        };
+        // What the pool keeps is counted at the phase's worst, beside what is in use when most is.
+        let resident = now.sum() + pool.resident.saturating_sub(live);
+        let most = peak.bytes.sum().max(resident);
+        if now.sum() > peak.in_use() {
+            (peak.bytes, peak.pageable) = (now, large);
+        }
+        peak.bytes[Category::Pool] = most - peak.in_use();
+    }
+    // The run's worst may be another moment than the one at which most is in use: the pool's part is that of the worst.
+    let most = peaks.iter().map(|peak| peak.bytes.sum()).max().unwrap_or(0);
+    if let Some(peak) = peaks.iter_mut().max_by_key(|peak| peak.in_use()) {
+        peak.bytes[Category::Pool] = most - peak.in_use();
+    }
+    peaks.sort_by_key(|peak| Phase::ALL.iter().position(|phase| *phase == peak.phase));
+    let floor = Floor::new(&record, machine.program + now[Category::Scratch] + most_small);
+    Account { phases: peaks, floor }
+}

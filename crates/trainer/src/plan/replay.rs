@@ -1,0 +1,135 @@
+//! A run without values: load, a held-out loss, two steps, a held-out loss.
+//!
+//! Two steps, for the first one alone does not show what the pool holds when the second begins; and at most two
+//! micro-batches each, for a third is like the second.
+
+use super::counting::{CountingBackend, buffers, piece};
+use super::ledger::{Ledger, Record};
+use super::{Category, Phase, Setup};
+use crate::model::{DeviceBatch, Model};
+use crate::optimizer::{AdamW, Hyper, PIECE};
+use crate::{Error, Result};
+use rankfold_adapters::{Attached, DropoutKey, Forward, attach_blank};
+use rankfold_autograd::{Base, Gradients, Tape};
+use rankfold_backend::{Backend, Buffer};
+use std::sync::Arc;
+
+/// What was counted.
+pub(super) struct Replayed {
+    pub record: Record,
+    pub attached: Option<Attached>,
+}
+
+pub(super) fn replay(setup: &Setup) -> Result<Replayed> {
+    let counting = CountingBackend::default();
+    let ledger = counting.ledger.clone();
+    let backend: Arc<dyn Backend> = Arc::new(counting);
+    ledger.begin(Phase::Load);
+    let (model, attached) = load(setup, &backend, &ledger)?;
+    let optimizer = optimizer(setup, &model, &ledger)?;
+    let evaluate = || -> Result<()> {
+        for rows in setup.evaluated() {
+            ledger.begin(Phase::Evaluation);
+            let batch = batch(rows, setup.seq, &ledger, backend.as_ref())?;
+            let tape = Tape::inference(backend.clone());
+            model.loss(&tape, &batch, 1.0, &Forward::evaluation(setup.compute), false)?;
+        }
+        Ok(())
+    };
+    evaluate()?;
+    step(setup, &model, &optimizer, &ledger)?;
+    step(setup, &model, &optimizer, &ledger)?;
+    evaluate()?;
+    let record = ledger.close();
+    drop((model, optimizer));
+    Ok(Replayed { record, attached })
+}
+
+/// The model with its adapters, every buffer labelled.
+fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(Model, Option<Attached>)> {
+    let Setup { config, stored, precision, seq, .. } = setup;
+    let mut model = Model::blank(backend.clone(), (*config).clone(), *stored, *precision, *seq)?;
+    let attach = |model: &mut Model, adapter| {
+        let family = config.architecture.model_type();
+        attach_blank(backend.as_ref(), &mut model.linears_mut(), adapter, family)
+    };
+    let attached = setup.adapter.map(|adapter| attach(&mut model, adapter)).transpose()?;
+    let label = |buffer: &Buffer, category, name: &str| -> Result<()> {
+        let piece = piece(buffer)?;
+        ledger.label(piece, category);
+        ledger.name(piece, name);
+        Ok(())
+    };
+    let trained = if setup.is_full() { Category::Weights } else { Category::Adapters };
+    for (name, value) in model.values() {
+        let category = if value.parameter().is_some() { trained } else { Category::Dense };
+        label(value.tensor().buffer(), category, &name)?;
+    }
+    for linear in model.linears() {
+        match linear.base() {
+            Base::Quantized(q) => {
+                for (buffer, category) in
+                    buffers(&q).into_iter().zip([Category::Codes, Category::Scales, Category::Scales])
+                {
+                    label(buffer, category, linear.path())?;
+                }
+            }
+            Base::Dense(w) => {
+                let category = if w.variable().is_some() { trained } else { Category::Dense };
+                label(w.buffer(), category, linear.path())?;
+            }
+        }
+        for (name, parameter) in linear.parameters() {
+            label(parameter.tensor().buffer(), trained, &name)?;
+        }
+        if let Some(bias) = linear.bias().filter(|bias| bias.parameter().is_none()) {
+            label(bias.tensor().buffer(), Category::Dense, linear.path())?;
+        }
+    }
+    let (cos, sin) = model.rotary(*seq)?;
+    label(cos.buffer(), Category::Batch, "rotary table")?;
+    label(sin.buffer(), Category::Batch, "rotary table")?;
+    Ok((model, attached))
+}
+
+/// The optimiser, its states labelled.
+fn optimizer(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<AdamW> {
+    let optimizer = AdamW::new(model.backend().clone(), setup.moments, Hyper::default(), model.parameters())?;
+    for (_, buffer) in optimizer.slots.iter().flat_map(|slot| slot.state.tensors()) {
+        ledger.label(piece(buffer)?, Category::Optimizer);
+    }
+    Ok(optimizer)
+}
+
+fn batch(rows: usize, seq: usize, ledger: &Ledger, backend: &dyn Backend) -> Result<DeviceBatch> {
+    let batch = DeviceBatch::blank(backend, rows, seq)?;
+    for buffer in batch.buffers() {
+        ledger.label(piece(buffer)?, Category::Batch);
+    }
+    Ok(batch)
+}
+
+/// One optimiser step, as `crate::step` makes it.
+fn step(setup: &Setup, model: &Model, optimizer: &AdamW, ledger: &Ledger) -> Result<()> {
+    let backend = model.backend();
+    let mut gradients = Gradients::new(backend.clone());
+    for _ in 0..setup.accumulate.min(2) {
+        ledger.begin(Phase::Forward);
+        let mode = Forward { compute: setup.compute, dropout: Some(DropoutKey { seed: 0, draw: 0 }) };
+        let batch = batch(setup.rows, setup.seq, ledger, backend.as_ref())?;
+        let tape = Tape::new(backend.clone());
+        let (root, _) = model.loss(&tape, &batch, 1.0, &mode, setup.checkpointing)?;
+        ledger.begin(Phase::Backward);
+        tape.backward_from_loss(&root, &mut gradients).map_err(Error::from)?;
+    }
+    ledger.begin(Phase::Update);
+    for slot in &optimizer.slots {
+        let Some(gradient) = gradients.of(&slot.named.parameter) else { continue };
+        // One piece of each tensor: the others need as much.
+        let touched = |buffer: &Buffer| Ok((piece(buffer)?, buffer.bytes().min(PIECE * buffer.dtype().size()) as u64));
+        let value = slot.named.parameter.tensor();
+        let buffers = slot.state.tensors().into_iter().map(|(_, buffer)| buffer).chain([gradient, value.buffer()]);
+        ledger.call("adamw", buffers.map(touched).collect::<Result<_>>()?);
+    }
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! The working memory of the CPU backend's kernels.
+//!
+//! A thread keeps its buffers as a stack: a use within a use takes the next one, and each grows to the most that was
+//! ever asked of its place. So what matters of a call is how much it asks for at which depth. Tasks run on every
+//! thread: on the caller's at the depth that the call has reached, on the others at the bottom.
+
+use rankfold_backend::LowRank;
+use rankfold_backend::params::{Attention, Linear};
+
+/// What one call asks for, in elements of f32.
+#[derive(Debug, Default)]
+pub(super) struct Nest {
+    /// On the calling thread, by depth.
+    main: Vec<usize>,
+    /// On any other.
+    task: usize,
+}
+
+/// The GEMM packs so many rows and so much of k of its left operand at a time,
+const PACKED_ROWS: usize = 1024;
+const PACKED_DEPTH: usize = 2048;
+/// where it has more columns than this (or is stored transposed);
+const UNPACKED_COLUMNS: usize = 64;
+/// and a thread this much of its right operand: 4 panels of 32 columns, 256 deep.
+const PANELS: usize = 4 * 32 * 256;
+/// Attention's blocks of queries and keys, and what a head is padded to a multiple of.
+const QUERIES: usize = 48;
+const KEYS: usize = 64;
+const PAD: usize = 16;
+/// Elements of a task of a norm.
+const CHUNK: usize = 1 << 15;
+
+impl Nest {
+    fn with(&mut self, depth: usize, elements: usize) {
+        if self.main.len() <= depth {
+            self.main.resize(depth + 1, 0);
+        }
+        self.main[depth] = self.main[depth].max(elements);
+    }
+
+    fn task(&mut self, depth: usize, elements: usize) {
+        self.with(depth, elements);
+        self.task = self.task.max(elements);
+    }
+
+    /// [m, k] · [k, n], the left operand stored as it is or transposed.
+    fn product(&mut self, depth: usize, [m, n, k]: [usize; 3], transposed: bool) {
+        let packed = if transposed || n > UNPACKED_COLUMNS { m.min(PACKED_ROWS) * k.min(PACKED_DEPTH) } else { 0 };
+        self.with(depth, packed);
+        self.task(depth + 1, PANELS);
+    }
+
+    pub(super) fn linear(p: &Linear, low_rank: Option<&LowRank>) -> Self {
+        let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
+        let Some(l) = low_rank else {
+            nest.product(0, [m, n, k], false);
+            return nest;
+        };
+        let mut depth = 0;
+        if l.dropout.is_some() {
+            nest.with(depth, m * k);
+            depth += 1;
+        }
+        nest.hidden(depth, [m, l.rank, k]);
+        nest.product(depth + 1, [m, n, k + l.rank], false);
+        nest
+    }
+
+    pub(super) fn linear_grad_input(p: &Linear, low_rank: Option<&LowRank>) -> Self {
+        let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
+        let Some(l) = low_rank else {
+            nest.product(0, [m, k, n], false);
+            return nest;
+        };
+        let mut depth = 0;
+        if l.row_scale.is_some() {
+            nest.with(depth, m * n);
+            depth += 1;
+        }
+        nest.hidden(depth, [m, l.rank, n]);
+        depth += 1;
+        if l.dropout.is_some() {
+            nest.with(depth, m * k);
+            nest.with(depth + 1, m * k);
+            depth += 1;
+        }
+        nest.product(depth, [m, k, n + l.rank], false);
+        nest
+    }
+
+    pub(super) fn linear_grad_weight(p: &Linear, low_rank: Option<&LowRank>, weight: bool, update: bool) -> Self {
+        let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
+        if weight {
+            nest.product(0, [n, k, m], true);
+        }
+        let Some(l) = low_rank.filter(|_| update) else { return nest };
+        let mut depth = 0;
+        if l.dropout.is_some() {
+            nest.with(depth, m * k);
+            depth += 1;
+        }
+        if l.row_scale.is_some() {
+            nest.with(depth, m * n);
+            depth += 1;
+        }
+        nest.with(depth, 2 * m * l.rank);
+        nest.product(depth + 1, [m, l.rank, n.max(k)], false);
+        nest.product(depth + 1, [l.rank, k, m], true);
+        nest.with(depth + 1, l.rank * n);
+        nest.product(depth + 2, [l.rank, n, m], true);
+        if l.row_scale.is_some() {
+            nest.with(depth + 1, m * n);
+            nest.product(depth + 2, [m, n, k + l.rank], false);
+        }
+        nest
+    }
+
+    /// [m, rank] of the low-rank update, formed at the depth where it is kept.
+    fn hidden(&mut self, depth: usize, [m, rank, k]: [usize; 3]) {
+        self.with(depth, m * rank);
+        self.with(depth + 1, rank);
+        self.product(depth + 2, [m, rank, k], false);
+    }
+
+    pub(super) fn attention(p: &Attention) -> Self {
+        let (keys, width) = (p.keys.next_multiple_of(KEYS), p.head_dim.next_multiple_of(PAD));
+        let mut nest = Self::default();
+        nest.task(0, keys * (p.head_dim + width) + QUERIES * (2 * width + 2) + KEYS * PAD);
+        nest
+    }
+
+    pub(super) fn attention_grad(p: &Attention) -> Self {
+        let (keys, width) = (p.keys.next_multiple_of(KEYS), p.head_dim.next_multiple_of(PAD));
+        let mut nest = Self::default();
+        nest.task(0, keys * (2 * p.head_dim + 3 * width) + QUERIES * (3 * width + 2 * KEYS));
+        nest
+    }
+
+    /// The parts of a gain's gradient, one a task.
+    pub(super) fn rms_norm_grad(rows: usize, width: usize) -> Self {
+        Self::of(rows.div_ceil((CHUNK / width.max(1)).max(1)) * width)
+    }
+
+    /// Elements on the calling thread alone.
+    pub(super) fn of(elements: usize) -> Self {
+        Self { main: vec![elements], task: 0 }
+    }
+}
+
+/// What all calls so far have asked for, in elements.
+#[derive(Debug, Default)]
+pub(super) struct Scratch(Nest);
+
+impl Scratch {
+    /// Add a call; whether it asked for more than those before it.
+    pub(super) fn grow(&mut self, nest: &Nest) -> bool {
+        let before = self.bytes();
+        for (depth, elements) in nest.main.iter().enumerate() {
+            self.0.with(depth, *elements);
+        }
+        self.0.task = self.0.task.max(nest.task);
+        self.bytes() != before
+    }
+
+    /// Bytes of the calling thread's buffers, in whole cache lines, and of each other thread's.
+    pub(super) fn bytes(&self) -> [u64; 2] {
+        let lines = |elements: &usize| elements.div_ceil(16) as u64 * 64;
+        [self.0.main.iter().map(lines).sum(), lines(&self.0.task)]
+    }
+}

@@ -1,0 +1,168 @@
+//! The counting, held to what the CPU backend takes in a real run of the same setup.
+
+use super::ledger::Event;
+use super::pool::Pool;
+use super::replay::replay;
+use super::*;
+use crate::data::Batch;
+use crate::model::{Model, ModelConfig, Precision, Quantization};
+use crate::optimizer::{AdamW, Hyper, Moments};
+use crate::schedule::{Decay, Schedule};
+use crate::step::{Batches, Recipe, evaluate, gradients};
+use proptest::prelude::*;
+use rankfold_adapters::{AdapterConfig, LoraSpec, Targets, attach_new};
+use rankfold_backend::{Backend, Compute, DType, Format};
+use rankfold_cpu::CpuBackend;
+use rankfold_files::{Checkpoint, Spec, Writer};
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// A model's dimensions: vocabulary, width, layers, heads, key heads, feed-forward, tied.
+type Dimensions = (usize, usize, usize, usize, usize, usize, bool);
+
+fn config((vocab, width, layers, heads, kv_heads, feed_forward, tied): Dimensions) -> ModelConfig {
+    let text = format!(
+        r#"{{"model_type": "qwen2", "vocab_size": {vocab}, "hidden_size": {width}, "num_hidden_layers": {layers},
+            "num_attention_heads": {heads}, "num_key_value_heads": {kv_heads}, "intermediate_size": {feed_forward},
+            "rms_norm_eps": 1e-5, "rope_theta": 10000, "dtype": "bfloat16", "tie_word_embeddings": {tied}}}"#
+    );
+    ModelConfig::parse(&text, Path::new("config.json")).unwrap()
+}
+
+/// The model's file, every weight 1/64.
+fn checkpoint(config: &ModelConfig, folder: &Path) -> Checkpoint {
+    let tensors = config.tensors();
+    let specs = tensors.iter().map(|(name, shape)| Spec::new(&**name, DType::Bf16, &**shape)).collect();
+    let mut writer = Writer::create(&folder.join("model.safetensors"), specs).unwrap();
+    for (name, shape) in &tensors {
+        let values = vec![half::bf16::from_f32(1.0 / 64.0); shape.iter().product()];
+        writer.write(name, bytemuck::cast_slice(&values)).unwrap();
+    }
+    writer.finish().unwrap();
+    Checkpoint::open(folder).unwrap()
+}
+
+fn adapter(rank: usize, dropout: f64) -> AdapterConfig {
+    let spec = LoraSpec { rank, alpha: 1.0, rslora: false, dropout };
+    AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }
+}
+
+/// Live, peak and pooled bytes of the backend after a real run.
+fn real(setup: &Setup) -> [u64; 3] {
+    let folder = tempfile::tempdir().unwrap();
+    let cpu = Arc::new(CpuBackend::new(Some(1)));
+    let backend: Arc<dyn Backend> = cpu.clone();
+    let file = checkpoint(setup.config, folder.path());
+    let mut model = Model::load(backend.clone(), &file, setup.config.clone(), setup.precision).unwrap();
+    model.rotary(setup.seq).unwrap();
+    if let Some(adapter) = setup.adapter {
+        attach_new(backend.as_ref(), &mut model.linears_mut(), adapter, "qwen2", 0).unwrap();
+    }
+    let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
+    let batch = |rows: usize| {
+        let tokens = rows * setup.seq;
+        let last = setup.seq - 1;
+        Batch {
+            ids: (0..tokens).map(|t| (t % setup.config.vocab) as u32).collect(),
+            labels: vec![1; tokens],
+            positions: (0..tokens).map(|t| (t % setup.seq) as u32).collect(),
+            // Two documents a row.
+            starts: (0..tokens).map(|t| if t % setup.seq == last { last as u32 } else { 0 }).collect(),
+            rows,
+            seq: setup.seq,
+        }
+    };
+    let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
+    let Setup { accumulate, checkpointing, compute, .. } = *setup;
+    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute };
+    let eval = |model: &Model| {
+        evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
+    };
+    eval(&model);
+    for step in 1..=2 {
+        let mut batches = Batches::Fixed(batch(setup.rows));
+        let pending = gradients(&model, &mut batches, &recipe, &optimizer, step).unwrap();
+        pending.apply(&recipe, &mut optimizer).unwrap();
+    }
+    eval(&model);
+    let figures = cpu.memory();
+    [figures.live, figures.peak, figures.pooled].map(|bytes| bytes as u64)
+}
+
+/// The same figures of the counted run.
+fn counted(setup: &Setup) -> [u64; 3] {
+    let record = replay(setup).unwrap().record;
+    let (mut pool, mut blocks) = (Pool::default(), HashMap::new());
+    for event in &record.events {
+        match *event {
+            Event::Made(piece) => drop(blocks.insert(piece, pool.take(record.pieces[piece].bytes))),
+            Event::Freed(piece) => pool.give(blocks.remove(&piece).unwrap()),
+            Event::Begun(_) | Event::Scratch(_) => {}
+        }
+    }
+    pool.classes()
+}
+
+fn setup<'a>(config: &'a ModelConfig, precision: Precision, adapter: Option<&'a AdapterConfig>) -> Setup<'a> {
+    Setup {
+        config,
+        stored: Stored { dense: DType::Bf16, four_bits: None },
+        precision,
+        adapter,
+        moments: Moments::F32,
+        rows: 2,
+        seq: 24,
+        accumulate: 1,
+        evaluates: true,
+        checkpointing: false,
+        compute: Compute::F32,
+        machine: Machine { program: 0, cpu_threads: Some(1) },
+    }
+}
+
+fn nf4(double: bool) -> Precision {
+    Precision::Quantized(Quantization { format: Format::Nf4, block: 64, double })
+}
+
+fn dimensions() -> impl Strategy<Value = Dimensions> {
+    (1usize..400, 1usize..5, 1usize..4, 1usize..3, 1usize..3, 1usize..200, any::<bool>()).prop_map(
+        |(vocab, heads_wide, layers, kv_heads, group, feed_forward, tied)| {
+            let heads = kv_heads * group;
+            (vocab + 1, 16 * heads * heads_wide, layers, heads, kv_heads, feed_forward, tied)
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// To the byte: live, peak and pooled.
+    #[test]
+    fn a_real_run_takes_what_was_counted(
+        dimensions in dimensions(),
+        precision in 0usize..4,
+        (rank, dropout) in (1usize..9, prop_oneof![Just(0.0), Just(0.1)]),
+        (rows, seq, accumulate) in (1usize..4, 2usize..40, 1usize..4),
+        checkpointing: bool,
+        evaluates: bool,
+    ) {
+        let (config, adapter) = (config(dimensions), adapter(rank, dropout));
+        let precision = [Precision::AsStored, Precision::Trained, nf4(false), nf4(true)][precision];
+        let adapter = (precision != Precision::Trained).then_some(&adapter);
+        let setup = setup(&config, precision, adapter);
+        let setup = Setup { rows, seq, accumulate, checkpointing, evaluates, ..setup };
+        prop_assert_eq!(counted(&setup), real(&setup));
+    }
+}
+
+/// Of a size at which the pool gives blocks back.
+#[test]
+fn a_larger_run_takes_what_was_counted() {
+    let (config, adapter) = (config((1000, 256, 4, 4, 2, 704, true)), adapter(16, 0.0));
+    for (precision, checkpointing) in [(nf4(true), false), (nf4(true), true), (Precision::Trained, false)] {
+        let adapter = (precision != Precision::Trained).then_some(&adapter);
+        let setup = Setup { rows: 4, seq: 256, checkpointing, ..setup(&config, precision, adapter) };
+        assert_eq!(counted(&setup), real(&setup), "{precision:?}, checkpointing {checkpointing}");
+    }
+}
