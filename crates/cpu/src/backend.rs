@@ -315,16 +315,18 @@ impl Backend for CpuBackend {
         p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
         check_compute(p.compute)?;
         let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
-        let (w, low_rank) = (weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
+        let low_rank = low_rank_slice(&s, low_rank)?;
+        // Only the gradient of g asks for W: a weight that has been paged out may stay there.
+        let w = grads.row_scale.is_some().then(|| weight_slice(&s, w)).transpose()?;
         let grads = GradSlices {
             weight: s.some_mut("d weight", &mut grads.weight)?,
             bias: s.some_mut("d bias", &mut grads.bias)?,
             a: s.some_mut("d a", &mut grads.a)?,
             b: s.some_mut("d b", &mut grads.b)?,
             per_rank: s.some_mut("d per_rank", &mut grads.per_rank)?,
-            row_scale: s.some_mut("d row_scale", &mut grads.row_scale)?,
+            row_scale: s.some_mut("d row_scale", &mut grads.row_scale)?.zip(w),
         };
-        self.gemm().linear_grad_weight(p, x, dy, w, low_rank.as_ref(), grads);
+        self.gemm().linear_grad_weight(p, x, dy, low_rank.as_ref(), grads);
         Ok(())
     }
 

@@ -49,8 +49,8 @@ pub(crate) struct GradSlices<'a> {
     pub b: Option<&'a mut [f32]>,
     /// [rank]
     pub per_rank: Option<&'a mut [f32]>,
-    /// [outputs]
-    pub row_scale: Option<&'a mut [f32]>,
+    /// [outputs], and W, which it is formed of.
+    pub row_scale: Option<(&'a mut [f32], WeightSlice<'a>)>,
 }
 
 impl Gemm<'_> {
@@ -136,7 +136,6 @@ impl Gemm<'_> {
         p: &Linear,
         x: &[f32],
         dy: &[f32],
-        w: WeightSlice,
         low_rank: Option<&LowRankSlice>,
         grads: GradSlices,
     ) {
@@ -148,8 +147,8 @@ impl Gemm<'_> {
             let term = Term { left: Left::transposed(dy, n), right: Right::rows(x.into(), k), k: m };
             self.product(&[term], Output { accumulate: true, ..Output::new(dw, n, k) });
         }
-        let of_update = [&grads.a, &grads.b, &grads.per_rank, &grads.row_scale];
-        let Some(l) = low_rank.filter(|_| of_update.into_iter().any(Option::is_some)) else { return };
+        let of_update = [&grads.a, &grads.b, &grads.per_rank].into_iter().any(Option::is_some);
+        let Some(l) = low_rank.filter(|_| of_update || grads.row_scale.is_some()) else { return };
         let r = l.rank;
         self.with_dropped(l.dropout, x, |x| {
             self.with_column_scaled(l.row_scale.map(|g| (g, 0.0)), dy, |dz| {
@@ -187,7 +186,7 @@ impl Gemm<'_> {
                             }
                         });
                     }
-                    if let Some(dg) = grads.row_scale {
+                    if let Some((dg, w)) = grads.row_scale {
                         scratch::with(m * n, |z| {
                             self.product(&[x_wt(p, w, x), h_bt(l.b, r, h)], Output::new(z, m, n));
                             self.add_column_sums(dy, Some(z), dg);

@@ -33,7 +33,17 @@ pub fn pager(options: &Options) -> Result<Option<Pager>> {
         capacity: u64::MAX,
     };
     let process = ProcessLimit::new(limit as usize, RESERVE as usize);
-    Ok(Some(Pager::new(rankfold_pager::Options::new(Limit::Process(process), Some(file)))?))
+    let pages = rankfold_pager::Options {
+        page: page(limit),
+        ..rankfold_pager::Options::new(Limit::Process(process), Some(file))
+    };
+    Ok(Some(Pager::new(pages)?))
+}
+
+/// Bytes of a page: the larger, the fewer buffers are large enough to be paged; the smaller, the more pages to keep the
+/// books of. So that a limit is some thousands of them.
+fn page(limit: u64) -> usize {
+    (limit / 8192).next_power_of_two().clamp(64 << 10, 4 << 20) as usize
 }
 
 /// Memory that the machine could give, where the system tells.

@@ -17,8 +17,10 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
     let mut now = Bytes::default();
     now[Category::Program] = machine.program;
     let (mut pool, mut blocks) = (Pool::default(), HashMap::<usize, Block>::new());
-    // Of live buffers: bytes, those that cannot be paged, and those that can, by category.
-    let (mut live, mut small, mut most_small, mut large) = (0, 0, 0, Bytes::default());
+    // Where others are paged: those that cannot be.
+    let (mut small, mut small_blocks) = (Pool::of_small_blocks(), HashMap::<usize, Block>::new());
+    // Of live buffers: bytes, and those that can be paged, by category.
+    let (mut live, mut large) = (0, Bytes::default());
     let mut phase = Phase::Load;
     let mut peaks: Vec<Peak> = Vec::new();
     for event in &record.events {
@@ -34,9 +36,9 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
                 live += bytes;
                 now[category] += bytes;
                 if record.pieces[piece].pages() {
-                    large[category] += bytes
+                    large[category] += bytes;
                 } else {
-                    small += bytes
+                    small_blocks.insert(piece, small.take(bytes));
                 }
                 if machine.cpu_threads.is_some() {
                     blocks.insert(piece, pool.take(bytes));
@@ -46,17 +48,15 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
                 let (bytes, category) = (record.pieces[piece].bytes, record.category(piece));
                 live -= bytes;
                 now[category] -= bytes;
-                if record.pieces[piece].pages() {
-                    large[category] -= bytes
-                } else {
-                    small -= bytes
+                match small_blocks.remove(&piece) {
+                    Some(block) => small.give(block),
+                    None => large[category] -= bytes,
                 }
                 if let Some(block) = blocks.remove(&piece) {
                     pool.give(block);
                 }
             }
         }
-        most_small = most_small.max(small);
         let peak = match peaks.iter().position(|peak| peak.phase == phase) {
             Some(found) => &mut peaks[found],
             None => peaks.push_mut(Peak { phase, bytes: now, pageable: large }),
@@ -75,6 +75,7 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
         peak.bytes[Category::Pool] = most - peak.in_use();
     }
     peaks.sort_by_key(|peak| Phase::ALL.iter().position(|phase| *phase == peak.phase));
-    let floor = Floor::new(&record, machine.program + now[Category::Scratch] + most_small);
+    // Small blocks are never given back: at the end there are as many as ever were.
+    let floor = Floor::new(&record, machine.program + now[Category::Scratch] + small.resident);
     Account { phases: peaks, floor }
 }

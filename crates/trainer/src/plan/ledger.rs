@@ -8,8 +8,9 @@ use super::scratch::{Nest, Scratch};
 use super::{Category, Phase};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What leaves memory and comes back at once; smaller buffers are never paged.
-const PAGE: u64 = 256 << 10;
+/// What leaves memory and comes back at once; smaller buffers are never paged. It is the least page: a limit of more than
+/// 512 MiB has larger ones, beside which what they add is small.
+const PAGE: u64 = 64 << 10;
 
 /// What happened, in order.
 #[derive(Clone, Copy, Debug)]

@@ -1,8 +1,9 @@
 //! Under a memory limit: what leaves memory, in which order, and the least limit under which a run works.
 //!
-//! Buffers of 256 KiB or more can leave; a kernel needs all that it touches in memory at once. So a run needs, at the
+//! Buffers of a page, 64 KiB, or more can leave; a kernel needs all that it touches in memory at once. So a run needs, at the
 //! least, the program, the kernels' working memory and the small buffers, and beside them the largest set of buffers
-//! that one call of a kernel reads and writes (AdamW goes through its tensors piece by piece), and [`RESERVE`].
+//! that one call of a kernel reads and writes (AdamW goes through its tensors piece by piece), the pager's own books, and
+//! [`RESERVE`].
 
 use super::ledger::Record;
 use super::{Bytes, Category, Plan};
@@ -27,10 +28,13 @@ const ORDER: [Category; 10] = [
 /// they are read and written, by kernels whose working memory grows.
 pub const RESERVE: u64 = 8 << 20;
 
+/// The pager's own: the order in which pages were used (2 MiB), its entries, and what the system keeps for its addresses.
+const BOOKS: u64 = 4 << 20;
+
 /// The least memory that a run works in.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Floor {
-    /// The program, small buffers, the kernels' working memory, and [`RESERVE`].
+    /// The program, small buffers, the kernels' working memory, the pager's books, and [`RESERVE`].
     pub fixed: u64,
     /// The most bytes of large buffers that one call of a kernel touches.
     pub working_set: u64,
@@ -42,7 +46,7 @@ pub struct Floor {
 
 impl Floor {
     pub(super) fn new(record: &Record, fixed: u64) -> Self {
-        let fixed = fixed.saturating_add(RESERVE);
+        let fixed = fixed.saturating_add(RESERVE + BOOKS);
         let Some(call) = &record.largest else {
             return Self { fixed, working_set: 0, kernel: "none", tensor: None };
         };

@@ -19,8 +19,10 @@ pub(super) struct Block {
 }
 
 /// Free blocks by class, and bytes of all blocks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pool {
+    /// What is kept beyond 5/4 of the peak.
+    slack: u64,
     free: BTreeMap<u64, Vec<Block>>,
     /// In whole classes: live now, the most that ever were, and free.
     live: u64,
@@ -36,7 +38,18 @@ fn class(bytes: u64) -> u64 {
     bytes.next_multiple_of(1 << (bytes.ilog2() - 3))
 }
 
+impl Default for Pool {
+    fn default() -> Self {
+        Self { slack: SLACK, free: BTreeMap::new(), live: 0, peak: 0, pooled: 0, resident: 0 }
+    }
+}
+
 impl Pool {
+    /// The small blocks of a pool whose large ones are paged: these are given back first, and so the small ones never.
+    pub(super) fn of_small_blocks() -> Self {
+        Self { slack: u64::MAX, ..Self::default() }
+    }
+
     pub(super) fn take(&mut self, bytes: u64) -> Block {
         let class = class(bytes);
         let found = self.free.range(class..=class + class / 4).next().map(|(class, _)| *class);
@@ -45,7 +58,7 @@ impl Pool {
             None => {
                 let live = self.live + class;
                 let peak = live.max(self.peak);
-                self.shrink((peak + peak / 4 + SLACK).saturating_sub(live));
+                self.shrink((peak + peak / 4).saturating_add(self.slack).saturating_sub(live));
                 Block { class, touched: 0 }
             }
         };
