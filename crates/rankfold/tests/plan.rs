@@ -3,9 +3,6 @@
 mod common;
 
 use common::{Place, refuse, succeed};
-use rankfold_backend::DType;
-use rankfold_files::{Spec, Writer};
-use rankfold_trainer::model::ModelConfig;
 use serde_json::Value;
 use std::path::Path;
 
@@ -58,16 +55,7 @@ fn the_built_in_run_takes_what_was_planned() {
 #[test]
 fn the_small_configuration_takes_what_was_planned() {
     let place = Place::new();
-    let config = r#"{"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
-    std::fs::create_dir(place.path("small")).unwrap();
-    let config = ModelConfig::parse(config, Path::new(&place.file("small/config.json", config))).unwrap();
-    let tensors = config.tensors();
-    write(&place, "small/model.safetensors", DType::F32, &tensors, |_| 0.015625f32.to_le_bytes());
-    let ids = [("ids".to_owned(), vec![4, 256]), ("labels".to_owned(), vec![4, 256])];
-    write(&place, "tokens.safetensors", DType::I64, &ids, |i| (i as i64 * 31 % 8192).to_le_bytes());
-    let (model, tokens) = (place.text("small"), place.text("tokens.safetensors"));
+    let [model, tokens] = place.small();
     for options in [
         &["--method", "full"][..],
         &["--method", "full", "--checkpointing"],
@@ -76,22 +64,6 @@ fn the_small_configuration_takes_what_was_planned() {
     ] {
         measure(&place, &[&["--model", &model, "--tokens", &tokens], options].concat());
     }
-}
-
-/// A safetensors file whose tensors' elements are a function of their number.
-fn write<const BYTES: usize>(
-    place: &Place,
-    name: &str,
-    dtype: DType,
-    tensors: &[(String, Vec<usize>)],
-    value: impl Fn(usize) -> [u8; BYTES],
-) {
-    let specs = tensors.iter().map(|(name, shape)| Spec::new(&**name, dtype, &**shape)).collect();
-    let mut writer = Writer::create(&place.path(name), specs).unwrap();
-    for (name, shape) in tensors {
-        writer.write(name, &(0..shape.iter().product()).flat_map(&value).collect::<Vec<u8>>()).unwrap();
-    }
-    writer.finish().unwrap();
 }
 
 const LLAMA_65B: &str = r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "num_hidden_layers": 80,

@@ -90,11 +90,6 @@ struct Job {
 
 impl Job {
     fn open(options: &Options, threads: Option<usize>) -> Result<Self> {
-        let device = options.device.unwrap_or_default();
-        let compute = options.compute.unwrap_or_default();
-        let pager = paging::pager(options)?;
-        let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
-        let backend = device.open_on(pager.clone())?;
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;
@@ -108,6 +103,10 @@ impl Job {
         };
         let plan = memory::plan(options, &subject, batches.shape(), threads)?;
         memory::check(options, &plan)?;
+        let (device, compute) = (options.device.unwrap_or_default(), options.compute.unwrap_or_default());
+        let pager = paging::pager(options)?;
+        let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
+        let backend = device.open_on(pager.clone())?;
         let mut model = folder.load(backend, precision)?;
         let adapter = adapter.map(|fresh| attach(options, &fresh, &mut model)).transpose()?;
         describe(options, &folder, precision, &model, &batches);

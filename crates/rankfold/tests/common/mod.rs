@@ -1,7 +1,10 @@
 //! The binary run as a user runs it, in a folder of its own.
 #![allow(dead_code)] // each test file uses a part
 
-use std::path::PathBuf;
+use rankfold_backend::DType;
+use rankfold_files::{Spec, Writer};
+use rankfold_trainer::model::ModelConfig;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn rankfold(args: &[&str]) -> Output {
@@ -55,5 +58,36 @@ impl Place {
         let base = self.text("base");
         succeed(&["export", "--out", &base]);
         base
+    }
+
+    /// The configuration of 32 million parameters that kernels are measured on, and 4 rows of 256 tokens for it.
+    pub fn small(&self) -> [String; 2] {
+        let config = r#"{"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
+        std::fs::create_dir(self.path("small")).unwrap();
+        let config = ModelConfig::parse(config, Path::new(&self.file("small/config.json", config))).unwrap();
+        // Numbers between ±1/16, no two neighbours alike.
+        let weight = |i: usize| ((i as u32).wrapping_mul(0x9e37_79b9) as i32 as f32 / 34_359_738_368.0).to_le_bytes();
+        self.tensors("small/model.safetensors", DType::F32, &config.tensors(), weight);
+        let ids = [("ids".to_owned(), vec![4, 256]), ("labels".to_owned(), vec![4, 256])];
+        self.tensors("tokens.safetensors", DType::I64, &ids, |i| (i as i64 * 31 % 8192).to_le_bytes());
+        [self.text("small"), self.text("tokens.safetensors")]
+    }
+
+    /// A safetensors file whose tensors' elements are a function of their number.
+    fn tensors<const BYTES: usize>(
+        &self,
+        name: &str,
+        dtype: DType,
+        tensors: &[(String, Vec<usize>)],
+        value: impl Fn(usize) -> [u8; BYTES],
+    ) {
+        let specs = tensors.iter().map(|(name, shape)| Spec::new(&**name, dtype, &**shape)).collect();
+        let mut writer = Writer::create(&self.path(name), specs).unwrap();
+        for (name, shape) in tensors {
+            writer.write(name, &(0..shape.iter().product()).flat_map(&value).collect::<Vec<u8>>()).unwrap();
+        }
+        writer.finish().unwrap();
     }
 }

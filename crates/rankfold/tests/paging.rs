@@ -1,0 +1,122 @@
+//! A memory limit: kept, without a trace in the result or on the disk.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use common::{Place, refuse, succeed};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Run to the end; the most memory that the system says the process ever had.
+fn peak(args: &[&str]) -> u64 {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).stdout(Stdio::null()).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    let code = loop {
+        if let Some(code) = child.try_wait().unwrap() {
+            break code;
+        }
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        if let Some(line) = text.lines().find_map(|line| line.strip_prefix("VmHWM:")) {
+            peak = line.trim().strip_suffix("kB").unwrap().trim().parse::<u64>().unwrap() * 1024;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    assert!(code.success(), "{args:?}");
+    peak
+}
+
+/// The least limit that the plan says will work.
+fn least(args: &[&str]) -> u64 {
+    let output = Command::new(env!("CARGO_BIN_EXE_rankfold")).arg("plan").args(args).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let line = said.lines().find_map(|line| line.strip_prefix("the least memory limit: ")).unwrap();
+    let (number, unit) = line.split("  ").next().unwrap().split_once(' ').unwrap();
+    // The next hundredth, for the figure is rounded.
+    let unit = if unit == "GiB" { 1u64 << 30 } else { 1 << 20 };
+    ((number.parse::<f64>().unwrap() + 0.01) * unit as f64) as u64
+}
+
+/// Train without a limit and under one: the same file, and no more memory than was allowed.
+fn same_under(place: &Place, product: &str, args: &[&str], limit: impl Fn(u64) -> u64) {
+    let run = |name: &str, more: &[&str]| {
+        let out = place.text(name);
+        let peak = peak(&[&["train", "--overwrite", "--out", &out], args, more].concat());
+        (std::fs::read(place.path(name).join(product)).unwrap(), peak)
+    };
+    let (free, needed) = run("free", &[]);
+    let limit = limit(needed);
+    assert!(limit < needed * 9 / 10, "{limit} is no limit on {needed}");
+    let (limited, peak) = run("limited", &["--memory-limit", &limit.to_string()]);
+    assert!(peak <= limit, "{args:?}: {peak} bytes under a limit of {limit}");
+    assert!(free == limited, "{args:?}: other bits under a limit of {limit}");
+}
+
+#[test]
+fn qlora_under_the_least_limit_has_the_bits_of_one_without() {
+    let place = Place::new();
+    let args = ["--steps", "4", "--optimizer", "adamw8bit"];
+    same_under(&place, "adapter_model.safetensors", &args, |_| least(&args));
+}
+
+/// Weights, gradients and moments of 32 million parameters, at 60 % of what they take.
+#[test]
+fn full_finetuning_under_60_percent_has_the_bits_of_one_without() {
+    let place = Place::new();
+    let [model, tokens] = place.small();
+    let args = ["--model", &model, "--tokens", &tokens, "--method", "full", "--steps", "3"];
+    same_under(&place, "model.safetensors", &args, |needed| needed * 6 / 10);
+    same_under(&place, "model.safetensors", &[&args[..], &["--page-io", "direct"]].concat(), |_| least(&args));
+}
+
+#[test]
+fn a_run_may_go_on_under_another_limit() {
+    let place = Place::new();
+    let (whole, other) = (place.text("whole"), place.text("other"));
+    let args = |out| ["train", "--steps", "4", "--checkpoint-every", "2", "--memory-limit", "150MiB", "--out", out];
+    succeed(&args(&whole));
+    succeed(&args(&other));
+    for product in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::remove_file(place.path("other").join(product)).unwrap();
+    }
+    succeed(&["train", "--out", &other, "--resume", "--memory-limit", "110MiB"]);
+    let adapter = |name: &str| std::fs::read(place.path(name).join("adapter_model.safetensors")).unwrap();
+    assert!(adapter("whole") == adapter("other"));
+}
+
+#[test]
+fn a_killed_run_leaves_no_pages_behind() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("pages")).unwrap();
+    let (out, pages) = (place.text("run"), place.text("pages"));
+    let limited = ["--memory-limit", "110MiB", "--page-folder", &pages];
+    let args = [&["train", "--checkpoint-every", "2", "--out", &out], &limited[..]].concat();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(&args).stdout(Stdio::null()).spawn().unwrap();
+    while !place.path("run/checkpoints/step-000002").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was killed");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    succeed(&[&["train", "--steps", "1", "--out", &place.text("next")], &limited[..]].concat());
+    assert_eq!(std::fs::read_dir(&pages).unwrap().count(), 0);
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused_before_anything_is_written() {
+    let place = Place::new();
+    let out = place.text("run");
+    let refused = |more: &[&str], words: &[&str]| {
+        refuse(&[&["train", "--out", &out], more].concat(), words);
+        assert!(!Path::new(&out).exists(), "{more:?} left a folder");
+    };
+    refused(&["--memory-limit", "60MiB"], &["memory limit of 60 MiB", "expected at least"]);
+    refused(&["--memory-limit", "1MiB"], &["memory", "expected at least"]);
+    refused(&["--memory-limit", "0"], &["--memory-limit", "0"]);
+    refused(&["--memory-limit", "1GiB", "--page-folder", "/no/such/folder"], &["/no/such/folder"]);
+    let file = place.file("file", "");
+    refused(&["--memory-limit", "1GiB", "--page-folder", &file], &[&file]);
+    refused(&["--memory-limit", "1GiB", "--page-folder", "/proc"], &["/proc"]);
+    refused(&["--memory-limit", "1GiB", "--device", "cuda-host"], &["--memory-limit", "cpu"]);
+}
