@@ -1,16 +1,14 @@
-//! Holding pages: bringing them in, and making room for them.
+//! Holding pages, and moving them.
 //!
 //! One lock guards the books ([`Table`]); it is never kept while bytes move. A page that moves is marked (`Loading`,
 //! `Storing`), and whoever needs it waits for the mark to go. A caller first takes its holds on all its pages, then
-//! brings in what is missing, run by run. Room is made by letting pages leave that nobody holds; where there are none,
-//! a caller waits only for moves under way, which end by themselves, and else gets an error: no two callers ever wait
-//! for each other.
+//! brings in what is missing, run by run, making room for it (`room`).
 
 use crate::forecast::PageId;
 use crate::limit::Limit;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 use crate::table::{Place, Run, Table};
-use crate::{Access, Error, Memory, Result, Stats};
+use crate::{Access, Memory, Result, Stats};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -20,9 +18,9 @@ pub(crate) const BATCH: usize = 32;
 /// The books, with what only their lock's owner may do.
 pub(crate) struct State<M: Memory> {
     pub(crate) table: Table<M>,
-    limit: Limit,
+    pub(crate) limit: Limit,
     /// Moves under way.
-    moving: usize,
+    pub(crate) moving: usize,
     /// Pages that somebody asked to bring in soon.
     pub(crate) wanted: Vec<PageId>,
     /// The pager is gone.
@@ -36,7 +34,7 @@ pub(crate) struct Core<M: Memory> {
     /// The most pages that are brought in ahead of their use.
     look_ahead: usize,
     state: Mutex<State<M>>,
-    /// A move ended.
+    /// A move ended, or a hold.
     moved: Condvar,
     /// There may be something for the worker.
     work: Condvar,
@@ -60,7 +58,7 @@ impl<M: Memory> State<M> {
     }
 }
 
-type Guard<'a, M> = MutexGuard<'a, State<M>>;
+pub(crate) type Guard<'a, M> = MutexGuard<'a, State<M>>;
 
 impl<M: Memory> Core<M> {
     pub(crate) fn new(memory: M, page: usize, limit: Limit, look_ahead: usize) -> Self {
@@ -73,7 +71,8 @@ impl<M: Memory> Core<M> {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    fn wait<'a>(&'a self, state: Guard<'a, M>) -> Guard<'a, M> {
+    /// Wait until a move ended, or a hold.
+    pub(crate) fn wait<'a>(&'a self, state: Guard<'a, M>) -> Guard<'a, M> {
         self.moved.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -103,6 +102,10 @@ impl<M: Memory> Core<M> {
     /// An allocation is gone, and with it every hold on it.
     pub(crate) fn leave(&self, pages: Range<PageId>) {
         let mut state = self.settle(self.lock(), pages.clone());
+        // Before the books say that they are free: the region itself goes with its last owner, who knows when.
+        for run in state.table.runs(pages.clone(), |page| page.place == Place::Resident) {
+            self.memory.release(&run.region, run.within);
+        }
         let region = state.table.leave(pages.start);
         drop(state);
         drop(region);
@@ -118,29 +121,13 @@ impl<M: Memory> Core<M> {
         state
     }
 
-    /// The bytes of pages are no longer wanted.
+    /// The bytes of pages are no longer wanted, but of those that somebody holds: whoever does may be writing them.
     pub(crate) fn discard(&self, pages: Range<PageId>) {
         let mut state = self.settle(self.lock(), pages.clone());
-        let mut at = pages.start;
-        while at < pages.end {
-            let place = state.table.page(at).place;
-            let Some(run) = state.table.run(at..pages.end, usize::MAX, place) else { break };
-            at = run.pages.end;
-            let kept = run.pages.clone().any(|id| state.table.page(id).kept);
-            for id in run.pages {
-                let page = state.table.page_mut(id);
-                (page.dirty, page.kept, page.dead) = (false, false, place == Place::Resident);
-                if place == Place::Kept {
-                    page.place = Place::Empty;
-                }
-            }
-            if place == Place::Kept {
-                state.table.away -= run.within.len();
-            }
-            if kept {
-                self.memory.forget(&run.region, run.within);
-            }
+        for run in state.table.runs(pages.clone(), |page| page.kept && page.holds == 0) {
+            self.memory.forget(&run.region, run.within);
         }
+        pages.for_each(|id| state.table.discard(id));
     }
 
     /// The pages will not be needed for long.
@@ -152,10 +139,11 @@ impl<M: Memory> Core<M> {
     /// The pages will be needed soon.
     pub(crate) fn want(&self, pages: Range<PageId>) {
         let mut state = self.lock();
-        if pages.clone().any(|id| state.table.page(id).place == Place::Kept) {
-            state.wanted.extend(pages);
-            self.work.notify_one();
-        }
+        // No more than fit, however often they are asked for.
+        let room = state.capacity(self.page).saturating_sub(state.table.ahead + state.wanted.len());
+        let kept: Vec<_> = pages.filter(|id| state.table.page(*id).place == Place::Kept).take(room).collect();
+        state.wanted.extend(kept);
+        self.work.notify_one();
     }
 
     /// Bring pages in, and keep them until [`Core::unhold`].
@@ -192,22 +180,9 @@ impl<M: Memory> Core<M> {
 
     fn bring<'a>(&'a self, mut state: Guard<'a, M>, pages: Range<PageId>, access: Access) -> Result<Guard<'a, M>> {
         let mut at = pages.start;
-        // Counted once a page, however often its place has to be looked at.
-        let mut counted = pages.start;
         let mut failed = None;
         while at < pages.end {
             let place = state.table.page(at).place;
-            if at >= counted {
-                counted = at + 1;
-                let ahead = state.table.is_asked_for(at);
-                let counters = &mut state.table.counters;
-                counters.prefetch_hits += u64::from(ahead);
-                match place {
-                    // A page that was never written is there as soon as it has a frame.
-                    Place::Resident | Place::Storing | Place::Empty => counters.hits += 1,
-                    Place::Kept | Place::Loading => counters.faults += 1,
-                }
-            }
             match place {
                 Place::Resident => at += 1,
                 Place::Storing if access == Access::Read => at += 1,
@@ -226,7 +201,11 @@ impl<M: Memory> Core<M> {
                     match run {
                         Some(run) if place == Place::Kept => state = self.load(state, run, false)?,
                         Some(run) => {
-                            self.memory.commit(&run.region, run.within.clone())?;
+                            if let Err(error) = self.memory.commit(&run.region, run.within.clone()) {
+                                // Half of them may be there.
+                                self.memory.release(&run.region, run.within);
+                                return Err(error);
+                            }
                             at = run.pages.end;
                             self.take_frames(&mut state, run.within.len());
                             run.pages.for_each(|id| state.table.page_mut(id).place = Place::Resident);
@@ -257,21 +236,14 @@ impl<M: Memory> Core<M> {
         let loaded = self.memory.load(&run.region, run.within.clone());
         let mut state = self.lock();
         state.moving -= 1;
-        for id in run.pages.clone() {
-            let page = state.table.page_mut(id);
-            page.place = if loaded.is_ok() { Place::Resident } else { Place::Kept };
-            (page.dirty, page.ahead) = (false, ahead && loaded.is_ok());
-        }
         let count = run.within.len();
         match &loaded {
             Ok(()) => {
                 state.table.counters.loaded += count as u64;
-                if ahead {
-                    state.table.ahead += count;
-                    state.table.counters.prefetched += count as u64;
-                }
+                run.pages.for_each(|id| state.table.arrive(id, ahead));
             }
             Err(_) => {
+                run.pages.for_each(|id| state.table.page_mut(id).place = Place::Kept);
                 // Half of it may be there.
                 self.memory.release(&run.region, run.within);
                 state.table.resident -= count;
@@ -293,8 +265,9 @@ impl<M: Memory> Core<M> {
         for id in run.pages.clone() {
             let page = state.table.page_mut(id);
             page.place = Place::Resident;
-            // A failed store may have damaged the copy that was there.
-            (page.dirty, page.kept) = (stored.is_err(), stored.is_ok());
+            // Where it failed, the copy that was there may still be, and is a stale one.
+            page.dirty = stored.is_err();
+            page.kept |= stored.is_ok();
         }
         if stored.is_ok() {
             state.table.counters.stored += run.within.len() as u64;
@@ -303,127 +276,8 @@ impl<M: Memory> Core<M> {
         (state, stored)
     }
 
-    /// Let the frames of clean pages go, those of `pages` that may leave; how many did.
-    pub(crate) fn drop_frames(&self, state: &mut Guard<'_, M>, pages: &[PageId]) -> usize {
-        let mut left = 0;
-        let mut rest = pages;
-        while let Some(&first) = rest.first() {
-            let together = rest.iter().zip(first..).take_while(|(id, next)| *id == next).count();
-            let (here, after) = rest.split_at(together);
-            rest = after;
-            let mut at = first;
-            let end = first + here.len() as PageId;
-            while at < end {
-                let page = state.table.page(at);
-                let leaves = page.place == Place::Resident && page.holds == 0 && !page.dirty;
-                let Some(run) = state.table.run(at..end, usize::MAX, Place::Resident).filter(|_| leaves) else {
-                    at += 1;
-                    continue;
-                };
-                let leaves = |id: &PageId| {
-                    let page = state.table.page(*id);
-                    page.holds == 0 && !page.dirty
-                };
-                let count = run.pages.clone().take_while(leaves).count();
-                let within = run.within.start..run.within.start + count;
-                (at..at + count as PageId).for_each(|id| state.table.drop_frame(id));
-                self.memory.release(&run.region, within);
-                at += count as PageId;
-                left += count;
-            }
-        }
-        left
-    }
-
-    /// See to it that `count` more pages may be resident: whether they may now. Where not, something moved, and the caller
-    /// must look again at what it needs; `failed` is what went wrong so far, for the next call.
-    fn room<'a>(
-        &'a self,
-        mut state: Guard<'a, M>,
-        count: usize,
-        failed: &mut Option<Error>,
-    ) -> Result<(Guard<'a, M>, bool)> {
-        let resident = state.table.resident * self.page;
-        state.limit.measure(resident);
-        let capacity = state.capacity(self.page);
-        let needed = (state.table.resident + count).saturating_sub(capacity);
-        if needed == 0 {
-            return Ok((state, true));
-        }
-        // A few more than needed: they leave in one go.
-        let leavers = state.table.leavers(needed.max(BATCH.min(capacity / 8)), 0, failed.is_some());
-        if leavers.is_empty() {
-            if state.moving == 0 {
-                return Err(self.full(&state, count, failed.take()));
-            }
-            return Ok((self.wait(state), false));
-        }
-        if self.drop_frames(&mut state, &leavers) >= needed {
-            return Ok((state, true));
-        }
-        // What is left of them must be stored first.
-        if let Some(run) = (0..leavers.len()).find_map(|i| self.dirty_run(&state, leavers[i], &leavers[i..])) {
-            let stored;
-            (state, stored) = self.store(state, &run);
-            match stored {
-                Ok(()) => drop(self.drop_frames(&mut state, &run.pages.collect::<Vec<_>>())),
-                Err(error) => *failed = Some(error),
-            }
-        }
-        Ok((state, false))
-    }
-
-    /// Let every page leave that nobody holds.
-    pub(crate) fn vacate(&self) -> Result<()> {
-        let mut state = self.lock();
-        loop {
-            let leavers = state.table.leavers(BATCH, 0, false);
-            if leavers.is_empty() {
-                return Ok(());
-            }
-            self.drop_frames(&mut state, &leavers);
-            let dirty = (0..leavers.len()).find_map(|i| self.dirty_run(&state, leavers[i], &leavers[i..]));
-            let Some(run) = dirty else { continue };
-            let stored;
-            (state, stored) = self.store(state, &run);
-            stored?;
-        }
-    }
-
-    /// The pages at the head of `leavers`, `first` and those next to it, that nobody holds and that must be stored; none
-    /// where `first` is not such a page.
-    pub(crate) fn dirty_run(&self, state: &State<M>, first: PageId, leavers: &[PageId]) -> Option<Run<M>> {
-        let together = leavers.iter().zip(first..).take_while(|(id, next)| {
-            let page = state.table.page(**id);
-            *id == next && page.place == Place::Resident && page.holds == 0 && page.dirty
-        });
-        let end = first + together.take(BATCH).count() as PageId;
-        state.table.run(first..end, BATCH, Place::Resident)
-    }
-
-    fn full(&self, state: &State<M>, asked: usize, failed: Option<Error>) -> Error {
-        let capacity = state.capacity(self.page);
-        let free = capacity.saturating_sub(state.table.resident);
-        let [asked, pinned, free, capacity] =
-            [asked, state.table.held, free, capacity].map(|pages| pages.saturating_mul(self.page));
-        match failed {
-            Some(source) => Error::Stuck { asked, pinned, free, capacity, source: Box::new(source) },
-            None => Error::Full { asked, pinned, free, capacity },
-        }
-    }
-
-    /// Allow another number of bytes; what is beyond leaves at once.
-    pub(crate) fn set_limit(&self, limit: Limit) -> Result<()> {
-        let mut state = self.lock();
-        state.limit = limit;
-        let (mut failed, mut there_is) = (None, false);
-        while !there_is {
-            (state, there_is) = self.room(state, 0, &mut failed)?;
-        }
-        Ok(())
-    }
-
     pub(crate) fn stats(&self) -> Stats {
+        let file = self.memory.file();
         let state = self.lock();
         let capacity = state.capacity(self.page).saturating_mul(self.page);
         let (table, page) = (&state.table, self.page);
@@ -435,6 +289,7 @@ impl<M: Memory> Core<M> {
             high_water: c.high_water * page,
             held: table.held * page,
             away: table.away * page,
+            ahead: table.ahead * page,
             hits: c.hits,
             faults: c.faults,
             prefetched: c.prefetched,
@@ -443,6 +298,7 @@ impl<M: Memory> Core<M> {
             stored: c.stored * page as u64,
             loaded: c.loaded * page as u64,
             stall: c.stall,
+            file,
         }
     }
 }

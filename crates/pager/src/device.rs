@@ -5,7 +5,7 @@
 //! worker, and none knows of the others.
 
 use crate::sync::{Mutex, MutexGuard};
-use crate::{Allocation, Host, Memory, Pager, Result};
+use crate::{Allocation, FileFigures, Host, Memory, Pager, Result};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -114,5 +114,9 @@ impl<D: Device> Memory for OnHost<D> {
 
     fn forget(&self, region: &DeviceRegion<D>, pages: Range<usize>) {
         region.host().discard(self.bytes(&pages));
+    }
+
+    fn file(&self) -> Option<FileFigures> {
+        self.host.memory().file()
     }
 }

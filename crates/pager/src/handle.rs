@@ -18,7 +18,7 @@ pub struct Options {
     pub limit: Limit,
     /// Where pages go that are not; nowhere, if there is no file: what does not fit is then an error.
     pub file: Option<FileOptions>,
-    /// Bytes that are brought in ahead of their use.
+    /// Bytes that are brought in ahead of their use; never more than an eighth of the limit.
     pub look_ahead: usize,
 }
 
@@ -129,7 +129,7 @@ impl<M: Memory> Pager<M> {
         self.0.core.set_limit(limit)
     }
 
-    /// Let every page leave that nobody holds.
+    /// Let every page leave that nobody holds and that is not on its way.
     ///
     /// Errors: a tier below that cannot take one; that one and others may then stay.
     pub fn vacate(&self) -> Result<()> {
@@ -201,6 +201,12 @@ impl<M: Memory> Allocation<M> {
         Ok(first + (range.start / page) as PageId..first + end as PageId)
     }
 
+    /// The same, as far as the range exists.
+    fn pages_within(&self, range: Range<usize>) -> Range<PageId> {
+        let range = range.start.min(self.bytes)..range.end.min(self.bytes);
+        self.pages(&range).unwrap_or_default()
+    }
+
     /// Bring the pages of a range of bytes into memory and keep them there while the [`Hold`] lives. `Write` also says
     /// that their bytes will change.
     ///
@@ -215,22 +221,18 @@ impl<M: Memory> Allocation<M> {
         Ok(Hold { entered: self.entered.clone(), pages })
     }
 
-    /// Bring a range in soon, in the background, as far as it exists; nothing is promised.
+    /// Bring a range in soon, in the background, as far as it exists and fits; nothing is promised.
     pub fn prefetch(&self, range: Range<usize>) {
-        if let Ok(pages) = self.pages(&range) {
-            self.core().want(pages);
-        }
+        self.core().want(self.pages_within(range));
     }
 
     /// Say that a range will not be needed for long, as far as it exists: its pages leave before others.
     pub fn cool(&self, range: Range<usize>) {
-        if let Ok(pages) = self.pages(&range) {
-            self.core().cool(pages);
-        }
+        self.core().cool(self.pages_within(range));
     }
 
     /// Say that the bytes of a range are no longer wanted: what lies in whole pages of it may read as anything from now
-    /// on, and leaves at no cost.
+    /// on, and leaves at no cost. Pages that a [`Hold`] keeps stay what they are.
     pub fn discard(&mut self, range: Range<usize>) {
         let (page, first) = (self.core().page, self.entered.pages.start);
         // The last page is whole where the allocation ends in it.

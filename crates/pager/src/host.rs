@@ -54,14 +54,9 @@ impl Host {
         Ok(Self { page, file: file.map(|options| FileTier::open(options, page).map(Arc::new)).transpose()? })
     }
 
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "shuttle")))]
     pub(crate) fn on(file: FileTier, page: usize) -> Self {
         Self { page, file: Some(Arc::new(file)) }
-    }
-
-    /// The file's figures, where there is one.
-    pub fn file(&self) -> Option<FileFigures> {
-        self.file.as_ref().map(|file| file.figures())
     }
 
     /// The bytes of pages.
@@ -101,9 +96,9 @@ impl Memory for Host {
         Ok(HostRegion { space, place: self.file.as_ref().map(place) })
     }
 
-    fn commit(&self, _: &HostRegion, _: Range<usize>) -> Result<()> {
-        // The system does, when a page is first touched.
-        Ok(())
+    fn commit(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
+        // The system puts the frames there, when a page is first touched.
+        region.space.open(pages.start * self.page..pages.end * self.page)
     }
 
     fn store(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
@@ -114,6 +109,7 @@ impl Memory for Host {
 
     fn load(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
         let (file, extent) = region.kept()?;
+        region.space.open(pages.start * self.page..pages.end * self.page)?;
         // SAFETY: as above.
         file.load(extent, pages.start, unsafe { self.bytes_mut(region, &pages) })
     }
@@ -123,9 +119,12 @@ impl Memory for Host {
         unsafe { region.space.release(pages.start * self.page..pages.end * self.page) };
     }
 
-    fn forget(&self, region: &HostRegion, pages: Range<usize>) {
-        if let Ok((file, extent)) = region.kept() {
-            file.forget(extent, pages);
-        }
+    fn forget(&self, _: &HostRegion, _: Range<usize>) {
+        // Their place in the file stays taken until the allocation goes: punching holes, for buffers that come and go with
+        // every step, would take longer than writing over what lies there.
+    }
+
+    fn file(&self) -> Option<FileFigures> {
+        self.file.as_ref().map(|file| file.figures())
     }
 }

@@ -17,7 +17,15 @@ impl Limit {
     pub(crate) fn bytes(&self) -> usize {
         match self {
             Self::Pages(bytes) => *bytes,
-            Self::Process(limit) => limit.left(),
+            Self::Process(limit) => limit.left(limit.reserve),
+        }
+    }
+
+    /// The same where nothing else helps: a part of what is kept free as well.
+    pub(crate) fn last_resort(&self) -> usize {
+        match self {
+            Self::Pages(bytes) => *bytes,
+            Self::Process(limit) => limit.left(limit.reserve / 2),
         }
     }
 
@@ -57,8 +65,9 @@ impl ProcessLimit {
         }
     }
 
-    fn left(&self) -> usize {
-        self.bytes.saturating_sub(self.beside).saturating_sub(self.reserve)
+    /// What the rest of the process leaves, `reserve` of it kept free.
+    fn left(&self, reserve: usize) -> usize {
+        self.bytes.saturating_sub(self.beside).saturating_sub(reserve)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The seam between the pager's bookkeeping and the memory whose pages it keeps.
 
-use crate::Result;
+use crate::{FileFigures, Result};
 use std::fmt::Debug;
 use std::ops::Range;
 
@@ -11,7 +11,8 @@ use std::ops::Range;
 /// and may take long: no lock is kept over them, but over `commit`, `release` and
 /// `forget`.
 pub trait Memory: Debug + Send + Sync + 'static {
-    /// The addresses of one allocation, and its place in the tier below: free when it is dropped.
+    /// The addresses of one allocation, and its place in the tier below: free when it is dropped, its frames being
+    /// released by then.
     type Region: Debug + Send + Sync;
 
     /// Addresses for `pages` pages, without frames.
@@ -26,9 +27,14 @@ pub trait Memory: Debug + Send + Sync + 'static {
     /// Bring pages back that were stored, into frames that this takes. Where it fails, what the tier below holds is what it was.
     fn load(&self, region: &Self::Region, pages: Range<usize>) -> Result<()>;
 
-    /// Give back the frames of pages, those that a failed load left too.
+    /// Give back the frames of pages, as far as they have any: a failed `commit` or `load` may have left some.
     fn release(&self, region: &Self::Region, pages: Range<usize>);
 
     /// What the tier below holds of these pages is no longer wanted.
     fn forget(&self, region: &Self::Region, pages: Range<usize>);
+
+    /// The figures of the file at the end of the tiers, where there is one.
+    fn file(&self) -> Option<FileFigures> {
+        None
+    }
 }

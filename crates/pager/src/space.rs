@@ -2,7 +2,7 @@
 //!
 //! A [`Space`] is reserved at one go and never moves. The system puts a zeroed frame behind a part of it when that is
 //! first touched, and takes it back when told ([`Space::release`]); the addresses stay. A hole of one page of the
-//! system behind each space turns a stray access into a fault at once.
+//! system behind each space turns a stray access into a fault at once; in tests, so does every part without frames.
 
 use crate::{Error, Result};
 use std::io;
@@ -38,11 +38,25 @@ impl Space {
         }
         let start = NonNull::new(mapped.cast()).ok_or_else(|| failed(io::ErrorKind::OutOfMemory.into()))?;
         let space = Self { start, bytes };
-        // SAFETY: the first `bytes` of the mapping just made, which is longer.
-        if unsafe { libc::mprotect(mapped, bytes, libc::PROT_READ | libc::PROT_WRITE) } != 0 {
-            return Err(failed(io::Error::last_os_error()));
+        if !cfg!(test) {
+            space.protect(0..bytes, libc::PROT_READ | libc::PROT_WRITE).map_err(failed)?;
         }
         Ok(space)
+    }
+
+    fn protect(&self, range: Range<usize>, access: libc::c_int) -> io::Result<()> {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
+        // SAFETY: within the mapping; who may touch it is what this says.
+        match unsafe { libc::mprotect(self.start.as_ptr().add(range.start).cast(), range.len(), access) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// A range is about to get frames.
+    pub(crate) fn open(&self, range: Range<usize>) -> Result<()> {
+        let (bytes, access) = (range.len(), libc::PROT_READ | libc::PROT_WRITE);
+        if cfg!(test) { self.protect(range, access).map_err(|source| Error::Address { bytes, source }) } else { Ok(()) }
     }
 
     /// The first byte's address.
@@ -61,6 +75,9 @@ impl Space {
     /// Nobody has a reference into the range.
     pub(crate) unsafe fn release(&self, range: Range<usize>) {
         assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
+        if cfg!(test) {
+            self.protect(range.clone(), libc::PROT_NONE).expect("a part of a mapping");
+        }
         // SAFETY: within the mapping; the caller keeps references away.
         let start = unsafe { self.start.as_ptr().add(range.start) };
         // SAFETY: as above. It cannot fail for a private mapping that is there and not locked.

@@ -1,5 +1,6 @@
 //! What a pager did and holds.
 
+use crate::FileFigures;
 use std::time::Duration;
 
 /// Figures of a pager since it was made. Sizes are bytes.
@@ -17,6 +18,8 @@ pub struct Stats {
     pub held: usize,
     /// In the tier below alone.
     pub away: usize,
+    /// Brought in before anybody asked, and not asked for yet.
+    pub ahead: usize,
     /// Pages that were asked for and there.
     pub hits: u64,
     /// Pages that were asked for and had to be waited for.
@@ -33,6 +36,8 @@ pub struct Stats {
     pub loaded: u64,
     /// Time that callers waited for pages to come or to leave.
     pub stall: Duration,
+    /// The file at the end of the tiers, where there is one: what is stored in it, its high water, its fragmentation.
+    pub file: Option<FileFigures>,
 }
 
 /// The same in the books: pages where [`Stats`] has bytes.

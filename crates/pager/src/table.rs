@@ -51,7 +51,8 @@ impl Page {
     const EMPTY: Self =
         Self { place: Place::Empty, holds: 0, dirty: false, kept: false, cold: false, dead: false, ahead: false };
 
-    fn may_leave(&self) -> bool {
+    /// It is in memory, does not move, and nobody holds it.
+    pub(crate) fn may_leave(&self) -> bool {
         self.place == Place::Resident && self.holds == 0
     }
 }
@@ -138,13 +139,21 @@ impl<M: Memory> Table<M> {
         &mut self.pages[id as usize]
     }
 
-    /// Somebody holds the pages of a range.
+    /// Somebody asks for the pages of a range, and holds them from now on.
     pub(crate) fn hold(&mut self, pages: Range<PageId>) {
         for id in pages {
             let page = &mut self.pages[id as usize];
             self.held += usize::from(page.holds == 0);
             page.holds += 1;
-            (page.cold, page.dead) = (false, false);
+            let ahead = page.ahead;
+            (page.cold, page.dead, page.ahead) = (false, false, false);
+            self.ahead -= usize::from(ahead);
+            self.counters.prefetch_hits += u64::from(ahead);
+            match page.place {
+                // A page that was never written is there as soon as it has a frame.
+                Place::Resident | Place::Storing | Place::Empty => self.counters.hits += 1,
+                Place::Kept | Place::Loading => self.counters.faults += 1,
+            }
             self.forecast.touch(id);
         }
     }
@@ -158,18 +167,26 @@ impl<M: Memory> Table<M> {
         }
     }
 
-    /// Somebody asks for a page: whether it was brought in before.
-    pub(crate) fn is_asked_for(&mut self, id: PageId) -> bool {
-        let ahead = std::mem::take(&mut self.pages[id as usize].ahead);
-        self.ahead -= usize::from(ahead);
-        ahead
+    /// A page's bytes are there; `ahead`: perhaps before anybody asked.
+    pub(crate) fn arrive(&mut self, id: PageId, ahead: bool) {
+        let page = &mut self.pages[id as usize];
+        // Whoever waited for it has asked already.
+        let ahead = ahead && page.holds == 0;
+        (page.place, page.dirty, page.ahead) = (Place::Resident, false, ahead);
+        self.ahead += usize::from(ahead);
+        self.counters.prefetched += u64::from(ahead);
     }
 
     /// The longest run from `pages.start` within `pages`, of at most `most` pages, all of one allocation and in `place`.
     pub(crate) fn run(&self, pages: Range<PageId>, most: usize, place: Place) -> Option<Run<M>> {
+        self.run_of(pages, most, |page| page.place == place)
+    }
+
+    /// The same of pages that `are` alike in another way.
+    pub(crate) fn run_of(&self, pages: Range<PageId>, most: usize, are: impl Fn(&Page) -> bool) -> Option<Run<M>> {
         let (&first, (region, Extent { pages: len, .. })) = self.regions.range(..=pages.start).next_back()?;
         let end = pages.end.min(first + *len as PageId).min(pages.start.saturating_add(most as PageId));
-        let same = (pages.start..end).take_while(|id| self.pages[*id as usize].place == place).count();
+        let same = (pages.start..end).take_while(|id| are(&self.pages[*id as usize])).count();
         let (start, end) = (pages.start, pages.start + same as PageId);
         let within = (start - first) as usize..(end - first) as usize;
         (same > 0).then(|| Run { region: region.clone(), within, pages: start..end })
@@ -203,6 +220,30 @@ impl<M: Memory> Table<M> {
         let mut leavers: Vec<PageId> = found.into_iter().map(|(_, id)| id).collect();
         leavers.sort_unstable();
         leavers
+    }
+
+    /// All runs within a range of pages that `are` alike.
+    pub(crate) fn runs(&self, pages: Range<PageId>, are: impl Fn(&Page) -> bool) -> Vec<Run<M>> {
+        let (mut runs, mut at) = (Vec::new(), pages.start);
+        while at < pages.end {
+            let run = self.run_of(at..pages.end, usize::MAX, &are);
+            at = run.as_ref().map_or(at + 1, |run| run.pages.end);
+            runs.extend(run);
+        }
+        runs
+    }
+
+    /// The bytes of a page are no longer wanted, where nobody holds it.
+    pub(crate) fn discard(&mut self, id: PageId) {
+        let page = &mut self.pages[id as usize];
+        if page.holds > 0 {
+            return;
+        }
+        (page.dirty, page.kept, page.dead) = (false, false, page.place == Place::Resident);
+        if page.place == Place::Kept {
+            page.place = Place::Empty;
+            self.away -= 1;
+        }
     }
 
     /// A page that is in memory and clean gives its frame back.

@@ -6,9 +6,8 @@
 //! pages beyond all that leave, so that a frame is free when the next one is needed.
 
 use crate::Memory;
-use crate::core::{BATCH, Core, State};
+use crate::core::{BATCH, Core, Guard, State};
 use crate::forecast::PageId;
-use crate::sync::MutexGuard;
 use crate::table::Place;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -16,11 +15,9 @@ use std::ops::Range;
 /// Touches that are looked at in one go, under the lock.
 const LOOK: usize = 8192;
 
-type Guard<'a, M> = MutexGuard<'a, State<M>>;
-
 /// What was seen ahead.
 #[derive(Default)]
-struct Scout {
+pub(crate) struct Scout {
     /// The number of the first touch that was not looked at.
     seen: u64,
     /// [`crate::forecast::Forecast::breaks`] then.
@@ -75,13 +72,25 @@ impl Scout {
 pub(crate) fn work<M: Memory>(core: &Core<M>) {
     let (mut scout, mut state) = (Scout::default(), core.lock());
     while !state.closing {
-        let most = core.look_ahead(&state).saturating_sub(state.table.ahead);
-        scout.look(&mut state, most);
-        let (mut moved, mut after) = bring_next(core, state, &mut scout);
+        let moved;
+        (moved, state) = step(core, state, &mut scout);
         if !moved {
-            (moved, after) = free_frames(core, after, &mut scout);
+            state = core.idle(state);
         }
-        state = if moved { after } else { core.idle(after) };
+    }
+}
+
+/// Look ahead, and move what is to move first: whether anything did.
+pub(crate) fn step<'a, M: Memory>(
+    core: &'a Core<M>,
+    mut state: Guard<'a, M>,
+    scout: &mut Scout,
+) -> (bool, Guard<'a, M>) {
+    let most = core.look_ahead(&state).saturating_sub(state.table.ahead);
+    scout.look(&mut state, most);
+    match bring_next(core, state, scout) {
+        (false, state) => free_frames(core, state, scout),
+        moved => moved,
     }
 }
 
@@ -137,9 +146,9 @@ fn let_leave<'a, M: Memory>(
     }
     let mut left = core.drop_frames(&mut state, &leavers);
     let mut rest = &leavers[..];
-    while let Some((&first, others)) = rest.split_first() {
-        let Some(run) = core.dirty_run(&state, first, rest) else {
-            rest = others;
+    while !rest.is_empty() {
+        let Some(run) = core.dirty_run(&state, rest) else {
+            rest = &rest[1..];
             continue;
         };
         rest = &rest[run.pages.len()..];

@@ -4,7 +4,7 @@
 //! leaves), then [`disk`] (the file itself: made without a name, written directly or through the system's cache).
 
 mod disk;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 pub(crate) mod faulty;
 mod tier;
 

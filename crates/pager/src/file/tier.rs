@@ -260,5 +260,5 @@ fn aligned(len: usize) -> (Vec<u8>, Range<usize>) {
     (memory, start..start + len)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests;

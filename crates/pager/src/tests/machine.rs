@@ -1,6 +1,8 @@
-//! A pager is a map of byte vectors: whatever is done to it, in whatever order, under whatever limit.
+//! A pager is a map of byte vectors: whatever is done to it, in whatever order, under whatever limit, and on a disk that
+//! fails, is full, is mended, or gives back other bits than it was given.
 
-use super::{PAGE, byte, pager};
+use super::{PAGE, byte, over, pager};
+use crate::file::faulty::{Call, Faulty};
 use crate::{Access, Allocation, Error, Hold, Limit, Pager};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
@@ -20,6 +22,12 @@ enum Act {
     Discard(usize, Range<usize>),
     Free(usize),
     Capacity(usize),
+    /// Some calls of the disk fail, after others.
+    Fail(Call, usize, usize, i32),
+    /// The disk takes so many bytes more.
+    Room(usize),
+    Flip(usize, u32),
+    Mend,
 }
 
 /// The most bytes of an allocation.
@@ -41,6 +49,18 @@ fn act() -> impl Strategy<Value = Act> {
     ]
 }
 
+/// What happens to a disk.
+fn fate() -> impl Strategy<Value = Act> {
+    let call = prop::sample::select(vec![Call::Read, Call::Write, Call::Punch]);
+    let error = prop::sample::select(vec![libc::EIO, libc::ENOSPC]);
+    prop_oneof![
+        3 => (call, 0usize..4, 1usize..6, error).prop_map(|(call, after, times, error)| Act::Fail(call, after, times, error)),
+        1 => (0usize..3 * PAGE).prop_map(Act::Room),
+        1 => (any::<usize>(), 0u32..8).prop_map(|(number, bit)| Act::Flip(number, bit)),
+        3 => Just(Act::Mend),
+    ]
+}
+
 /// An allocation and what it must hold; nothing is known of what was discarded.
 struct Known {
     allocation: Allocation,
@@ -51,6 +71,9 @@ struct Known {
 
 struct Machine {
     pager: Pager,
+    disk: Faulty,
+    /// The disk may fail, or have failed since it was mended.
+    failing: bool,
     capacity: usize,
     /// Pages that may be resident: more than the capacity where more were held when it shrank.
     most: usize,
@@ -70,8 +93,23 @@ fn pages(range: &Range<usize>, known: &Known) -> BTreeSet<(usize, usize)> {
 }
 
 impl Machine {
-    fn new() -> Self {
-        Self { pager: pager(4), capacity: 4, most: 4, known: Vec::new(), made: 0, held: Vec::new() }
+    /// On a pager of 4 pages.
+    fn new(pager: Pager, disk: Faulty) -> Self {
+        let (known, held) = (Vec::new(), Vec::new());
+        Self { pager, disk, failing: false, capacity: 4, most: 4, known, made: 0, held }
+    }
+
+    /// That an error has a cause, `fits` being whether there was room.
+    fn explain(&self, error: &Error, fits: bool) {
+        match error {
+            Error::Full { .. } => assert!(!fits || self.most > self.capacity, "it fits, and was refused: {error}"),
+            Error::Stuck { source, .. } => self.explain(source, true),
+            Error::File { .. } => assert!(self.failing, "{error}"),
+            Error::Damaged { position, .. } => {
+                assert!(self.disk.is_flipped(*position..position + PAGE as u64), "{error}")
+            }
+            error => panic!("{error}"),
+        }
     }
 
     fn held_pages(&self) -> BTreeSet<(usize, usize)> {
@@ -95,8 +133,7 @@ impl Machine {
                 let wrong = pin.iter().zip(&bytes[range.clone()]).position(|(a, b)| b.is_some_and(|b| *a != b));
                 assert_eq!(wrong.map(|at| range.start + at), None, "the first byte that is another");
             }
-            Err(error @ Error::Full { .. }) => assert!(!fits || over, "{range:?} fits, and was refused: {error}"),
-            Err(error) => panic!("{error}"),
+            Err(error) => self.explain(&error, fits),
         }
     }
 
@@ -112,9 +149,32 @@ impl Machine {
             Act::Capacity(pages) => {
                 let held = self.held_pages().len();
                 let set = self.pager.set_limit(Limit::Pages(pages * PAGE));
-                assert_eq!(set.is_ok(), held <= pages, "{held} pages are held, {pages} allowed");
+                self.capacity = pages;
                 // What could not leave then leaves when next something must come.
-                (self.capacity, self.most) = (pages, pages.max(held));
+                match set {
+                    Err(error @ Error::Stuck { .. }) => {
+                        self.most = self.most.max(pages);
+                        self.explain(&error, true);
+                    }
+                    set => {
+                        assert_eq!(set.is_ok(), held <= pages, "{held} pages are held, {pages} allowed: {set:?}");
+                        self.most = pages.max(held);
+                    }
+                }
+            }
+            Act::Fail(call, after, times, error) => {
+                self.failing = true;
+                self.disk.fail(call, after, times, error);
+            }
+            Act::Room(bytes) => {
+                self.failing = true;
+                self.disk.limit(self.disk.held() + bytes);
+            }
+            Act::Flip(number, bit) => self.disk.flip_any(number, bit, PAGE as u64),
+            Act::Mend => {
+                self.disk.mend();
+                self.failing = false;
+                self.act(Act::Capacity(self.capacity));
             }
             Act::LetGo(i) if !self.held.is_empty() => drop(self.held.swap_remove(i % self.held.len())),
             _ if count == 0 => {}
@@ -135,8 +195,7 @@ impl Machine {
                             *known = Some(*to);
                         }
                     }
-                    Err(Error::Full { .. }) => assert!(!fits || over),
-                    Err(error) => panic!("{error}"),
+                    Err(error) => self.explain(&error, fits),
                 }
             }
             Act::Read(i, range) => self.check(i % count, clip(&range, &self.known[i % count])),
@@ -145,8 +204,7 @@ impl Machine {
                 let range = clip(&range, &self.known[i]);
                 match self.known[i].allocation.hold(range.clone(), Access::Read) {
                     Ok(hold) => self.held.push((hold, pages(&range, &self.known[i]))),
-                    Err(Error::Full { .. }) => assert!(!self.fits(i, &range) || self.most > self.capacity),
-                    Err(error) => panic!("{error}"),
+                    Err(error) => self.explain(&error, self.fits(i, &range)),
                 }
             }
             Act::Prefetch(i, range) => self.known[i % count].allocation.prefetch(range),
@@ -168,6 +226,25 @@ impl Machine {
         assert_eq!(stats.held, self.held_pages().len() * PAGE);
         assert!(stats.resident <= self.most * PAGE, "{stats:?}");
     }
+
+    /// At the end, on a disk that works, each page is what was written or is damaged; and when all are freed, nothing
+    /// is left.
+    fn end(mut self) {
+        self.act(Act::Mend);
+        self.held.clear();
+        self.act(Act::Capacity(7));
+        for i in 0..self.known.len() {
+            let bytes = self.known[i].bytes.len();
+            (0..bytes).step_by(PAGE).for_each(|at| self.check(i, at..bytes.min(at + PAGE)));
+            if !self.disk.is_flipped(0..u64::MAX) {
+                self.check(i, 0..bytes);
+            }
+        }
+        self.known.clear();
+        let stats = self.pager.stats();
+        assert_eq!((stats.allocated, stats.resident, stats.held, stats.away, stats.ahead), (0, 0, 0, 0, 0));
+        assert_eq!(stats.file.unwrap().stored, 0);
+    }
 }
 
 proptest! {
@@ -175,20 +252,20 @@ proptest! {
 
     #[test]
     fn a_pager_is_a_map_of_bytes(acts in prop::collection::vec(act(), 1..150)) {
-        let mut machine = Machine::new();
-        for act in acts {
-            machine.act(act);
-        }
-        machine.held.clear();
-        machine.pager.set_limit(Limit::Pages(7 * PAGE)).unwrap();
-        (machine.capacity, machine.most) = (7, 7);
-        for i in 0..machine.known.len() {
-            machine.check(i, 0..machine.known[i].bytes.len());
-        }
-        machine.known.clear();
-        let stats = machine.pager.stats();
-        prop_assert_eq!((stats.allocated, stats.resident, stats.held, stats.away), (0, 0, 0, 0));
-        prop_assert_eq!(machine.pager.memory().file().unwrap().stored, 0);
+        let mut machine = Machine::new(pager(4), Faulty::default());
+        acts.into_iter().for_each(|act| machine.act(act));
+        machine.end();
+    }
+
+    #[test]
+    fn a_pager_on_a_disk_that_fails_loses_nothing_and_gives_no_wrong_byte(
+        acts in prop::collection::vec(prop_oneof![5 => act(), 1 => fate()], 1..150), seed in any::<u32>(),
+    ) {
+        let disk = Faulty::default();
+        disk.move_short_counts(seed);
+        let mut machine = Machine::new(over(&disk, 4, 4), disk);
+        acts.into_iter().for_each(|act| machine.act(act));
+        machine.end();
     }
 }
 

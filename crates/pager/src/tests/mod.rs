@@ -1,11 +1,14 @@
-//! Whole pagers: against a plain map of bytes, under faults, from several threads.
+//! Whole pagers: against a plain map of bytes, under faults, from several threads, and how well they foresee.
 
+mod ahead;
 mod faults;
 mod machine;
 mod threads;
 mod tiers;
 
-use crate::{Error, FileOptions, Limit, Options, Pager};
+use crate::file::FileTier;
+use crate::file::faulty::Faulty;
+use crate::{Error, FileOptions, Host, Limit, Options, Pager};
 
 /// The least page there is.
 pub(super) const PAGE: usize = 64 << 10;
@@ -15,6 +18,12 @@ pub(super) fn pager(pages: usize) -> Pager {
     let file = FileOptions { folder: std::env::temp_dir(), direct: false, capacity: u64::MAX };
     let options = Options { page: PAGE, look_ahead: 4 * PAGE, ..Options::new(Limit::Pages(pages * PAGE), Some(file)) };
     Pager::new(options).expect("a pager over a temporary file")
+}
+
+/// A pager of so many pages in memory, `look_ahead` of them ahead, over a disk that may fail.
+pub(super) fn over(disk: &Faulty, pages: usize, look_ahead: usize) -> Pager {
+    let tier = FileTier::on(Box::new(disk.clone()), "a disk that fails".into(), PAGE, u64::MAX);
+    Pager::over(Host::on(tier, PAGE), PAGE, Limit::Pages(pages * PAGE), look_ahead * PAGE).unwrap()
 }
 
 /// Bytes that belong to a place and a seed.
@@ -61,6 +70,19 @@ fn a_range_beyond_its_allocation_is_named() {
         assert!(matches!(allocation.pin(range), Err(Error::Range { available: 100, .. })));
     }
     assert!(allocation.pin(100..100).unwrap().is_empty());
+}
+
+#[test]
+fn a_range_that_is_cool_is_so_as_far_as_it_exists() {
+    let pager = pager(4);
+    let mut all: Vec<_> = (0..3).map(|_| pager.alloc(2 * PAGE).unwrap()).collect();
+    all[..2].iter_mut().for_each(|allocation| allocation.pin_mut(0..2 * PAGE).unwrap().fill(1));
+    all[1].cool(0..usize::MAX);
+    all[1].cool(usize::MAX..usize::MAX);
+    all[2].pin_mut(0..2 * PAGE).unwrap().fill(1);
+    // Otherwise the first had left, unused for longest.
+    drop(all[0].pin(0..2 * PAGE).unwrap());
+    assert_eq!(pager.stats().faults, 0);
 }
 
 #[test]

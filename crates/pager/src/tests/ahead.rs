@@ -1,0 +1,188 @@
+//! How well a pager foresees. The worker is not a thread here: it works when a test tells it to, on a memory whose
+//! moves take no time, until it rests.
+
+use crate::core::Core;
+use crate::forecast::PageId;
+use crate::guarded::{Cells, Guarded};
+use crate::sync::Arc;
+use crate::worker::{Scout, step};
+use crate::{Access, Limit};
+use std::ops::Range;
+
+/// A pager of one allocation, and its worker.
+struct Walk {
+    core: Core<Guarded>,
+    scout: Scout,
+    region: Arc<Cells>,
+    all: Range<PageId>,
+}
+
+impl Drop for Walk {
+    fn drop(&mut self) {
+        self.core.leave(self.all.clone());
+    }
+}
+
+impl Walk {
+    /// Over `pages` pages, in a memory of `frames`.
+    fn new(pages: usize, frames: usize, look_ahead: usize) -> Self {
+        let core = Core::new(Guarded::default(), 1, Limit::Pages(frames), look_ahead);
+        let (region, first) = core.enter(pages).unwrap();
+        Self { core, scout: Scout::default(), region, all: first..first + pages as PageId }
+    }
+
+    fn pages(&self, range: &Range<usize>) -> Range<PageId> {
+        self.all.start + range.start as PageId..self.all.start + range.end as PageId
+    }
+
+    fn touch(&self, range: Range<usize>) {
+        self.core.hold(self.pages(&range), Access::Write).unwrap();
+        self.region.touch(&range, Some(1));
+        self.core.unhold(self.pages(&range));
+    }
+
+    /// Let the worker work until it rests; how often something moved.
+    fn rest(&mut self) -> usize {
+        let mut steps = 0;
+        let mut state = self.core.lock();
+        loop {
+            let moved;
+            (moved, state) = step(&self.core, state, &mut self.scout);
+            if !moved {
+                return steps;
+            }
+            steps += 1;
+            assert!(steps < 1000, "it never rests");
+        }
+    }
+
+    /// Faults while `range` is touched.
+    fn faults(&self, range: Range<usize>) -> u64 {
+        let before = self.core.stats().faults;
+        self.touch(range);
+        self.core.stats().faults - before
+    }
+}
+
+/// Every other page, so that each touch counts as a step of what repeats.
+#[test]
+fn a_walk_slower_than_the_disk_finds_nine_of_ten_pages_that_were_away_there() {
+    for (pages, frames) in [(100, 80), (100, 30), (41, 40)] {
+        let mut walk = Walk::new(2 * pages, frames, 10);
+        let mut round = || {
+            let before = walk.core.stats();
+            let mut moves = 0;
+            for page in 0..pages {
+                walk.touch(2 * page..2 * page + 1);
+                moves += walk.rest();
+            }
+            let after = walk.core.stats();
+            // Each page that is touched makes way for at most itself, what comes in ahead of it, and a free frame.
+            assert!(moves <= 4 * pages, "{moves} moves for {pages} pages");
+            (after.faults - before.faults, after.prefetch_hits - before.prefetch_hits, after.loaded - before.loaded)
+        };
+        // Two rounds to learn.
+        let _ = [round(), round()];
+        for _ in 0..3 {
+            let (faults, hits, loaded) = round();
+            assert!(faults * 9 <= hits, "{faults} faults, {hits} hits");
+            // What comes ahead takes frames from what would stay, and no more.
+            assert!(loaded <= (pages - frames + 2 * 10) as u64, "{loaded} loaded, {} do not fit", pages - frames);
+        }
+    }
+}
+
+/// Moves that fail are not tried over and over: whoever needs the page tries again.
+#[test]
+fn a_worker_whose_every_move_fails_rests_and_harms_nothing() {
+    let mut walk = Walk::new(80, 30, 4);
+    (0..3 * 40).for_each(|step| walk.touch(2 * (step % 40)..2 * (step % 40) + 1));
+    // All that is there is clean, and so may leave for what cannot come.
+    for page in 0..80 {
+        let pages = walk.pages(&(2 * (page % 40)..2 * (page % 40) + 1));
+        walk.core.hold(pages.clone(), Access::Read).unwrap();
+        walk.core.unhold(pages);
+    }
+    walk.core.memory.set_working(false);
+    let before = walk.core.memory.calls();
+    for page in 0..40 {
+        let pages = walk.pages(&(2 * page..2 * page + 1));
+        if walk.core.hold(pages.clone(), Access::Read).is_ok() {
+            walk.core.unhold(pages.clone());
+        }
+        walk.core.want(pages);
+        walk.rest();
+    }
+    // A hold stores to make room and loads; so does the worker, for what it foresees and for its free frames.
+    let calls = walk.core.memory.calls() - before;
+    assert!(calls <= 6 * 40, "{calls} calls");
+    walk.core.memory.set_working(true);
+    (0..40).for_each(|page| walk.touch(2 * page..2 * page + 1));
+}
+
+#[test]
+fn a_prefetched_range_is_there_when_it_is_asked_for() {
+    let mut walk = Walk::new(40, 20, 0);
+    (0..40).for_each(|page| walk.touch(page..page + 1));
+    walk.core.vacate().unwrap();
+    walk.core.want(walk.pages(&(5..15)));
+    walk.rest();
+    assert_eq!((walk.core.stats().ahead, walk.faults(5..15)), (10, 0));
+    assert_eq!(walk.core.stats().prefetch_hits, 10);
+}
+
+#[test]
+fn asking_for_more_than_fits_brings_in_what_fits() {
+    let mut walk = Walk::new(60, 20, 0);
+    (0..60).for_each(|page| walk.touch(page..page + 1));
+    walk.core.vacate().unwrap();
+    (0..100).for_each(|_| walk.core.want(walk.pages(&(0..60))));
+    walk.rest();
+    let stats = walk.core.stats();
+    assert_eq!((stats.ahead, stats.loaded), (20, 20));
+    assert_eq!(walk.faults(0..20), 0);
+}
+
+#[test]
+fn cool_pages_leave_first_and_dead_ones_before_them() {
+    let walk = Walk::new(30, 10, 0);
+    (0..10).for_each(|page| walk.touch(page..page + 1));
+    walk.core.cool(walk.pages(&(6..8)));
+    walk.core.discard(walk.pages(&(8..9)));
+    let stored = walk.core.stats().stored;
+    // One dead and two cool ones make room for three.
+    walk.touch(20..21);
+    assert_eq!(walk.core.stats().stored, stored);
+    walk.touch(21..23);
+    assert_eq!(walk.core.stats().stored, stored + 2);
+    assert_eq!(walk.faults(0..6) + walk.faults(9..10), 0);
+    assert_eq!(walk.faults(6..8), 2);
+}
+
+#[test]
+fn what_somebody_holds_is_not_discarded() {
+    let walk = Walk::new(4, 2, 0);
+    walk.core.hold(walk.pages(&(0..1)), Access::Write).unwrap();
+    walk.core.discard(walk.pages(&(0..2)));
+    walk.region.touch(&(0..1), Some(7));
+    walk.core.unhold(walk.pages(&(0..1)));
+    walk.core.vacate().unwrap();
+    walk.core.hold(walk.pages(&(0..1)), Access::Read).unwrap();
+    assert_eq!(walk.region.touch(&(0..1), None), [7]);
+}
+
+/// A store that fails may leave the copy that was there: it is stale, and still to be forgotten.
+#[test]
+fn a_copy_that_a_failed_store_left_is_forgotten_with_its_page() {
+    let walk = Walk::new(1, 1, 0);
+    walk.touch(0..1);
+    walk.core.vacate().unwrap();
+    walk.touch(0..1);
+    walk.core.memory.set_working(false);
+    assert!(walk.core.vacate().is_err());
+    walk.core.memory.set_working(true);
+    walk.core.discard(walk.all.clone());
+    walk.core.vacate().unwrap();
+    // The memory sees that nothing is below where it puts a new frame.
+    walk.touch(0..1);
+}
