@@ -109,7 +109,9 @@ impl Memory for Host {
 
     fn load(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
         let (file, extent) = region.kept()?;
-        region.space.open(pages.start * self.page..pages.end * self.page)?;
+        let range = pages.start * self.page..pages.end * self.page;
+        region.space.open(range.clone())?;
+        region.space.populate(range);
         // SAFETY: as above.
         file.load(extent, pages.start, unsafe { self.bytes_mut(region, &pages) })
     }

@@ -59,6 +59,17 @@ impl Space {
         if cfg!(test) { self.protect(range, access).map_err(|source| Error::Address { bytes, source }) } else { Ok(()) }
     }
 
+    /// Put frames behind an opened range now, at one go: a fault for every 4 KiB costs several times as much. Where the
+    /// system has no call for it (Linux before 5.14), they come as they are touched.
+    pub(crate) fn populate(&self, range: Range<usize>) {
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
+        #[cfg(target_os = "linux")]
+        // SAFETY: within the mapping; it changes no byte.
+        unsafe {
+            libc::madvise(self.start.as_ptr().add(range.start).cast(), range.len(), libc::MADV_POPULATE_WRITE)
+        };
+    }
+
     /// The first byte's address.
     pub(crate) fn start(&self) -> *mut u8 {
         self.start.as_ptr()

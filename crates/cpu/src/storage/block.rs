@@ -64,6 +64,14 @@ impl Block {
         }
     }
 
+    /// Its first byte's address.
+    pub(super) fn start(&self) -> *const u8 {
+        match self {
+            Self::System(block) => block.start(),
+            Self::Paged(allocation) => allocation.start(),
+        }
+    }
+
     /// Whether it lies on a pager.
     pub(super) fn is_paged(&self) -> bool {
         matches!(self, Self::Paged(_))

@@ -74,7 +74,13 @@ impl State {
 
     fn remove(&mut self, found: (bool, usize)) -> Option<Block> {
         let blocks = self.free.get_mut(&found)?;
-        let block = blocks.pop();
+        // The system's memory: the last one used, which caches may still hold. A pager's: the lowest, so that a step that
+        // begins with the same free blocks as the one before it takes the same ones, and its pages are foreseen.
+        let lowest = if found.0 { (0..blocks.len()).min_by_key(|i| blocks[*i].start()) } else { None };
+        let block = match lowest {
+            Some(lowest) => Some(blocks.swap_remove(lowest)),
+            None => blocks.pop(),
+        };
         if blocks.is_empty() {
             self.free.remove(&found);
         }
