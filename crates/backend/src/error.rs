@@ -48,7 +48,8 @@ pub enum Error {
     /// Memory that a device does not have.
     #[error(
         "{asked} bytes of device memory were asked for, {free} are free: a smaller --batch or --seq takes less, \
-         --accumulate makes up for it, and --checkpointing keeps fewer activations"
+         --accumulate makes up for it, --checkpointing keeps fewer activations, and --memory-limit pages what does not \
+         fit to the machine's memory"
     )]
     DeviceMemory { asked: usize, free: usize },
     /// Paged memory that could not be brought into place.

@@ -1,7 +1,9 @@
 //! The backend: each kernel of the contract is the function of the same name in its operation's file.
 
-use crate::call::Call;
-use crate::memory::DeviceMemory;
+use crate::call::{Call, paging};
+use crate::memory::{BufferMemory, DeviceMemory};
+use crate::paging::DevicePager;
+use crate::pool::Paging;
 use crate::tables::Tables;
 use crate::{Argument, Crossover, Driver, NAME, ops};
 use rankfold_backend::params::*;
@@ -9,6 +11,7 @@ use rankfold_backend::{
     AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Error, Format, HostBytes, Quantized, Result,
     View, ViewMut,
 };
+use rankfold_pager::{self as pager, Pager};
 use std::sync::Arc;
 
 /// Bytes of the counters of a launch.
@@ -17,7 +20,9 @@ const COUNTERS: usize = 12;
 /// The kernels of `kernels/` on a driver.
 #[derive(Debug)]
 pub struct CudaBackend {
-    pub(crate) driver: Arc<dyn Driver>,
+    driver: Arc<dyn Driver>,
+    /// Where there is none, all memory is the driver's.
+    paging: Option<Arc<Paging>>,
     pub(crate) tables: Tables,
     /// `struct Counters` of `kernels/between_blocks.cuh`, between launches all 0.
     counters: DeviceMemory,
@@ -28,8 +33,9 @@ impl CudaBackend {
     /// On a driver of any kind.
     pub fn new(driver: impl Driver + 'static) -> crate::Result<Self> {
         let driver: Arc<dyn Driver> = Arc::new(driver);
-        let counters = DeviceMemory::new(&driver, COUNTERS)?;
-        let backend = Self { tables: Tables::new(&driver)?, counters, crossover: Crossover::default(), driver };
+        let counters = DeviceMemory::new(&driver, None, COUNTERS)?;
+        let (tables, crossover) = (Tables::new(&driver)?, Crossover::default());
+        let backend = Self { tables, counters, crossover, paging: None, driver };
         backend.clear_counters()?;
         Ok(backend)
     }
@@ -57,6 +63,28 @@ impl CudaBackend {
         Self { crossover, ..self }
     }
 
+    /// With at most `limit` bytes of the device's memory for its buffers and its kernels' working memory: buffers of a
+    /// frame or more are paged to the host's memory, and from there to wherever that pager's pages go, which divide a
+    /// frame. Each kernel holds what it touches until it is launched. Buffers that were made before stay where they
+    /// are.
+    ///
+    /// Errors: a limit below a frame; a device that has no frames.
+    pub fn on_pager(self, host: Pager, limit: usize) -> pager::Result<Self> {
+        let paging = Paging::new(&self.driver, host, limit, None)?;
+        Ok(Self { paging: Some(paging), ..self })
+    }
+
+    /// The same for buffers of `from` bytes and more.
+    pub fn on_pager_from(self, host: Pager, limit: usize, from: usize) -> pager::Result<Self> {
+        let paging = Paging::new(&self.driver, host, limit, Some(from))?;
+        Ok(Self { paging: Some(paging), ..self })
+    }
+
+    /// The pager of its buffers, where they are paged.
+    pub fn pager(&self) -> Option<&DevicePager> {
+        self.paging.as_ref().map(|paging| &paging.pager)
+    }
+
     /// The driver that it runs on.
     pub fn driver(&self) -> &dyn Driver {
         &*self.driver
@@ -72,8 +100,18 @@ impl CudaBackend {
         Argument::output(DType::U32, self.counters.address())
     }
 
+    /// Whether memory is this backend's device's.
+    pub(crate) fn owns(&self, memory: &BufferMemory) -> bool {
+        memory.belongs_to(&self.driver)
+    }
+
+    /// `bytes` bytes that stay where they are, of unspecified value.
+    pub(crate) fn fixed(&self, bytes: usize) -> crate::Result<DeviceMemory> {
+        DeviceMemory::new(&self.driver, self.paging.as_ref(), bytes)
+    }
+
     pub(crate) fn call(&self, kernel: &'static str) -> Call<'_> {
-        Call { on: self, kernel }
+        Call::new(self, kernel)
     }
 }
 
@@ -87,7 +125,11 @@ impl Backend for CudaBackend {
             return Err(Error::Unsupported { backend: NAME, what: "f64" });
         }
         let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
-        Ok(Buffer::new(DeviceMemory::new(&self.driver, bytes)?, dtype, len))
+        let memory = match self.paging.as_ref().filter(|paging| bytes >= paging.from) {
+            Some(on) => BufferMemory::paged(on.alloc(bytes).map_err(paging("alloc", "buffer"))?),
+            None => BufferMemory::fixed(self.fixed(bytes)?),
+        };
+        Ok(Buffer::new(memory, dtype, len))
     }
 
     fn write(&self, bytes: &[u8], out: ViewMut) -> Result<()> {

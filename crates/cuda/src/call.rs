@@ -1,16 +1,31 @@
 //! One kernel of the contract on its way to the device: views become arguments, with errors that name the kernel and
 //! the tensor.
+//!
+//! A call keeps what it gave addresses of in place for as long as it lives, and it is by a call that the device is
+//! reached: an operation makes one, takes its addresses from it, and launches through it.
 
-use crate::memory::DeviceMemory;
+use crate::memory::{BufferMemory, DeviceMemory, Holds};
 use crate::{Argument, CudaBackend, Driver, Launch, NAME};
 use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
+use rankfold_pager as pager;
+use std::ops::Range;
 
 /// A call of a kernel of the contract.
-#[derive(Clone, Copy)]
 pub(crate) struct Call<'a> {
     pub(crate) on: &'a CudaBackend,
     /// The kernel's name in errors.
     pub(crate) kernel: &'static str,
+    holds: Holds,
+}
+
+/// Where elements lie in their buffer, in bytes.
+fn place(offset: usize, len: usize, dtype: DType) -> Range<usize> {
+    offset * dtype.size()..(offset + len) * dtype.size()
+}
+
+/// For `map_err`: what the pager says of a kernel's tensor.
+pub(crate) fn paging(kernel: &'static str, tensor: &'static str) -> impl FnOnce(pager::Error) -> Error {
+    move |error| Error::Paging { kernel, tensor, what: error.to_string() }
 }
 
 /// The float types that weights, tables and casts come in.
@@ -49,54 +64,65 @@ impl Grid {
 }
 
 impl<'a> Call<'a> {
-    fn wrong(self, tensor: &'static str, expected: &'static str, found: DType) -> Error {
+    /// Of a kernel of this name.
+    pub(crate) fn new(on: &'a CudaBackend, kernel: &'static str) -> Self {
+        Self { on, kernel, holds: Holds::default() }
+    }
+
+    /// The device.
+    pub(crate) fn driver(&self) -> &dyn Driver {
+        self.on.driver()
+    }
+
+    fn wrong(&self, tensor: &'static str, expected: &'static str, found: DType) -> Error {
         Error::DType { kernel: self.kernel, tensor, expected, found }
     }
 
-    fn address(self, memory: &DeviceMemory, offset: usize, dtype: DType) -> Result<u64> {
-        if !memory.belongs_to(&self.on.driver) {
-            return Err(Error::Foreign { backend: NAME });
-        }
-        Ok(memory.address() + (offset * dtype.size()) as u64)
+    fn own<'v>(&self, view: &View<'v>) -> Result<&'v BufferMemory> {
+        let memory: &BufferMemory = view.buffer().storage(NAME)?;
+        if self.on.owns(memory) { Ok(memory) } else { Err(Error::Foreign { backend: NAME }) }
     }
 
-    /// The address of a view's first element.
-    pub(crate) fn at(self, view: View) -> Result<u64> {
-        self.address(view.buffer().storage(NAME)?, view.offset(), view.dtype())
+    /// That a view is this backend's and has this element type.
+    pub(crate) fn check(&self, tensor: &'static str, dtype: DType, view: &View) -> Result<()> {
+        self.own(view)?;
+        if view.dtype() == dtype { Ok(()) } else { Err(self.wrong(tensor, dtype.name(), view.dtype())) }
+    }
+
+    /// The address of a view's first element, for as long as this call lives.
+    pub(crate) fn at(&self, tensor: &'static str, view: View) -> Result<u64> {
+        let part = place(view.offset(), view.len(), view.dtype());
+        self.own(&view)?.address(part, &self.holds).map_err(paging(self.kernel, tensor))
     }
 
     /// The same of a view to write.
-    pub(crate) fn at_mut(self, view: &mut ViewMut) -> Result<u64> {
-        let (offset, dtype) = (view.offset(), view.dtype());
-        let memory: &mut DeviceMemory = view.buffer_mut().storage_mut(NAME)?;
-        memory.forget();
-        self.address(memory, offset, dtype)
+    pub(crate) fn at_mut(&self, tensor: &'static str, view: &mut ViewMut) -> Result<u64> {
+        let part = place(view.offset(), view.len(), view.dtype());
+        self.own(&view.as_view())?;
+        let memory: &mut BufferMemory = view.buffer_mut().storage_mut(NAME)?;
+        memory.address_mut(part, &self.holds).map_err(paging(self.kernel, tensor))
     }
 
     /// A view that the kernel reads, of this element type.
-    pub(crate) fn input(self, tensor: &'static str, dtype: DType, view: View) -> Result<Argument> {
-        if view.dtype() != dtype {
-            return Err(self.wrong(tensor, dtype.name(), view.dtype()));
-        }
-        Ok(Argument::input(dtype, self.at(view)?))
+    pub(crate) fn input(&self, tensor: &'static str, dtype: DType, view: View) -> Result<Argument> {
+        self.check(tensor, dtype, &view)?;
+        Ok(Argument::input(dtype, self.at(tensor, view)?))
     }
 
     /// A view that may be absent.
-    pub(crate) fn some_input(self, tensor: &'static str, dtype: DType, view: Option<View>) -> Result<Argument> {
+    pub(crate) fn some_input(&self, tensor: &'static str, dtype: DType, view: Option<View>) -> Result<Argument> {
         view.map_or(Ok(Argument::input(dtype, 0)), |view| self.input(tensor, dtype, view))
     }
 
     /// A view that the kernel writes.
-    pub(crate) fn output(self, tensor: &'static str, dtype: DType, view: &mut ViewMut) -> Result<Argument> {
-        if view.dtype() != dtype {
-            return Err(self.wrong(tensor, dtype.name(), view.dtype()));
-        }
-        Ok(Argument::output(dtype, self.at_mut(view)?))
+    pub(crate) fn output(&self, tensor: &'static str, dtype: DType, view: &mut ViewMut) -> Result<Argument> {
+        self.check(tensor, dtype, &view.as_view())?;
+        Ok(Argument::output(dtype, self.at_mut(tensor, view)?))
     }
 
     /// An output that may not be asked for.
     pub(crate) fn some_output(
-        self,
+        &self,
         tensor: &'static str,
         dtype: DType,
         view: &mut Option<ViewMut>,
@@ -105,46 +131,46 @@ impl<'a> Call<'a> {
     }
 
     /// The elements of a view whose type was checked, on the host: without a wait where the host wrote them.
-    pub(crate) fn on_the_host<T: Element>(self, view: View) -> Result<Vec<T>> {
-        let memory: &DeviceMemory = view.buffer().storage(NAME)?;
+    pub(crate) fn on_the_host<T: Element>(&self, tensor: &'static str, view: View) -> Result<Vec<T>> {
+        let memory = self.own(&view)?;
         let (start, mut elements) = (view.offset() * size_of::<T>(), vec![T::zeroed(); view.len()]);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut elements);
         match memory.remembered() {
             Some(written) => bytes.copy_from_slice(&written[start..start + bytes.len()]),
-            None => self.on.driver.download(self.at(view)?, bytes)?,
+            None => self.driver().download(self.at(tensor, view)?, bytes)?,
         }
         Ok(elements)
     }
 
     /// f32, to read.
-    pub(crate) fn f32(self, tensor: &'static str, view: View) -> Result<Argument> {
+    pub(crate) fn f32(&self, tensor: &'static str, view: View) -> Result<Argument> {
         self.input(tensor, DType::F32, view)
     }
 
     /// f32, to write.
-    pub(crate) fn f32_mut(self, tensor: &'static str, view: &mut ViewMut) -> Result<Argument> {
+    pub(crate) fn f32_mut(&self, tensor: &'static str, view: &mut ViewMut) -> Result<Argument> {
         self.output(tensor, DType::F32, view)
     }
 
     /// That a view has one of the float types.
-    pub(crate) fn float(self, tensor: &'static str, dtype: DType) -> Result<()> {
+    pub(crate) fn float(&self, tensor: &'static str, dtype: DType) -> Result<()> {
         if FLOATS.contains(&dtype) { Ok(()) } else { Err(self.wrong(tensor, "f32, bf16 or f16", dtype)) }
     }
 
     /// Starts an entry point of `kernels/`; nothing where the grid is empty.
-    pub(crate) fn launch(self, kernel: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()> {
-        Ok(launch(&*self.on.driver, kernel, grid, arguments)?)
+    pub(crate) fn launch(&self, kernel: &'static str, grid: Grid, arguments: &[Argument]) -> Result<()> {
+        Ok(launch(self.driver(), kernel, grid, arguments)?)
     }
 
     /// Counters for a launch whose blocks hand work to each other.
-    pub(crate) fn counters(self) -> Argument {
+    pub(crate) fn counters(&self) -> Argument {
         self.on.counters()
     }
 
     /// Working memory of `len` elements, freed in the order of launches when it is dropped.
-    pub(crate) fn scratch(self, dtype: DType, len: usize) -> Result<Scratch> {
+    pub(crate) fn scratch(&self, dtype: DType, len: usize) -> Result<Scratch> {
         let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
-        Ok(Scratch { memory: DeviceMemory::new(&self.on.driver, bytes)?, dtype })
+        Ok(Scratch { memory: self.on.fixed(bytes)?, dtype })
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 /// A device that holds memory and runs kernels in the order in which they are launched.
 ///
 /// Addresses are the device's own; 0 is none.
-pub trait Driver: fmt::Debug + Send + Sync {
+pub trait Driver: PagedMemory + fmt::Debug + Send + Sync {
     /// For messages: "host", or the device's name.
     fn name(&self) -> String;
 
@@ -17,6 +17,9 @@ pub trait Driver: fmt::Debug + Send + Sync {
 
     /// Gives back what [`Driver::alloc`] gave.
     fn free(&self, address: u64);
+
+    /// Bytes that [`Driver::alloc`] and [`PagedMemory::map`] could still give.
+    fn free_memory(&self) -> usize;
 
     /// Host bytes to the device.
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()>;
@@ -44,6 +47,33 @@ pub trait Driver: fmt::Debug + Send + Sync {
 
     /// The time between two points, waiting for both.
     fn elapsed(&self, from: &Event, to: &Event) -> Result<Duration>;
+}
+
+/// Addresses of a device that have memory behind them by whole frames, as long as they need it.
+///
+/// Kernels touch only what is mapped. Addresses and lengths are multiples of a frame.
+pub trait PagedMemory {
+    /// Bytes of a frame.
+    fn frame(&self) -> Result<usize>;
+
+    /// Addresses without memory.
+    fn reserve(&self, bytes: usize) -> Result<u64>;
+
+    /// Gives back what [`PagedMemory::reserve`] gave, of which nothing is mapped.
+    fn unreserve(&self, address: u64, bytes: usize);
+
+    /// Puts memory of unspecified value behind reserved addresses that have none; where it fails, they have none still.
+    fn map(&self, address: u64, bytes: usize) -> Result<()>;
+
+    /// Takes it back, after everything that was launched before has run: one allocation's, all of it mapped.
+    fn unmap(&self, address: u64, bytes: usize);
+
+    /// Host bytes to mapped addresses that nothing launched touches; it may overtake what was launched.
+    fn page_in(&self, bytes: &[u8], to: u64) -> Result<()>;
+
+    /// Bytes of mapped addresses, which nothing launched later writes, to the host: as everything launched before
+    /// leaves them. What is launched meanwhile may run meanwhile.
+    fn page_out(&self, from: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
 /// A point in the order of a driver's launches.

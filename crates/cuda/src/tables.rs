@@ -28,7 +28,7 @@ impl Tables {
             tables.extend(map.values());
             tables.extend(padded::<VALUES>(&midpoints(map)));
         }
-        let memory = DeviceMemory::new(driver, size_of_val(&tables[..]))?;
+        let memory = DeviceMemory::new(driver, None, size_of_val(&tables[..]))?;
         driver.upload(bytemuck::cast_slice(&tables), memory.address())?;
         Ok(Self { memory })
     }

@@ -1,12 +1,12 @@
 //! Where a command computes.
 
 use crate::error::{Error, Result};
+use crate::paging::{Paged, Tiers};
 use clap::{Args, ValueEnum};
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
 use rankfold_cpu::simd::Isa;
 use rankfold_cuda::CudaBackend;
-use rankfold_pager::Pager;
 use rankfold_reference::ReferenceBackend;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -32,6 +32,14 @@ impl Device {
         match self {
             Self::Cuda => ComputeType::Bf16,
             Self::Cpu | Self::CudaHost | Self::Reference => ComputeType::F32,
+        }
+    }
+
+    /// Whether its memory is not the process's.
+    pub fn has_memory_of_its_own(self) -> bool {
+        match self {
+            Self::Cuda | Self::CudaHost => true,
+            Self::Cpu | Self::Reference => false,
         }
     }
 
@@ -84,11 +92,11 @@ pub struct DeviceArgs {
 impl DeviceArgs {
     /// The backend that the flags ask for.
     pub fn open(&self) -> Result<Arc<dyn Backend>> {
-        self.open_on(None)
+        Ok(self.open_on(None)?.0)
     }
 
-    /// The same, its memory on a pager, where the device can.
-    pub fn open_on(&self, pager: Option<Pager>) -> Result<Arc<dyn Backend>> {
+    /// The same, its memory paged, where the device can; and what is paged.
+    pub fn open_on(&self, tiers: Option<Tiers>) -> Result<(Arc<dyn Backend>, Option<Paged>)> {
         check_threads(self.threads)?;
         let missing = |isa: &str| {
             let there = self.device.instruction_sets().join(", ");
@@ -106,16 +114,25 @@ impl DeviceArgs {
                 let isa = self.isa.as_deref().map(|name| Isa::named(name).ok_or_else(|| missing(name))).transpose()?;
                 let cpu =
                     isa.map_or_else(|| CpuBackend::new(self.threads), |isa| CpuBackend::with_isa(isa, self.threads));
-                Arc::new(match pager {
-                    Some(pager) => cpu.on_pager(pager),
-                    None => cpu,
-                })
+                match tiers {
+                    Some(Tiers { host, .. }) => (Arc::new(cpu.on_pager(host.clone())), Some(Paged::Host(host))),
+                    None => (Arc::new(cpu), None),
+                }
             }
-            Device::Cuda => Arc::new(CudaBackend::on_gpu()?),
-            Device::CudaHost => Arc::new(CudaBackend::on_host(self.threads)?),
-            Device::Reference => Arc::new(ReferenceBackend::new()),
+            Device::Cuda => on_tiers(CudaBackend::on_gpu()?, tiers)?,
+            Device::CudaHost => on_tiers(CudaBackend::on_host(self.threads)?, tiers)?,
+            Device::Reference => (Arc::new(ReferenceBackend::new()), None),
         })
     }
+}
+
+fn on_tiers(device: CudaBackend, tiers: Option<Tiers>) -> Result<(Arc<dyn Backend>, Option<Paged>)> {
+    let device = match tiers {
+        Some(tiers) => tiers.under(device)?,
+        None => device,
+    };
+    let paged = device.pager().cloned().map(Paged::Device);
+    Ok((Arc::new(device), paged))
 }
 
 /// The most threads: beyond it, a typing error is likelier than a machine with as many cores.

@@ -115,10 +115,12 @@ pub fn summary(plan: &Plan) -> String {
 }
 
 /// That a limit is one that the run works under, or, without one, that the machine has as much, where the system tells.
-/// (A GPU's memory is the GPU's own.)
+/// (A GPU's memory is the GPU's own, and what its kernels work in is not the plan's.)
 pub fn check(options: &Options, plan: &Plan) -> Result<()> {
     if let Some(limit) = &options.memory_limit {
-        plan.under(limit.bytes())?;
+        if !options.device.unwrap_or_default().has_memory_of_its_own() {
+            plan.under(limit.bytes())?;
+        }
         return Ok(());
     }
     let needed = plan.peak().bytes.sum();

@@ -243,7 +243,8 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep: Option<usize>,
-    /// The most memory of the process: what does not fit is paged to a file. Never changes a result.
+    /// The most memory of the process: what does not fit is paged to a file. With --device cuda, of the GPU: what does
+    /// not fit is paged to the machine's memory, and then to the file. Never changes a result.
     #[arg(long, value_name = "SIZE")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_limit: Option<Size>,

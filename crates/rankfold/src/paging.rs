@@ -1,49 +1,103 @@
-//! A limit on the memory of a run, kept by paging to a file.
+//! A limit on the memory of a run, kept by paging: of the process, to a file; of a device with memory of its own, to
+//! the process's memory and from there to the file.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::options::{Options, PageIo};
 use crate::show::bytes;
+use crate::size::Size;
+use rankfold_cuda::{CudaBackend, DevicePager};
 use rankfold_pager::{FileOptions, Limit, Pager, ProcessLimit, Stats};
 use rankfold_trainer::plan::RESERVE;
 use std::env::temp_dir;
 
-/// The pager of a run that has a limit: `--memory-limit`, or for a paged optimiser what the machine has left.
+/// The tiers of a run that has a limit.
+#[derive(Debug)]
+pub struct Tiers {
+    /// The process's memory over a file.
+    pub host: Pager,
+    /// The most of the device's memory; all that it has free where not said. For devices with memory of their own.
+    pub device: Option<u64>,
+}
+
+/// What is paged: the process's memory, or a device's.
+#[derive(Debug)]
+pub enum Paged {
+    /// The process's buffers.
+    Host(Pager),
+    /// A device's, with the host's tier below it.
+    Device(DevicePager),
+}
+
+/// The tiers of a run that has a limit: `--memory-limit`, or for a paged optimiser what the machine, or the device, has
+/// left.
 ///
-/// Errors: a device whose memory is not paged; a limit that the process is beyond already; a folder that cannot have the
-/// file.
-pub fn pager(options: &Options) -> Result<Option<Pager>> {
+/// Errors: a device whose memory is not paged; a limit that the process is beyond already; a folder that cannot have
+/// the file.
+pub fn tiers(options: &Options) -> Result<Option<Tiers>> {
     let is_paged = options.optimizer.unwrap_or_default().is_paged();
-    let limit = match (&options.memory_limit, available()) {
-        (Some(limit), _) => limit.bytes(),
-        (None, Some(available)) if is_paged => available,
-        _ => return Ok(None),
-    };
-    let device = options.device.unwrap_or_default();
-    if device != Device::Cpu {
-        if options.memory_limit.is_some() {
-            return Err(Error::Usage("--memory-limit: only the cpu's memory is paged".into()));
-        }
-        tracing::warn!("only the cpu's memory is paged: the optimiser's states stay where they are");
+    let asked = options.memory_limit.as_ref().map(Size::bytes);
+    if asked.is_none() && !is_paged {
         return Ok(None);
     }
+    let device = options.device.unwrap_or_default();
+    let (of_the_process, of_the_device) = match device {
+        Device::Cpu => (asked.or(available()), None),
+        Device::Cuda | Device::CudaHost => (Some(available().unwrap_or(u64::MAX)), asked),
+        Device::Reference if asked.is_some() => {
+            return Err(Error::Usage("--memory-limit: the reference's memory is not paged".into()));
+        }
+        Device::Reference => {
+            tracing::warn!("the reference's memory is not paged: the optimiser's states stay where they are");
+            return Ok(None);
+        }
+    };
+    let Some(limit) = of_the_process else { return Ok(None) };
     let file = FileOptions {
         folder: options.page_folder.clone().unwrap_or_else(temp_dir),
         direct: options.page_io.unwrap_or_default() == PageIo::Direct,
         capacity: u64::MAX,
     };
+    // The least pages divide any frame of a device.
+    let page = if device.has_memory_of_its_own() { LEAST_PAGE } else { page(limit) };
     let process = ProcessLimit::new(limit as usize, RESERVE as usize);
-    let pages = rankfold_pager::Options {
-        page: page(limit),
-        ..rankfold_pager::Options::new(Limit::Process(process), Some(file))
-    };
-    Ok(Some(Pager::new(pages)?))
+    let pages = rankfold_pager::Options { page, ..rankfold_pager::Options::new(Limit::Process(process), Some(file)) };
+    Ok(Some(Tiers { host: Pager::new(pages)?, device: of_the_device }))
 }
+
+impl Tiers {
+    /// A device with memory of its own on its tiers.
+    ///
+    /// Errors: a limit below a frame of the device's.
+    pub fn under(self, device: CudaBackend) -> Result<CudaBackend> {
+        // A sixteenth is left at the least: for the kernels' code, and for what lies between allocations.
+        let free = device.driver().free_memory();
+        let all = free - free / 16;
+        let limit = self.device.map_or(all, |limit| all.min(limit as usize));
+        Ok(device.on_pager(self.host, limit)?)
+    }
+}
+
+impl Paged {
+    /// What paging came to.
+    pub fn summary(&self) -> String {
+        match self {
+            Self::Host(pager) => summary(&pager.stats()),
+            Self::Device(pager) => {
+                let (device, host) = (pager.stats(), pager.memory().host().stats());
+                format!("the device's memory: {}; the host's: {}", summary(&device), summary(&host))
+            }
+        }
+    }
+}
+
+/// The least page that there is.
+const LEAST_PAGE: usize = 64 << 10;
 
 /// Bytes of a page: the larger, the fewer buffers are large enough to be paged; the smaller, the more pages to keep the
 /// books of. So that a limit is some thousands of them.
 fn page(limit: u64) -> usize {
-    (limit / 8192).next_power_of_two().clamp(64 << 10, 4 << 20) as usize
+    (limit / 8192).next_power_of_two().clamp(LEAST_PAGE as u64, 4 << 20) as usize
 }
 
 /// Memory that the machine could give, where the system tells.
@@ -53,8 +107,7 @@ fn available() -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// What paging came to.
-pub fn summary(stats: &Stats) -> String {
+fn summary(stats: &Stats) -> String {
     let Stats { stored, loaded, faults, hits, stall, high_water, .. } = stats;
     if *stored == 0 {
         return format!("nothing was paged: {} of buffers at the most", bytes(*high_water as u64));

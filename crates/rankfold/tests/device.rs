@@ -76,6 +76,32 @@ fn bf16_products_train_as_f32_ones_do_nearly() {
     assert!(f32.iter().zip(&bf16).all(|(a, b)| (a - b).abs() < 0.02 * a), "{f32:?} {bf16:?}");
 }
 
+/// A million parameters with their gradients and moments, on a device that has room for half of what they take.
+#[test]
+fn training_on_half_of_the_device_has_the_bits_of_training_on_all() {
+    let place = Place::new();
+    let config = r#"{"model_type": "llama", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 384, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
+    let [model, tokens] = place.model(config, [2, 32]);
+    let run = |name: &str, more: &[&str]| {
+        let out = place.text(name);
+        let common = ["train", "--model", &model, "--tokens", &tokens, "--method", "full", "--steps", "3"];
+        let args = [&common[..], &["--device", "cuda-host", "--out", &out], more].concat();
+        let output = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(output.status.success(), "{said}");
+        (std::fs::read(place.path(name).join("model.safetensors")).unwrap(), said)
+    };
+    let (free, _) = run("free", &[]);
+    let (all, said) = run("all", &["--memory-limit", "1GiB"]);
+    let (_, taken) = said.split_once("nothing was paged: ").unwrap();
+    let taken: f64 = taken.split_once(" MiB of buffers at the most").unwrap().0.parse().unwrap();
+    let (half, said) = run("half", &["--memory-limit", &format!("{}MiB", taken / 2.0)]);
+    assert!(said.contains("the device's memory: paged: "), "{said}");
+    assert!(free == all && all == half, "other bits on {} MiB of {taken}", taken / 2.0);
+}
+
 /// A machine that has some of NVIDIA's libraries.
 struct Machine {
     place: Place,

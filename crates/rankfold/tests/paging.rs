@@ -114,9 +114,10 @@ fn what_cannot_be_kept_is_refused_before_anything_is_written() {
     refused(&["--memory-limit", "60MiB"], &["memory limit of 60 MiB", "expected at least"]);
     refused(&["--memory-limit", "1MiB"], &["memory", "expected at least"]);
     refused(&["--memory-limit", "0"], &["--memory-limit", "0"]);
+    refused(&["--memory-limit", "1KiB", "--device", "cuda-host"], &["capacity of 1024 bytes", "a page, 65536"]);
     refused(&["--memory-limit", "1GiB", "--page-folder", "/no/such/folder"], &["/no/such/folder"]);
     let file = place.file("file", "");
     refused(&["--memory-limit", "1GiB", "--page-folder", &file], &[&file]);
     refused(&["--memory-limit", "1GiB", "--page-folder", "/proc"], &["/proc"]);
-    refused(&["--memory-limit", "1GiB", "--device", "cuda-host"], &["--memory-limit", "cpu"]);
+    refused(&["--memory-limit", "1GiB", "--device", "reference"], &["--memory-limit", "reference"]);
 }

@@ -2,11 +2,12 @@
 //!
 //! [`nvrtc`] compiles a source of `kernels/` when one of its kernels is first launched, for the device's own
 //! architecture, and `cache` keeps what came out; `blas` has the dense products. Everything runs on one stream, in
-//! the order of the calls.
+//! the order of the calls, but for the copies of `pages`.
 
 mod blas;
 mod cache;
 pub mod nvrtc;
+mod pages;
 
 use crate::{Argument, Driver, Error, Event, Gemm, Launch, Result, SOURCES, Source, gemm};
 use blas::{Blas, WORKSPACE};
@@ -14,6 +15,7 @@ use cudarc::driver::sys::{
     self, CUcontext, CUdevice, CUdevice_attribute_enum as Attribute, CUevent, CUfunction, CUmodule, CUresult, CUstream,
 };
 use nvrtc::Nvrtc;
+use pages::Way;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::fmt;
@@ -49,6 +51,8 @@ pub struct GpuDriver {
     stream: CUstream,
     nvrtc: Nvrtc,
     blas: Option<Blas>,
+    page_in: Way,
+    page_out: Way,
     functions: Mutex<HashMap<&'static str, Function>>,
 }
 
@@ -111,9 +115,19 @@ impl GpuDriver {
         }
         let most_shared = Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
         let shared_memory = Self::attribute(device, most_shared)?.unsigned_abs() as usize;
-        let functions = Mutex::default();
-        let blas = None;
-        let mut driver = Self { name, architecture, shared_memory, device, context, stream, nvrtc, blas, functions };
+        let mut driver = Self {
+            name,
+            architecture,
+            shared_memory,
+            device,
+            context,
+            stream,
+            nvrtc,
+            blas: None,
+            page_in: Way::default(),
+            page_out: Way::default(),
+            functions: Mutex::default(),
+        };
         let workspace = driver.alloc(WORKSPACE)?;
         match Blas::load(workspace) {
             Ok(blas) => driver.blas = Some(blas),
@@ -220,12 +234,15 @@ impl GpuDriver {
         Ok(value)
     }
 
-    /// Bytes that are free on the device.
-    fn free_bytes(&self) -> usize {
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: two integers to write to. Where the call fails, 0 it is.
-        let _ = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) };
-        free
+    /// Gives back what was freed and kept.
+    fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        let mut pool = ptr::null_mut();
+        // SAFETY: a place for a handle, and the device's own pool.
+        unsafe {
+            check("cuDeviceGetDefaultMemPool", sys::cuDeviceGetDefaultMemPool(&mut pool, self.device))?;
+            check("cuMemPoolTrimTo", sys::cuMemPoolTrimTo(pool, 0))
+        }
     }
 }
 
@@ -241,18 +258,11 @@ impl Driver for GpuDriver {
         let mut ask = || unsafe { sys::cuMemAllocAsync(&mut address, bytes.max(1), self.stream) };
         let mut outcome = ask();
         if outcome == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            // What was freed and kept is given back first.
-            self.synchronize()?;
-            let mut pool = ptr::null_mut();
-            // SAFETY: a place for a handle, and the device's own pool.
-            unsafe {
-                check("cuDeviceGetDefaultMemPool", sys::cuDeviceGetDefaultMemPool(&mut pool, self.device))?;
-                check("cuMemPoolTrimTo", sys::cuMemPoolTrimTo(pool, 0))?;
-            }
+            self.trim()?;
             outcome = ask();
         }
         if outcome == CUresult::CUDA_ERROR_OUT_OF_MEMORY {
-            return Err(Error::OutOfMemory { asked: bytes, free: self.free_bytes() });
+            return Err(Error::OutOfMemory { asked: bytes, free: self.free_memory() });
         }
         check("cuMemAllocAsync", outcome)?;
         Ok(address)
@@ -264,6 +274,15 @@ impl Driver for GpuDriver {
             // earlier call, which the next call reports.
             let _ = unsafe { sys::cuMemFreeAsync(address, self.stream) };
         }
+    }
+
+    fn free_memory(&self) -> usize {
+        let (mut free, mut total) = (0, 0);
+        if self.enter().is_ok() {
+            // SAFETY: two integers to write to. Where the call fails, 0 it is.
+            let _ = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) };
+        }
+        free
     }
 
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {
@@ -380,9 +399,12 @@ impl Drop for Point {
 
 impl Drop for GpuDriver {
     fn drop(&mut self) {
-        // The library's handle and memory go before their context.
+        // The library's handle and memory, and the ways of pages, go before their context.
         self.drop_blas();
         let _ = self.synchronize();
+        for way in [&mut self.page_in, &mut self.page_out] {
+            way.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        }
         // SAFETY: handles of this driver, each given back once.
         unsafe {
             let _ = sys::cuStreamDestroy_v2(self.stream);

@@ -111,7 +111,9 @@ impl Shadow {
     }
 
     fn mark(&mut self, range: Range<usize>, flags: u8) {
-        range.for_each(|at| *self.flag(at) = flags);
+        assert!(range.start <= range.end && range.end <= self.bytes);
+        // SAFETY: within the mapping; borrowed with self.
+        unsafe { self.flags.start().add(range.start).write_bytes(flags, range.len()) };
     }
 }
 
@@ -157,7 +159,7 @@ pub(super) struct Checker {
 impl Checker {
     pub(super) fn new(memory: Arc<Memory>) -> Result<Self> {
         Ok(Self {
-            global: Shadow::new(memory.capacity())?,
+            global: Shadow::new(memory.addresses())?,
             shared: Shadow::new(ARENA)?,
             memory,
             shared_start: 0,
@@ -175,7 +177,7 @@ impl Checker {
         })
     }
 
-    /// Memory was handed out: of unspecified value.
+    /// Memory was handed out, or put behind addresses: of unspecified value.
     pub(super) fn allocated(&mut self, address: u64, bytes: usize) {
         self.mark_global(address, bytes, ALLOCATED);
     }
@@ -283,7 +285,7 @@ impl Checker {
         let place = self.place(site);
         let warp = thread / WARP;
         let now = Stamp { epoch: self.epoch, place, thread: thread as u32, meeting: self.meetings[warp] };
-        let limit = if shared { ARENA } else { self.memory.capacity() };
+        let limit = if shared { ARENA } else { self.memory.addresses() };
         for at in offset..offset + bytes {
             let address = address + at - offset;
             if at >= limit {

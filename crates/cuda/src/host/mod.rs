@@ -1,13 +1,15 @@
 //! The host as a device: the kernels of `kernels/`, compiled by the host's C++ compiler, in fibres.
 //!
-//! In reading order: `memory` (what stands for the device's), `shared` (a block's), [`Schedule`], `block` (its threads
-//! as fibres), `calls` (what kernels call), `copies` (asynchronous ones), `checker` (races, bounds, initialisation).
+//! In reading order: `memory` (what stands for the device's) and `pages` (by frames), `shared` (a block's),
+//! [`Schedule`], `block` (its threads as fibres), `calls` (what kernels call), `copies` (asynchronous ones), `checker`
+//! (races, bounds, initialisation).
 
 mod block;
 mod calls;
 mod checker;
 mod copies;
 mod memory;
+mod pages;
 mod schedule;
 mod shared;
 
@@ -36,6 +38,8 @@ pub struct Options {
     pub watched: bool,
     /// Bytes of device memory.
     pub capacity: usize,
+    /// Bytes of addresses, which may be more than there is memory.
+    pub addresses: usize,
     /// The most shared memory of a block: an H100's 227 KiB where not said otherwise.
     pub shared_memory: usize,
     /// OS threads, each with a block at a time; all cores where not given. Checked launches have one.
@@ -50,6 +54,7 @@ impl Default for Options {
             schedule: Schedule::InOrder,
             watched: false,
             capacity: 64 << 30,
+            addresses: 64 << 30,
             shared_memory: shared::CAPACITY,
             threads: None,
             left_out: None,
@@ -60,7 +65,7 @@ impl Default for Options {
 impl Options {
     /// Checked, on a device that its shadow fits beside.
     pub fn watched() -> Self {
-        Self { watched: true, capacity: 1 << 30, ..Self::default() }
+        Self { watched: true, capacity: 1 << 30, addresses: 1 << 30, ..Self::default() }
     }
 }
 
@@ -99,7 +104,7 @@ impl HostDriver {
             let most = shared::CAPACITY;
             return Err(Error::Missing(format!("a device with more than {most} bytes of shared memory a block")));
         }
-        let memory = Arc::new(Memory::new(options.capacity)?);
+        let memory = Arc::new(Memory::new(options.addresses, options.capacity)?);
         let pool = ThreadPoolBuilder::new().num_threads(options.threads.unwrap_or(0)).build();
         let pool = pool.map_err(|why| Error::Missing(format!("the host's threads: {why}")))?;
         let checker = options.watched.then(|| Checker::new(Arc::clone(&memory))).transpose()?.map(Mutex::new);
@@ -164,6 +169,10 @@ impl Driver for HostDriver {
         if let (Some(bytes), Some(checker)) = (freed, checker.as_mut()) {
             checker.freed(address, bytes);
         }
+    }
+
+    fn free_memory(&self) -> usize {
+        self.memory.free_bytes()
     }
 
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {

@@ -32,7 +32,7 @@ pub(crate) fn adamw(
     mut v: ViewMut,
 ) -> Result<()> {
     p.check(&grad, &param, &m, &v)?;
-    let (call, n) = (on.call("adamw"), grad.len());
+    let (call, n) = (&on.call("adamw"), grad.len());
     let tensors = [
         call.f32("grad", grad)?,
         call.f32_mut("param", &mut param)?,
@@ -53,7 +53,7 @@ pub(crate) fn adamw_8bit(
     mut v: Moment,
 ) -> Result<()> {
     p.check_8bit(&grad, &param, &m, &v)?;
-    let (call, n) = (on.call("adamw_8bit"), grad.len());
+    let (call, n) = (&on.call("adamw_8bit"), grad.len());
     let tensors = [
         call.f32("grad", grad)?,
         call.f32_mut("param", &mut param)?,

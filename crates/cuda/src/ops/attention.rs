@@ -53,7 +53,7 @@ struct Problem<'a> {
 
 impl<'a> Problem<'a> {
     /// An error where the kernels' registers or 32-bit offsets do not hold it, or a segment starts after its query.
-    fn new(call: Call, p: &'a Attention, starts: Option<View>) -> Result<Self> {
+    fn new(call: &Call, p: &'a Attention, starts: Option<View>) -> Result<Self> {
         let invalid = |why: String| Error::Invalid { kernel: call.kernel, why };
         let width = match p.head_dim {
             ..=64 => 0,
@@ -81,7 +81,7 @@ impl<'a> Problem<'a> {
             window.into(),
         ];
         if let Some(starts) = starts {
-            for (row, start) in call.on_the_host::<u32>(starts)?.into_iter().enumerate() {
+            for (row, start) in call.on_the_host::<u32>("starts", starts)?.into_iter().enumerate() {
                 p.check_start(row % p.queries, start as usize)?;
             }
         }
@@ -95,12 +95,12 @@ impl<'a> Problem<'a> {
     }
 
     /// A block for each tile of `rows` rows of each head of each sequence.
-    fn launch(&self, call: Call, kernels: Kernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
+    fn launch(&self, call: &Call, kernels: Kernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
         call.launch(kernels[self.width], self.grid(rows, THREADS), &[tensors, &self.sizes].concat())
     }
 
     /// The same on tensor cores.
-    fn launch_mma(&self, call: Call, kernels: MmaKernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
+    fn launch_mma(&self, call: &Call, kernels: MmaKernels, rows: [usize; 2], tensors: &[Argument]) -> Result<()> {
         let width = [64, 128][self.width];
         let grid =
             self.grid(rows, MMA_THREADS).shared(kernels.rows * (width + PAD) * size_of::<u16>() + kernels.beside);
@@ -120,7 +120,7 @@ struct Taken {
 }
 
 impl Taken {
-    fn new(call: Call, p: &Attention, x: Argument, n: usize) -> Result<Self> {
+    fn new(call: &Call, p: &Attention, x: Argument, n: usize) -> Result<Self> {
         if p.compute == Compute::F32 {
             return Ok(Self { argument: x, _rounded: None });
         }
@@ -131,7 +131,7 @@ impl Taken {
 }
 
 /// A tensor in bf16.
-fn in_bf16(call: Call, x: Argument, n: usize) -> Result<Scratch> {
+fn in_bf16(call: &Call, x: Argument, n: usize) -> Result<Scratch> {
     let rounded = call.scratch(DType::Bf16, n)?;
     cast_at(call, (DType::F32, x.value()), (DType::Bf16, rounded.at(0)), n)?;
     Ok(rounded)
@@ -149,7 +149,7 @@ pub(crate) fn attention(
     mut out: ViewMut,
     mut lse: ViewMut,
 ) -> Result<()> {
-    let call = on.call("attention");
+    let call = &on.call("attention");
     p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
     let (q, k, v) = (call.f32("q", q)?, call.f32("k", k)?, call.f32("v", v)?);
     let starts_in = call.some_input("starts", DType::U32, starts)?;
@@ -175,7 +175,7 @@ pub(crate) fn attention_grad(
     dout: View,
     grads: AttentionGrads,
 ) -> Result<()> {
-    let call = on.call("attention_grad");
+    let call = &on.call("attention_grad");
     p.check_grad(&saved, &dout, &grads)?;
     let (q, k, v) = (call.f32("q", saved.q)?, call.f32("k", saved.k)?, call.f32("v", saved.v)?);
     let starts = call.some_input("starts", DType::U32, saved.starts)?;

@@ -8,8 +8,8 @@ use rankfold_backend::{DType, Result, View, ViewMut};
 const THREADS: u32 = 256;
 
 /// That every label is a column or ignored.
-fn check_labels(call: Call, p: &CrossEntropy, labels: View) -> Result<()> {
-    let labels = call.on_the_host::<i64>(labels)?;
+fn check_labels(call: &Call, p: &CrossEntropy, labels: View) -> Result<()> {
+    let labels = call.on_the_host::<i64>("labels", labels)?;
     labels.into_iter().enumerate().try_for_each(|(row, label)| p.column(row, label).map(|_| ()))
 }
 
@@ -21,7 +21,7 @@ pub(crate) fn cross_entropy(
     labels: View,
     mut losses: ViewMut,
 ) -> Result<()> {
-    let call = on.call("cross_entropy");
+    let call = &on.call("cross_entropy");
     p.check(call.kernel, logits.len(), &labels, &losses)?;
     let arguments = [
         call.f32("logits", logits)?,
@@ -42,7 +42,7 @@ pub(crate) fn cross_entropy_grad_in_place(
     labels: View,
     mut losses: ViewMut,
 ) -> Result<()> {
-    let call = on.call("cross_entropy_grad_in_place");
+    let call = &on.call("cross_entropy_grad_in_place");
     p.check(call.kernel, logits.len(), &labels, &losses)?;
     let arguments = [
         call.f32_mut("logits", &mut logits)?,

@@ -1,7 +1,7 @@
 //! Bytes in and out, and the kernels of `kernels/elementwise.cu`.
 
 use crate::call::{Call, Grid};
-use crate::memory::DeviceMemory;
+use crate::memory::BufferMemory;
 use crate::{Argument, CudaBackend, NAME};
 use half::{bf16, f16};
 use rankfold_backend::params::expect;
@@ -9,21 +9,23 @@ use rankfold_backend::{DType, Error, Result, View, ViewMut};
 
 /// Host bytes into `out`.
 pub(crate) fn write(on: &CudaBackend, bytes: &[u8], mut out: ViewMut) -> Result<()> {
-    let to = on.call("write").at_mut(&mut out)?;
-    expect("write", "bytes", bytes.len(), out.len() * out.dtype().size())?;
-    on.driver.upload(bytes, to)?;
+    let call = &on.call("write");
+    expect(call.kernel, "bytes", bytes.len(), out.len() * out.dtype().size())?;
+    let to = call.at_mut("out", &mut out)?;
+    call.driver().upload(bytes, to)?;
     let whole = out.len() == out.buffer_mut().len();
     if whole && matches!(out.dtype(), DType::U32 | DType::I64) {
-        out.buffer_mut().storage_mut::<DeviceMemory>(NAME)?.remember(bytes);
+        out.buffer_mut().storage_mut::<BufferMemory>(NAME)?.remember(bytes);
     }
     Ok(())
 }
 
 /// `x` into host bytes.
 pub(crate) fn read(on: &CudaBackend, x: View, bytes: &mut [u8]) -> Result<()> {
-    let from = on.call("read").at(x)?;
-    expect("read", "bytes", bytes.len(), x.len() * x.dtype().size())?;
-    Ok(on.driver.download(from, bytes)?)
+    let call = &on.call("read");
+    expect(call.kernel, "bytes", bytes.len(), x.len() * x.dtype().size())?;
+    let from = call.at("x", x)?;
+    Ok(call.driver().download(from, bytes)?)
 }
 
 /// A value's bits once it is rounded to a type: to nearest even, and for integers clamped to their range.
@@ -49,9 +51,9 @@ fn bits(value: f64, dtype: DType) -> u64 {
 
 /// out_i = value.
 pub(crate) fn fill(on: &CudaBackend, value: f64, mut out: ViewMut) -> Result<()> {
-    let call = on.call("fill");
+    let call = &on.call("fill");
     let (n, size) = (out.len(), out.dtype().size());
-    let (bits, to) = (Argument::bits(size, bits(value, out.dtype())), call.at_mut(&mut out)?);
+    let (bits, to) = (Argument::bits(size, bits(value, out.dtype())), call.at_mut("out", &mut out)?);
     let kernel = match size {
         1 => "fill_u8",
         2 => "fill_u16",
@@ -68,9 +70,9 @@ pub(crate) fn copy(on: &CudaBackend, x: View, mut out: ViewMut) -> Result<()> {
         let (expected, found) = (x.dtype().name(), out.dtype());
         return Err(Error::DType { kernel: "copy", tensor: "out", expected, found });
     }
-    let call = on.call("copy");
-    let (from, to) = (call.at(x)?, call.at_mut(&mut out)?);
-    Ok(on.driver.copy(from, to, x.len() * x.dtype().size())?)
+    let call = &on.call("copy");
+    let (from, to) = (call.at("x", x)?, call.at_mut("out", &mut out)?);
+    Ok(call.driver().copy(from, to, x.len() * x.dtype().size())?)
 }
 
 /// The entry point that casts from one type to another; none where they are one.
@@ -87,9 +89,9 @@ fn cast_kernel(from: DType, to: DType) -> Option<&'static str> {
 }
 
 /// Casts `n` elements from address to address, between float types.
-pub(crate) fn cast_at(call: Call, from: (DType, u64), to: (DType, u64), n: usize) -> Result<()> {
+pub(crate) fn cast_at(call: &Call, from: (DType, u64), to: (DType, u64), n: usize) -> Result<()> {
     match cast_kernel(from.0, to.0) {
-        None => Ok(call.on.driver.copy(from.1, to.1, n * from.0.size())?),
+        None => Ok(call.driver().copy(from.1, to.1, n * from.0.size())?),
         Some(kernel) => {
             let arguments = [Argument::input(from.0, from.1), Argument::output(to.0, to.1), (n as u64).into()];
             call.launch(kernel, Grid::stride(n), &arguments)
@@ -99,24 +101,24 @@ pub(crate) fn cast_at(call: Call, from: (DType, u64), to: (DType, u64), n: usize
 
 /// out = x between float types.
 pub(crate) fn cast(on: &CudaBackend, x: View, mut out: ViewMut) -> Result<()> {
-    let call = on.call("cast");
+    let call = &on.call("cast");
     expect("cast", "out", out.len(), x.len())?;
     call.float("x", x.dtype())?;
     call.float("out", out.dtype())?;
-    let (from, to) = ((x.dtype(), call.at(x)?), (out.dtype(), call.at_mut(&mut out)?));
+    let (from, to) = ((x.dtype(), call.at("x", x)?), (out.dtype(), call.at_mut("out", &mut out)?));
     cast_at(call, from, to, x.len())
 }
 
 /// x_i ← factor · x_i
 pub(crate) fn scale_in_place(on: &CudaBackend, factor: f64, mut x: ViewMut) -> Result<()> {
-    let (call, n) = (on.call("scale_in_place"), x.len());
+    let (call, n) = (&on.call("scale_in_place"), x.len());
     let arguments = [(factor as f32).into(), call.f32_mut("x", &mut x)?, (n as u64).into()];
     call.launch("scale_f32", Grid::stride(n), &arguments)
 }
 
 /// out = a + b
 pub(crate) fn add(on: &CudaBackend, a: View, b: View, mut out: ViewMut) -> Result<()> {
-    let (call, n) = (on.call("add"), a.len());
+    let (call, n) = (&on.call("add"), a.len());
     expect("add", "b", b.len(), n)?;
     expect("add", "out", out.len(), n)?;
     let arguments = [call.f32("a", a)?, call.f32("b", b)?, call.f32_mut("out", &mut out)?, (n as u64).into()];
@@ -125,7 +127,7 @@ pub(crate) fn add(on: &CudaBackend, a: View, b: View, mut out: ViewMut) -> Resul
 
 /// out ← out + x
 pub(crate) fn add_in_place(on: &CudaBackend, x: View, mut out: ViewMut) -> Result<()> {
-    let (call, n) = (on.call("add_in_place"), x.len());
+    let (call, n) = (&on.call("add_in_place"), x.len());
     expect("add_in_place", "out", out.len(), n)?;
     let arguments = [call.f32("x", x)?, call.f32_mut("out", &mut out)?, (n as u64).into()];
     call.launch("add_in_place_f32", Grid::stride(n), &arguments)
@@ -135,7 +137,7 @@ pub(crate) fn add_in_place(on: &CudaBackend, x: View, mut out: ViewMut) -> Resul
 pub(crate) fn sum_squares(on: &CudaBackend, x: View) -> Result<f64> {
     const CHUNK: usize = 4096;
     const THREADS: u32 = 256;
-    let (call, n) = (on.call("sum_squares"), x.len());
+    let (call, n) = (&on.call("sum_squares"), x.len());
     let (x, chunks) = (call.f32("x", x)?, n.div_ceil(CHUNK));
     // The partials, and the sum behind them.
     let sums = call.scratch(DType::F64, chunks + 1)?;
@@ -144,7 +146,7 @@ pub(crate) fn sum_squares(on: &CudaBackend, x: View) -> Result<f64> {
     let total = [sums.input(), (chunks as u64).into(), Argument::output(DType::F64, sums.at(chunks))];
     call.launch("sum_f64", Grid::blocks(1, THREADS), &total)?;
     let mut sum = 0f64;
-    on.driver.download(sums.at(chunks), bytemuck::bytes_of_mut(&mut sum))?;
+    call.driver().download(sums.at(chunks), bytemuck::bytes_of_mut(&mut sum))?;
     Ok(sum)
 }
 

@@ -8,8 +8,8 @@ use rankfold_backend::{DType, Error, Result, View, ViewMut};
 const THREADS: usize = 256;
 
 /// The ids on the host, each in the table.
-fn checked_ids(call: Call, p: &Embedding, ids: View) -> Result<Vec<u32>> {
-    let ids = call.on_the_host::<u32>(ids)?;
+fn checked_ids(call: &Call, p: &Embedding, ids: View) -> Result<Vec<u32>> {
+    let ids = call.on_the_host::<u32>("ids", ids)?;
     match ids.iter().position(|id| *id as usize >= p.vocab) {
         Some(position) => Err(Error::TokenId { position, id: ids[position].into(), vocab: p.vocab }),
         None => Ok(ids),
@@ -34,7 +34,7 @@ fn kernel(table: DType, rows: DType) -> &'static str {
 /// rows_t = table_(ids_t), rounded to rows' type.
 pub(crate) fn embedding(on: &CudaBackend, p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
     p.check(&ids, &table, &rows)?;
-    let (call, dtypes) = (on.call("embedding"), [table.dtype(), rows.dtype()]);
+    let (call, dtypes) = (&on.call("embedding"), [table.dtype(), rows.dtype()]);
     call.float("table", dtypes[0])?;
     call.float("rows", dtypes[1])?;
     let arguments = [
@@ -59,14 +59,14 @@ pub(crate) fn embedding_grad(
     mut dtable: ViewMut,
 ) -> Result<()> {
     p.check_grad(&ids, &drows, &dtable)?;
-    let call = on.call("embedding_grad");
+    let call = &on.call("embedding_grad");
     let ids_argument = call.input("ids", DType::U32, ids)?;
     let (drows, dtable) = (call.f32("drows", drows)?, call.f32_mut("dtable", &mut dtable)?);
     let ids = checked_ids(call, p, ids)?;
     let (order, starts) = runs(&ids);
     let (order_on, starts_on) = (call.scratch(DType::U32, order.len())?, call.scratch(DType::U32, starts.len())?);
-    on.driver.upload(bytemuck::cast_slice(&order), order_on.at(0))?;
-    on.driver.upload(bytemuck::cast_slice(&starts), starts_on.at(0))?;
+    call.driver().upload(bytemuck::cast_slice(&order), order_on.at(0))?;
+    call.driver().upload(bytemuck::cast_slice(&starts), starts_on.at(0))?;
     let arguments = [ids_argument, order_on.input(), starts_on.input(), drows, dtable, (p.width as u64).into()];
     let grid = Grid::cube([starts.len() - 1, p.width.div_ceil(THREADS), 1], THREADS as u32);
     call.launch("embedding_grad_f32", grid, &arguments)

@@ -37,7 +37,7 @@ pub(crate) struct Product {
 
 impl Product {
     /// Into c, which lies apart from a and b.
-    pub(crate) fn run(self, call: Call, a: Matrix, b: Matrix, c: u64) -> Result<()> {
+    pub(crate) fn run(self, call: &Call, a: Matrix, b: Matrix, c: u64) -> Result<()> {
         let [m, n, k] = self.dims;
         let dtype = match self.compute {
             Compute::F32 => DType::F32,
@@ -52,7 +52,7 @@ impl Product {
         };
         let (a, b) = (a.address, b.address);
         let Self { alpha, accumulate, .. } = self;
-        Ok(call.on.driver.gemm(&Gemm { m, n, k, transposition, dtype, a, b, c, alpha, accumulate })?)
+        Ok(call.driver().gemm(&Gemm { m, n, k, transposition, dtype, a, b, c, alpha, accumulate })?)
     }
 }
 
@@ -64,7 +64,7 @@ struct Input {
 }
 
 impl Input {
-    fn new(call: Call, matrix: Matrix, elements: usize, dtype: DType) -> Result<Self> {
+    fn new(call: &Call, matrix: Matrix, elements: usize, dtype: DType) -> Result<Self> {
         if matrix.dtype == dtype {
             return Ok(Self { address: matrix.address, _cast: None });
         }
@@ -76,7 +76,7 @@ impl Input {
 
 /// c = a·b or c += a·b.
 pub(crate) fn matmul(on: &CudaBackend, p: &MatMul, a: View, b: View, mut c: ViewMut) -> Result<()> {
-    let call = on.call("matmul");
+    let call = &on.call("matmul");
     p.check(&a, &b, &c)?;
     let product =
         Product { layout: p.layout, dims: [p.m, p.n, p.k], alpha: 1.0, accumulate: p.accumulate, compute: p.compute };

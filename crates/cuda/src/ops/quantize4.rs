@@ -17,7 +17,7 @@ pub(crate) const TILE: usize = 4096;
 
 /// The least index of an element that is NaN or infinite, as kernels find it.
 pub(crate) struct NonFinite<'a> {
-    call: Call<'a>,
+    call: &'a Call<'a>,
     index: Scratch,
 }
 
@@ -25,9 +25,9 @@ impl<'a> NonFinite<'a> {
     const NONE: u64 = u64::MAX;
 
     /// None so far.
-    pub(crate) fn new(call: Call<'a>) -> Result<Self> {
+    pub(crate) fn new(call: &'a Call<'a>) -> Result<Self> {
         let index = call.scratch(DType::I64, 1)?;
-        call.on.driver.upload(bytemuck::bytes_of(&Self::NONE), index.at(0))?;
+        call.driver().upload(bytemuck::bytes_of(&Self::NONE), index.at(0))?;
         Ok(Self { call, index })
     }
 
@@ -39,7 +39,7 @@ impl<'a> NonFinite<'a> {
     /// The error where a kernel found one, with its value.
     pub(crate) fn check(&self, value: impl Fn(usize) -> Result<f64>) -> Result<()> {
         let mut index = Self::NONE;
-        self.call.on.driver.download(self.index.at(0), bytemuck::bytes_of_mut(&mut index))?;
+        self.call.driver().download(self.index.at(0), bytemuck::bytes_of_mut(&mut index))?;
         match index {
             Self::NONE => Ok(()),
             index => Err(Error::NonFinite { index: index as usize, value: value(index as usize)? }),
@@ -72,7 +72,7 @@ pub(crate) fn quantize_4bit(
     mut codes: ViewMut,
     mut absmax: ViewMut,
 ) -> Result<()> {
-    let (call, n) = (on.call("quantize_4bit"), w.len());
+    let (call, n) = (&on.call("quantize_4bit"), w.len());
     check_block(block)?;
     expect(call.kernel, "codes", codes.len(), n.div_ceil(2))?;
     expect(call.kernel, "absmax", absmax.len(), n.div_ceil(block))?;
@@ -98,7 +98,7 @@ pub(crate) fn quantize_4bit(
 }
 
 /// A weight whose lengths have been checked, as `struct Quantized` of `kernels/quantized.cuh` wants it.
-pub(crate) fn weight(call: Call, q: &Quantized) -> Result<[Argument; 7]> {
+pub(crate) fn weight(call: &Call, q: &Quantized) -> Result<[Argument; 7]> {
     let codes = call.input("codes", DType::U8, q.codes.view())?;
     let (absmax, scale_codes, offset) = match &q.scales {
         Scales::Plain(absmax) => (call.f32("absmax", absmax.view())?, Argument::input(DType::U8, 0), 0.0),
@@ -112,12 +112,19 @@ pub(crate) fn weight(call: Call, q: &Quantized) -> Result<[Argument; 7]> {
 }
 
 /// That a weight is this backend's, of the types that it serves.
-pub(crate) fn check(call: Call, q: &Quantized) -> Result<()> {
-    weight(call, q).map(|_| ())
+pub(crate) fn check(call: &Call, q: &Quantized) -> Result<()> {
+    call.check("codes", DType::U8, &q.codes.view())?;
+    match &q.scales {
+        Scales::Plain(absmax) => call.check("absmax", DType::F32, &absmax.view()),
+        Scales::Nested { codes, absmax, .. } => {
+            call.check("scale codes", DType::U8, &codes.view())?;
+            call.check("nested absmax", DType::F32, &absmax.view())
+        }
+    }
 }
 
 /// A checked weight as elements of a float type, at an address of the device.
-pub(crate) fn decode(call: Call, q: &Quantized, dtype: DType, to: u64) -> Result<()> {
+pub(crate) fn decode(call: &Call, q: &Quantized, dtype: DType, to: u64) -> Result<()> {
     let kernel = match dtype {
         DType::Bf16 => "dequantize4_bf16",
         DType::F16 => "dequantize4_f16",
@@ -131,7 +138,7 @@ pub(crate) fn decode(call: Call, q: &Quantized, dtype: DType, to: u64) -> Result
 
 /// out_i = `values[code_i] · scale_(i / block)`, rounded to out's type.
 pub(crate) fn dequantize_4bit(on: &CudaBackend, q: &Quantized, mut out: ViewMut) -> Result<()> {
-    let (call, dtype) = (on.call("dequantize_4bit"), out.dtype());
+    let (call, dtype) = (&on.call("dequantize_4bit"), out.dtype());
     q.check()?;
     expect(call.kernel, "out", out.len(), q.elements())?;
     call.float("out", dtype)?;

@@ -15,7 +15,7 @@ pub(crate) fn quantize_8bit(
     mut codes: ViewMut,
     mut absmax: ViewMut,
 ) -> Result<()> {
-    let (call, n) = (on.call("quantize_8bit"), x.len());
+    let (call, n) = (&on.call("quantize_8bit"), x.len());
     check_block(block)?;
     expect(call.kernel, "codes", codes.len(), n)?;
     expect(call.kernel, "absmax", absmax.len(), n.div_ceil(block))?;
@@ -35,7 +35,7 @@ pub(crate) fn quantize_8bit(
 
 /// The mean of the scales, and what they differ from it by, quantised in 8 bits.
 pub(crate) fn quantize_scales(on: &CudaBackend, absmax: View, mut codes: ViewMut, mut nested: ViewMut) -> Result<f32> {
-    let (call, n) = (on.call("quantize_scales"), absmax.len());
+    let (call, n) = (&on.call("quantize_scales"), absmax.len());
     expect(call.kernel, "codes", codes.len(), n)?;
     expect(call.kernel, "nested", nested.len(), n.div_ceil(NESTED_BLOCK))?;
     let scales = call.f32("absmax", absmax)?;
@@ -47,7 +47,7 @@ pub(crate) fn quantize_scales(on: &CudaBackend, absmax: View, mut codes: ViewMut
     call.launch("sum_in_order_f32", Grid::blocks(1, THREADS), &arguments)?;
     non_finite.check(|index| element(on, absmax, index))?;
     let mut total = 0f64;
-    on.driver.download(sum.at(0), bytemuck::bytes_of_mut(&mut total))?;
+    call.driver().download(sum.at(0), bytemuck::bytes_of_mut(&mut total))?;
     // A weight without elements has no scales and no mean: max(1) gives it 0.
     let mean = (total / n.max(1) as f64) as f32;
 
@@ -68,7 +68,7 @@ pub(crate) fn dequantize_8bit(
     absmax: View,
     mut out: ViewMut,
 ) -> Result<()> {
-    let (call, n) = (on.call("dequantize_8bit"), codes.len());
+    let (call, n) = (&on.call("dequantize_8bit"), codes.len());
     check_block(block)?;
     expect(call.kernel, "absmax", absmax.len(), n.div_ceil(block))?;
     expect(call.kernel, "out", out.len(), n)?;

@@ -24,7 +24,7 @@ pub(crate) fn rms_norm(
     mut inv_rms: ViewMut,
 ) -> Result<()> {
     p.check(&x, &gain, &y, &inv_rms)?;
-    let call = on.call("rms_norm");
+    let call = &on.call("rms_norm");
     let arguments = [
         call.f32("x", x)?,
         call.f32("gain", gain)?,
@@ -49,7 +49,7 @@ pub(crate) fn rms_norm_grad(
     mut dgain: Option<ViewMut>,
 ) -> Result<()> {
     p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
-    let (call, width) = (on.call("rms_norm_grad"), Argument::from(p.width as u64));
+    let (call, width) = (&on.call("rms_norm_grad"), Argument::from(p.width as u64));
     let (x, gain) = (call.f32("x", x)?, call.f32("gain", gain)?);
     let (inv_rms, dy) = (call.f32("inv_rms", inv_rms)?, call.f32("dy", dy)?);
     let into_x = call.some_output("dx", DType::F32, &mut dx)?;
@@ -65,7 +65,7 @@ pub(crate) fn rms_norm_grad(
 }
 
 /// dgain_i += Σ_rows dy_i x_i / ρ, from x, 1/ρ and dy.
-fn grad_gain(call: Call, p: &RmsNorm, [x, inv_rms, dy]: [Argument; 3], dgain: Argument) -> Result<()> {
+fn grad_gain(call: &Call, p: &RmsNorm, [x, inv_rms, dy]: [Argument; 3], dgain: Argument) -> Result<()> {
     /// Below it a chunk's own sum is worth less than the launch that adds it.
     const LEAST_ROWS: usize = 64;
     /// Enough with the columns to fill a device, and few enough to be added in no time.

@@ -17,7 +17,7 @@ pub(crate) fn rope(
 ) -> Result<()> {
     const THREADS: u32 = 256;
     let known = p.check(&x, &positions, &cos, &sin, &y)?;
-    let call = on.call("rope");
+    let call = &on.call("rope");
     let (x, at) = (call.f32("x", x)?, call.input("positions", DType::U32, positions)?);
     let (cos, sin, y) = (call.f32("cos", cos)?, call.f32("sin", sin)?, call.f32_mut("y", &mut y)?);
     // The kernel's indices within a token have 32 bits.
@@ -25,7 +25,7 @@ pub(crate) fn rope(
         let why = format!("{} heads of {}: expected fewer than 2³² elements a token", p.heads, p.head_dim);
         return Err(Error::Invalid { kernel: call.kernel, why });
     }
-    let positions = call.on_the_host::<u32>(positions)?;
+    let positions = call.on_the_host::<u32>("positions", positions)?;
     if let Some(&position) = positions.iter().find(|&&position| position as usize >= known) {
         return Err(Error::Position { position: position as usize, positions: known });
     }

@@ -7,7 +7,7 @@ use rankfold_backend::{DType, Result, View, ViewMut};
 
 /// out = gate · σ(gate) · up
 pub(crate) fn silu_mul(on: &CudaBackend, gate: View, up: View, mut out: ViewMut) -> Result<()> {
-    let (call, n) = (on.call("silu_mul"), gate.len());
+    let (call, n) = (&on.call("silu_mul"), gate.len());
     expect(call.kernel, "up", up.len(), n)?;
     expect(call.kernel, "out", out.len(), n)?;
     let arguments = [call.f32("gate", gate)?, call.f32("up", up)?, call.f32_mut("out", &mut out)?, (n as u64).into()];
@@ -23,7 +23,7 @@ pub(crate) fn silu_mul_grad(
     mut dgate: Option<ViewMut>,
     mut dup: Option<ViewMut>,
 ) -> Result<()> {
-    let (call, n) = (on.call("silu_mul_grad"), gate.len());
+    let (call, n) = (&on.call("silu_mul_grad"), gate.len());
     expect(call.kernel, "up", up.len(), n)?;
     expect(call.kernel, "dout", dout.len(), n)?;
     expect_some(call.kernel, "dgate", dgate.as_ref().map(ViewMut::len), n)?;

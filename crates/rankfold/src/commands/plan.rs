@@ -71,7 +71,10 @@ impl PlanArgs {
         };
         let [without, with] = [plan_of(false)?, plan_of(true)?];
         let plan = if options.checkpointing == Some(true) { &with } else { &without };
-        let paging = options.memory_limit.as_ref().map(|limit| plan.under(limit.bytes())).transpose()?;
+        // What a device of its own would page is not the plan's to say: kernels work in other memory there.
+        let of_the_process = !options.device.unwrap_or_default().has_memory_of_its_own();
+        let limit = options.memory_limit.as_ref().filter(|_| of_the_process);
+        let paging = limit.map(|limit| plan.under(limit.bytes())).transpose()?;
 
         describe(name, plan, shape)?;
         side_by_side(&without, &with)?;

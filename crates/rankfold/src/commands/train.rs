@@ -8,12 +8,11 @@ use crate::folder;
 use crate::memory::{self, Subject};
 use crate::open::Folder;
 use crate::options::{Method, Options};
-use crate::paging;
+use crate::paging::{self, Paged};
 use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
 use clap::Args;
 use rankfold_adapters::AdapterConfig;
-use rankfold_pager::Pager;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
 use rankfold_trainer::optimizer::{AdamW, Hyper};
@@ -85,7 +84,7 @@ struct Job {
     adapter: Option<AdapterConfig>,
     batches: Batches,
     held_out: Vec<Batch>,
-    pager: Option<Pager>,
+    paged: Option<Paged>,
 }
 
 impl Job {
@@ -104,18 +103,18 @@ impl Job {
         let plan = memory::plan(options, &subject, batches.shape(), threads)?;
         memory::check(options, &plan)?;
         let (device, compute) = (options.device.unwrap_or_default(), options.compute.unwrap_or_default());
-        let pager = paging::pager(options)?;
+        let tiers = paging::tiers(options)?;
         let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
-        let backend = device.open_on(pager.clone())?;
+        let (backend, paged) = device.open_on(tiers)?;
         let mut model = folder.load(backend, precision)?;
         let adapter = adapter.map(|fresh| attach(options, &fresh, &mut model)).transpose()?;
         describe(options, &folder, precision, &model, &batches);
         eprintln!("memory: {}", memory::summary(&plan));
-        Ok(Self { model, folder, tokenizer, adapter, batches, held_out, pager })
+        Ok(Self { model, folder, tokenizer, adapter, batches, held_out, paged })
     }
 
     fn run(self, options: &Options, out: &Path, resume: bool) -> Result<()> {
-        let Self { model, folder, tokenizer, adapter, batches, held_out, pager } = self;
+        let Self { model, folder, tokenizer, adapter, batches, held_out, paged } = self;
         let compute = options.compute.unwrap_or_default().into();
         let prompt = sample_prompt(&folder, tokenizer.as_ref(), options);
         if let (Some(prompt), false) = (&prompt, resume) {
@@ -168,8 +167,8 @@ impl Job {
         }
         let memory = bar.peak_rss.map_or(String::new(), |rss| format!(", {} of memory at the most", bytes(rss)));
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
-        if let Some(pager) = pager {
-            eprintln!("{}", paging::summary(&pager.stats()));
+        if let Some(paged) = paged {
+            eprintln!("{}", paged.summary());
         }
         let (what, next) = match &adapter {
             Some(_) => (

@@ -65,13 +65,19 @@ impl Place {
         let config = r#"{"model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 8,
             "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1408, "rms_norm_eps": 1e-5,
             "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
+        self.model(config, [4, 256])
+    }
+
+    /// A model's folder by its configuration, and a file of so many rows of so many of its tokens.
+    pub fn model(&self, config: &str, [rows, seq]: [usize; 2]) -> [String; 2] {
         std::fs::create_dir(self.path("small")).unwrap();
         let config = ModelConfig::parse(config, Path::new(&self.file("small/config.json", config))).unwrap();
         // Numbers between ±1/16, no two neighbours alike.
         let weight = |i: usize| ((i as u32).wrapping_mul(0x9e37_79b9) as i32 as f32 / 34_359_738_368.0).to_le_bytes();
         self.tensors("small/model.safetensors", DType::F32, &config.tensors(), weight);
-        let ids = [("ids".to_owned(), vec![4, 256]), ("labels".to_owned(), vec![4, 256])];
-        self.tensors("tokens.safetensors", DType::I64, &ids, |i| (i as i64 * 31 % 8192).to_le_bytes());
+        let ids = [("ids".to_owned(), vec![rows, seq]), ("labels".to_owned(), vec![rows, seq])];
+        let vocab = config.vocab as i64;
+        self.tensors("tokens.safetensors", DType::I64, &ids, |i| (i as i64 * 31 % vocab).to_le_bytes());
         [self.text("small"), self.text("tokens.safetensors")]
     }
 

@@ -26,17 +26,17 @@ fn shared(p: &Linear, rank: usize) -> usize {
 }
 
 /// Whether a product is one of these.
-pub(super) fn serves(call: Call, p: &Linear, update: Option<&Update>) -> bool {
+pub(super) fn serves(call: &Call, p: &Linear, update: Option<&Update>) -> bool {
     (1..=MOST_TOKENS.min(call.on.crossover.few)).contains(&p.tokens)
         && p.inputs.is_multiple_of(RUN)
         && p.outputs > 0
-        && shared(p, update.map_or(0, |l| l.rank)).saturating_add(BESIDE) <= call.on.driver.shared_memory()
+        && shared(p, update.map_or(0, |l| l.rank)).saturating_add(BESIDE) <= call.driver().shared_memory()
         && update.is_none_or(|l| l.dropout.is_none())
 }
 
 /// y = g ∘ (x Wᵀ + s·(x (e∘A)ᵀ) Bᵀ) + bias.
 pub(super) fn linear(
-    call: Call,
+    call: &Call,
     p: &Linear,
     x: Argument,
     w: &Quantized,

@@ -22,11 +22,11 @@ pub(super) struct Stored<'a>(&'a Weight<'a>);
 
 impl<'a> Stored<'a> {
     /// That it is this backend's, of types that it serves.
-    pub(super) fn new(call: Call, w: &'a Weight<'a>) -> Result<Self> {
+    pub(super) fn new(call: &Call, w: &'a Weight<'a>) -> Result<Self> {
         match w {
             Weight::Dense(view) => {
                 call.float("weight", view.dtype())?;
-                call.at(*view)?;
+                call.check("weight", view.dtype(), view)?;
             }
             Weight::Quantized(q) => quantize4::check(call, q)?,
         }
@@ -42,10 +42,10 @@ impl<'a> Stored<'a> {
     }
 
     /// As a matrix: 4 bits are decoded, to bf16 where that is what the product rounds to anyway.
-    pub(super) fn matrix(self, call: Call, compute: Compute) -> Result<Held> {
+    pub(super) fn matrix(self, call: &Call, compute: Compute) -> Result<Held> {
         match self.0 {
             Weight::Dense(view) => {
-                Ok(Held { matrix: Matrix { dtype: view.dtype(), address: call.at(*view)? }, _decoded: None })
+                Ok(Held { matrix: Matrix { dtype: view.dtype(), address: call.at("weight", *view)? }, _decoded: None })
             }
             Weight::Quantized(q) => {
                 let dtype = if compute == Compute::Bf16 { DType::Bf16 } else { DType::F32 };
@@ -71,7 +71,7 @@ pub(super) struct Update {
 }
 
 impl Update {
-    pub(super) fn new(call: Call, l: &LowRank) -> Result<Self> {
+    pub(super) fn new(call: &Call, l: &LowRank) -> Result<Self> {
         Ok(Self {
             rank: l.rank,
             a: call.f32("a", l.a)?,
@@ -94,7 +94,7 @@ impl Update {
     }
 
     /// x̃ = dropout(x), or a gradient through it; x itself where nothing is dropped.
-    pub(super) fn dropped(&self, call: Call, x: u64, elements: usize) -> Result<Held> {
+    pub(super) fn dropped(&self, call: &Call, x: u64, elements: usize) -> Result<Held> {
         let Some(dropout) = &self.dropout else { return Ok(Held { matrix: Matrix::f32(x), _decoded: None }) };
         let dropped = call.scratch(DType::F32, elements)?;
         super::super::dropout::dropped(call, dropout, Argument::input(DType::F32, x), dropped.output(), elements)?;
@@ -102,7 +102,7 @@ impl Update {
     }
 
     /// u = x̃ (e∘A)ᵀ [tokens, rank].
-    pub(super) fn inner(&self, call: Call, p: &Linear, dropped_x: Matrix) -> Result<Scratch> {
+    pub(super) fn inner(&self, call: &Call, p: &Linear, dropped_x: Matrix) -> Result<Scratch> {
         let u = call.scratch(DType::F32, p.tokens * self.rank)?;
         let product = product(p, Layout::Nt, [p.tokens, self.rank, p.inputs]);
         let Some(e) = self.e else {
@@ -117,7 +117,7 @@ impl Update {
     }
 
     /// dz = g∘dy, or dy itself.
-    pub(super) fn grad_z(&self, call: Call, p: &Linear, dy: u64) -> Result<Held> {
+    pub(super) fn grad_z(&self, call: &Call, p: &Linear, dy: u64) -> Result<Held> {
         match self.g {
             None => Ok(Held { matrix: Matrix::f32(dy), _decoded: None }),
             Some(g) => {
@@ -128,14 +128,14 @@ impl Update {
     }
 
     /// dz B [tokens, rank].
-    pub(super) fn grad_inner(&self, call: Call, p: &Linear, dz: Matrix) -> Result<Scratch> {
+    pub(super) fn grad_inner(&self, call: &Call, p: &Linear, dz: Matrix) -> Result<Scratch> {
         let dz_b = call.scratch(DType::F32, p.tokens * self.rank)?;
         product(p, Layout::Nn, [p.tokens, self.rank, p.outputs]).run(call, dz, self.b_matrix(), dz_b.at(0))?;
         Ok(dz_b)
     }
 
     /// x ← x∘e for x [tokens, rank].
-    pub(super) fn times_e(&self, call: Call, p: &Linear, x: Scratch) -> Result<Scratch> {
+    pub(super) fn times_e(&self, call: &Call, p: &Linear, x: Scratch) -> Result<Scratch> {
         match self.e {
             None => Ok(x),
             Some(e) => scaled(call, x.at(0), e, 0.0, [p.tokens, self.rank]),
@@ -155,7 +155,7 @@ pub(super) fn size(n: usize) -> Result<Argument> {
 }
 
 /// (factor_c + shift) · x_rc in new working memory.
-pub(super) fn scaled(call: Call, x: u64, factors: Argument, shift: f32, shape: [usize; 2]) -> Result<Scratch> {
+pub(super) fn scaled(call: &Call, x: u64, factors: Argument, shift: f32, shape: [usize; 2]) -> Result<Scratch> {
     let [rows, columns] = shape;
     let out = call.scratch(DType::F32, rows * columns)?;
     scale_columns(call, x, factors, shift, out.at(0), shape)?;
@@ -164,7 +164,7 @@ pub(super) fn scaled(call: Call, x: u64, factors: Argument, shift: f32, shape: [
 
 /// out_rc = (factor_c + shift) · x_rc; out may be x.
 pub(super) fn scale_columns(
-    call: Call,
+    call: &Call,
     x: u64,
     factors: Argument,
     shift: f32,
@@ -177,13 +177,13 @@ pub(super) fn scale_columns(
 }
 
 /// y += bias.
-pub(super) fn add_bias(call: Call, bias: Argument, y: Argument, [rows, columns]: [usize; 2]) -> Result<()> {
+pub(super) fn add_bias(call: &Call, bias: Argument, y: Argument, [rows, columns]: [usize; 2]) -> Result<()> {
     call.launch("add_bias_f32", Grid::blocks(rows, ROW_THREADS), &[bias, y, size(columns)?])
 }
 
 /// out_c += factor · Σ_r x_rc y_rc, or without a y Σ_r x_rc; rows are summed in chunks of a fixed size.
 pub(super) fn add_column_sums(
-    call: Call,
+    call: &Call,
     x: u64,
     y: Option<u64>,
     factor: f32,

@@ -21,7 +21,7 @@ pub(crate) fn linear(
     bias: Option<View>,
     mut y: ViewMut,
 ) -> Result<()> {
-    let call = on.call("linear");
+    let call = &on.call("linear");
     p.check(&x, w, low_rank, bias.as_ref(), &y)?;
     let (x, w) = (call.f32("x", x)?.value(), Stored::new(call, w)?);
     let update = low_rank.map(|l| Update::new(call, l)).transpose()?;
@@ -74,7 +74,7 @@ pub(crate) fn linear(
 }
 
 /// out += x
-fn add_to(call: Call, x: Argument, out: Argument, n: usize) -> Result<()> {
+fn add_to(call: &Call, x: Argument, out: Argument, n: usize) -> Result<()> {
     call.launch("add_in_place_f32", Grid::stride(n), &[x, out, (n as u64).into()])
 }
 
@@ -88,7 +88,7 @@ pub(crate) fn linear_grad_input(
     accumulate: bool,
     mut dx: ViewMut,
 ) -> Result<()> {
-    let call = on.call("linear_grad_input");
+    let call = &on.call("linear_grad_input");
     p.check_grad_input(&dy, w, low_rank, &dx)?;
     let (dy, w) = (call.f32("dy", dy)?.value(), Stored::new(call, w)?);
     let update = low_rank.map(|l| Update::new(call, l)).transpose()?;
@@ -146,7 +146,7 @@ pub(crate) fn linear_grad_weight(
     low_rank: Option<&LowRank>,
     mut grads: LinearGrads,
 ) -> Result<()> {
-    let call = on.call("linear_grad_weight");
+    let call = &on.call("linear_grad_weight");
     p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
     let (x, dy, w) = (call.f32("x", x)?.value(), call.f32("dy", dy)?.value(), Stored::new(call, w)?);
     let update = low_rank.map(|l| Update::new(call, l)).transpose()?;

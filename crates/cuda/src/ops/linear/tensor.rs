@@ -67,7 +67,7 @@ impl Shape {
 }
 
 /// Whether a product is one of these.
-pub(super) fn serves(call: Call, p: &Linear, way: Way) -> bool {
+pub(super) fn serves(call: &Call, p: &Linear, way: Way) -> bool {
     let depth = if way == Way::Forward { p.inputs } else { p.outputs };
     p.compute == Compute::Bf16
         && (1..=call.on.crossover.tensor).contains(&p.tokens)
@@ -105,7 +105,7 @@ impl Beside {
 
 /// out = x Wᵀ or x W, of f32 rounded to bf16, and what is beside it.
 pub(super) fn product(
-    call: Call,
+    call: &Call,
     p: &Linear,
     way: Way,
     x: u64,
@@ -116,7 +116,7 @@ pub(super) fn product(
     let (depth, columns) = if way == Way::Forward { (p.inputs, p.outputs) } else { (p.outputs, p.inputs) };
     let rounded = call.scratch(DType::Bf16, p.tokens * depth)?;
     cast_at(call, (DType::F32, x), (DType::Bf16, rounded.at(0)), p.tokens * depth)?;
-    let shape = Shape::of(p.tokens, way, call.on.driver.shared_memory());
+    let shape = Shape::of(p.tokens, way, call.driver().shared_memory());
     let mut arguments = vec![rounded.input()];
     arguments.extend(quantize4::weight(call, w)?);
     arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into()]);

@@ -1,0 +1,126 @@
+//! What paging costs: the time of a step, and the bytes that it moves, against how much may be in memory; beside the
+//! same step without a pager, and beside the limit of the disk.
+//!
+//!     cargo bench -p rankfold-trainer --bench paging -- [--quick] [--folder DIR] [--direct] [--page KIB] [--only NAME]
+//!                                                       [--out FILE.json]
+//!
+//! First the disk is measured by itself, in runs as the pager moves them. Then each piece of work: once without a pager
+//! (its compute), once on one, whose limit goes from half as much again as all its buffers down to a tenth of them. At
+//! every limit some steps pass first, until the forecast knows the work; the time is the median of those that follow,
+//! one right after the other. `disk` is what the disk alone would need for the bytes that a step moved, and `bound` the
+//! time over max(compute, disk): the work cannot take less than either.
+//!
+//! `--folder` says where the file is ($TMPDIR), `--direct` that the system's cache is bypassed, `--page` how large a
+//! page is (256), `--only` which piece of work is measured: those whose name begins so. `--out` keeps the rows, and
+//! beside them a table (.md) and a plot (.svg). `--quick` runs small sizes, to see that everything runs; its times mean
+//! nothing.
+//!
+//! In reading order: `disk`, the limit; `work`, `optimiser`, `weights`, `model`: what is measured; `meter`: how; `table`,
+//! `plot`: what is kept.
+
+#[path = "paging/disk.rs"]
+mod disk;
+#[path = "paging/meter.rs"]
+mod meter;
+#[path = "paging/model.rs"]
+mod model;
+#[path = "paging/optimiser.rs"]
+mod optimiser;
+#[path = "paging/plot.rs"]
+mod plot;
+#[path = "paging/table.rs"]
+mod table;
+#[path = "paging/weights.rs"]
+mod weights;
+#[path = "paging/work.rs"]
+mod work;
+
+use disk::Disk;
+use meter::{Meter, Series};
+use rankfold_pager::FileOptions;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::{env, fs};
+use work::{Failure, Sizes};
+
+/// The command line.
+struct Options {
+    quick: bool,
+    file: FileOptions,
+    page: usize,
+    only: String,
+    out: Option<PathBuf>,
+}
+
+impl Options {
+    fn parse() -> Result<Self, String> {
+        let file = FileOptions { folder: env::temp_dir(), direct: false, capacity: u64::MAX };
+        let mut options = Self { quick: false, file, page: 256 << 10, only: String::new(), out: None };
+        let mut arguments = env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            let mut value = |what| arguments.next().ok_or_else(|| format!("{argument}: expected {what}"));
+            match argument.as_str() {
+                "--quick" => options.quick = true,
+                "--direct" => options.file.direct = true,
+                "--folder" => options.file.folder = value("a folder")?.into(),
+                "--only" => options.only = value("a name")?,
+                "--out" => options.out = Some(value("a file")?.into()),
+                "--page" => {
+                    let kib = value("KiB of a page")?.parse::<usize>().map_err(|why| format!("{argument}: {why}"))?;
+                    options.page = kib << 10;
+                }
+                // cargo's own.
+                "--bench" => {}
+                _ => return Err(format!("'{argument}': not an option of this bench")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn main() -> ExitCode {
+    let options = match Options::parse() {
+        Ok(options) => options,
+        Err(why) => {
+            eprintln!("{why}");
+            return ExitCode::from(2);
+        }
+    };
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> Result<(), Failure> {
+    let sizes = if options.quick { Sizes::quick() } else { Sizes::whole() };
+    let disk = Disk::measure(&options.file, options.page, sizes.disk)?;
+    println!("{disk}");
+    let meter = Meter { file: &options.file, page: options.page, disk: &disk, sizes: &sizes };
+    let mut series = Vec::new();
+    for work in work::all(&sizes).into_iter().filter(|work| work.name.starts_with(&options.only)) {
+        let measured = meter.measure(&work)?;
+        print!("{}", table::text(&measured));
+        series.push(measured);
+    }
+    options.out.as_ref().map_or(Ok(()), |path| save(options, &disk, &series, path))
+}
+
+/// The rows, a table and a plot.
+fn save(options: &Options, disk: &Disk, series: &[Series], path: &Path) -> Result<(), Failure> {
+    let record = json!({
+        "quick": options.quick,
+        "direct": options.file.direct,
+        "page": options.page,
+        "disk": disk.json(),
+        "series": series.iter().map(Series::json).collect::<Vec<_>>(),
+    });
+    fs::write(path, format!("{record:#}\n"))?;
+    fs::write(path.with_extension("md"), table::markdown(disk, series))?;
+    fs::write(path.with_extension("svg"), plot::plot(series))?;
+    Ok(())
+}

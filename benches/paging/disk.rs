@@ -1,0 +1,146 @@
+//! The limit of the disk: bytes a second into a file as the pager's, out of it, and both at once.
+//!
+//! The file has no name, is written over and over and read whole, in runs as long as the pager's longest, from and to as
+//! much memory, so that no run is found in the processor's cache. A first pass gives the file its space and is not
+//! counted; of those that follow the median is. Through the system's cache that is the speed of copies, as long as the
+//! cache has room; directly, the medium's.
+
+use crate::meter::median;
+use crate::work::Failure;
+use rankfold_pager::FileOptions;
+use serde_json::{Value, json};
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::thread;
+use std::time::Instant;
+
+/// Pages of a run: the pager's most.
+const RUN: usize = 32;
+/// Passes that are counted.
+const PASSES: usize = 5;
+/// What direct I/O wants memory to begin at.
+const ALIGNMENT: usize = 4096;
+
+/// Bytes a second.
+#[derive(Clone, Copy)]
+pub struct Rates {
+    pub write: f64,
+    pub read: f64,
+    /// Written and read together, as many bytes each way.
+    pub both: f64,
+}
+
+impl Rates {
+    /// Seconds for so many bytes each way: those that can go both ways at once, and the rest; or one way after the other,
+    /// where that is faster.
+    fn seconds(&self, written: f64, read: f64) -> f64 {
+        let paired = written.min(read);
+        let together = 2.0 * paired / self.both + (written - paired) / self.write + (read - paired) / self.read;
+        together.min(written / self.write + read / self.read)
+    }
+}
+
+/// What the disk can do.
+pub struct Disk {
+    direct: bool,
+    run: usize,
+    buffered: Rates,
+    /// Where the file system can.
+    unbuffered: Option<Rates>,
+}
+
+impl Disk {
+    /// Measured in the pager's folder over `bytes` of a file.
+    pub fn measure(file: &FileOptions, page: usize, bytes: usize) -> Result<Self, Failure> {
+        let run = RUN * page;
+        let rates = |direct| rates(&file.folder, direct, run, bytes.next_multiple_of(2 * run));
+        let unbuffered = match rates(true) {
+            Err(why) if file.direct => return Err(why),
+            measured => measured.ok(),
+        };
+        Ok(Self { direct: file.direct, run, buffered: rates(false)?, unbuffered })
+    }
+
+    /// Seconds that it needs for what the pager moved.
+    pub fn seconds(&self, written: f64, read: f64) -> f64 {
+        self.unbuffered.filter(|_| self.direct).unwrap_or(self.buffered).seconds(written, read)
+    }
+
+    pub fn json(&self) -> Value {
+        let rates = |rates: Rates| json!({ "write": rates.write, "read": rates.read, "both": rates.both });
+        json!({ "run": self.run, "buffered": rates(self.buffered), "direct": self.unbuffered.map(rates) })
+    }
+}
+
+impl fmt::Display for Disk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the disk in runs of {} MiB", self.run as f64 / (1 << 20) as f64)?;
+        for (name, rates) in [("buffered", Some(self.buffered)), ("direct", self.unbuffered)] {
+            match rates.map(|Rates { write, read, both }| [write, read, both].map(|rate| rate * 1e-9)) {
+                Some([write, read, both]) => {
+                    write!(f, "; {name}: write {write:.2}, read {read:.2}, both at once {both:.2} GB/s")?;
+                }
+                None => write!(f, "; {name}: not in this folder")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates, Failure> {
+    let flags = libc::O_TMPFILE | if direct { libc::O_DIRECT } else { 0 };
+    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(folder)?;
+    let mut memory = Memory::new(bytes);
+    let half = bytes / 2;
+    let seconds = |pass: &mut dyn FnMut() -> io::Result<()>| -> io::Result<f64> {
+        let mut times = Vec::new();
+        for _ in 0..=PASSES {
+            let begun = Instant::now();
+            pass()?;
+            times.push(begun.elapsed().as_secs_f64());
+        }
+        Ok(median(&mut times[1..]))
+    };
+    let write_all = seconds(&mut || write(&file, memory.bytes(), run, 0))?;
+    let read_all = seconds(&mut || read(&file, memory.bytes(), run, 0))?;
+    let both = seconds(&mut || {
+        let (one, other) = memory.bytes().split_at_mut(half);
+        thread::scope(|scope| {
+            let writer = scope.spawn(|| write(&file, one, run, 0));
+            read(&file, other, run, half)?;
+            writer.join().map_err(|_| io::Error::other("the writer panicked"))?
+        })
+    })?;
+    let rate = |seconds: f64| bytes as f64 / seconds;
+    Ok(Rates { write: rate(write_all), read: rate(read_all), both: rate(both) })
+}
+
+fn write(file: &File, bytes: &[u8], run: usize, from: usize) -> io::Result<()> {
+    bytes.chunks(run).zip((from..).step_by(run)).try_for_each(|(bytes, at)| file.write_all_at(bytes, at as u64))
+}
+
+fn read(file: &File, bytes: &mut [u8], run: usize, from: usize) -> io::Result<()> {
+    bytes.chunks_mut(run).zip((from..).step_by(run)).try_for_each(|(bytes, at)| file.read_exact_at(bytes, at as u64))
+}
+
+/// Bytes at addresses that are good for direct I/O.
+struct Memory {
+    raw: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Memory {
+    fn new(len: usize) -> Self {
+        let raw = vec![1; len + ALIGNMENT];
+        let start = raw.as_ptr().align_offset(ALIGNMENT);
+        Self { raw, start, len }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.raw[self.start..][..self.len]
+    }
+}
