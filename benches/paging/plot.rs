@@ -8,8 +8,8 @@ const WIDTH: f64 = 760.0;
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 230.0;
 const PANEL: f64 = 240.0;
-const TOPS: [f64; 2] = [40.0, 340.0];
-const HEIGHT: f64 = 640.0;
+const TOPS: [f64; 2] = [40.0, 372.0];
+const HEIGHT: f64 = 672.0;
 const COLOURS: [&str; 7] = ["#1b6ca8", "#7fb2d9", "#b5432a", "#e8a08f", "#3b7d4f", "#9ccaa8", "#5b3f8c"];
 
 const STYLE: &str = "text{font:13px sans-serif;fill:#222}.grid{stroke:#ddd}.axis{stroke:#222}\
