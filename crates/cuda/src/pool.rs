@@ -87,7 +87,8 @@ impl Paging {
 
     /// Paged memory of at least `bytes` bytes, its values unspecified.
     pub(crate) fn alloc(self: &Arc<Self>, bytes: usize) -> pager::Result<Paged> {
-        let bytes = bytes.max(1).next_multiple_of(self.pager.page());
+        let too_many = || pager::Error::Address { bytes, source: std::io::ErrorKind::OutOfMemory.into() };
+        let bytes = bytes.max(1).checked_next_multiple_of(self.pager.page()).ok_or_else(too_many)?;
         let mut kept = lock(&self.kept);
         let found = kept.take(bytes);
         let allocation = match found {

@@ -86,7 +86,9 @@ impl<D: Device> Memory for OnHost<D> {
 
     fn reserve(&self, pages: usize) -> Result<DeviceRegion<D>> {
         let bytes = pages.saturating_mul(self.page);
-        Ok(DeviceRegion { device: self.device.reserve(bytes)?, host: Mutex::new(self.host.alloc(bytes)?) })
+        // The host first, which refuses what no addresses are for.
+        let host = Mutex::new(self.host.alloc(bytes)?);
+        Ok(DeviceRegion { device: self.device.reserve(bytes)?, host })
     }
 
     fn commit(&self, region: &DeviceRegion<D>, pages: Range<usize>) -> Result<()> {

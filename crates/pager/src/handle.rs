@@ -108,7 +108,7 @@ impl<M: Memory> Pager<M> {
         &self.0.core.memory
     }
 
-    /// `bytes` of memory that reads as zero until it is written, in whole pages. It takes addresses now and frames when it
+    /// `bytes` of memory, in whole pages, that in the host's memory reads as zero until it is written. It takes addresses now and frames when it
     /// is pinned.
     pub fn alloc(&self, bytes: usize) -> Result<Allocation<M>> {
         let pages = bytes.div_ceil(self.page()).max(1);

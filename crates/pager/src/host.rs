@@ -83,8 +83,8 @@ impl Host {
     }
 }
 
-// SAFETY of what follows: the core calls `store` for pages that nobody holds for writing and lets nobody hold them so
-// before it returns; `load` and `release` for pages that nobody holds at all, and never two at once for one page.
+// SAFETY of what follows: the core calls `store` for pages for which no hold for writing has been given out and gives none
+// out before it is done; `load` and `release` for pages for which none of any kind has, and never two at once for one page.
 impl Memory for Host {
     type Region = HostRegion;
 

@@ -6,10 +6,9 @@ use std::ops::Range;
 
 /// Memory in which pages are used, over a slower tier in which they are kept meanwhile.
 ///
-/// The pager calls `store` for pages that nobody holds for writing, and lets nobody hold them so before it returns; `load`
-/// and `release` for pages that nobody touches at all; and never two of them at once for the same page. They move bytes,
-/// and may take long: no lock is kept over them, but over `commit`, `release` and
-/// `forget`.
+/// The pager calls `store` for pages for which no call that holds them for writing has returned, and lets none return before
+/// it is done; `load` and `release` for pages for which no such call of any kind has; and never two of them at once for the
+/// same page. They move bytes, and may take long: no lock is kept over them, but over `commit`, `release` and `forget`.
 pub trait Memory: Debug + Send + Sync + 'static {
     /// The addresses of one allocation, and its place in the tier below: free when it is dropped, its frames being
     /// released by then.

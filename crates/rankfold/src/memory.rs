@@ -4,6 +4,7 @@ use crate::builtin;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::options::{Method, Options};
+use crate::paging;
 use crate::show::bytes;
 use rankfold_adapters::{AdapterConfig, AdapterFolder, LoraSpec, Targets};
 use rankfold_trainer::model::{ModelConfig, Precision};
@@ -117,10 +118,11 @@ pub fn summary(plan: &Plan) -> String {
 /// That a limit is one that the run works under, or, without one, that the machine has as much, where the system tells.
 /// (A GPU's memory is the GPU's own, and what its kernels work in is not the plan's.)
 pub fn check(options: &Options, plan: &Plan) -> Result<()> {
-    if let Some(limit) = &options.memory_limit {
-        if !options.device.unwrap_or_default().has_memory_of_its_own() {
-            plan.under(limit.bytes())?;
-        }
+    if let Some(limit) = paging::of_the_process(options) {
+        plan.under(limit)?;
+        return Ok(());
+    }
+    if options.memory_limit.is_some() {
         return Ok(());
     }
     let needed = plan.peak().bytes.sum();

@@ -291,10 +291,14 @@ impl Options {
         given.try_into().map_err(|e: toml::de::Error| Error::Usage(e.to_string()))
     }
 
-    /// These options, where memory goes as the other says.
+    /// These options, where memory goes as the other says, if it does.
     pub fn paged_as(self, other: &Self) -> Self {
-        let Self { memory_limit, page_folder, page_io, .. } = other.clone();
-        Self { memory_limit, page_folder, page_io, ..self }
+        Self {
+            memory_limit: other.memory_limit.clone().or(self.memory_limit),
+            page_folder: other.page_folder.clone().or(self.page_folder),
+            page_io: other.page_io.or(self.page_io),
+            ..self
+        }
     }
 
     /// The first option that is given here and differs in `other`: (name, here, there).

@@ -42,7 +42,7 @@ pub fn tiers(options: &Options) -> Result<Option<Tiers>> {
     }
     let device = options.device.unwrap_or_default();
     let (of_the_process, of_the_device) = match device {
-        Device::Cpu => (asked.or(available()), None),
+        Device::Cpu => (of_the_process(options), None),
         Device::Cuda | Device::CudaHost => (Some(available().unwrap_or(u64::MAX)), asked),
         Device::Reference if asked.is_some() => {
             return Err(Error::Usage("--memory-limit: the reference's memory is not paged".into()));
@@ -98,6 +98,15 @@ const LEAST_PAGE: usize = 64 << 10;
 /// books of. So that a limit is some thousands of them.
 fn page(limit: u64) -> usize {
     (limit / 8192).next_power_of_two().clamp(LEAST_PAGE as u64, 4 << 20) as usize
+}
+
+/// The limit on the process: the one asked for, or for a paged optimiser what the machine could give; none where neither
+/// is, or the device has memory of its own.
+pub fn of_the_process(options: &Options) -> Option<u64> {
+    let is_paged = options.optimizer.unwrap_or_default().is_paged();
+    let asked = options.memory_limit.as_ref().map(Size::bytes);
+    let limit = asked.or_else(|| available().filter(|_| is_paged));
+    limit.filter(|_| !options.device.unwrap_or_default().has_memory_of_its_own())
 }
 
 /// Memory that the machine could give, where the system tells.

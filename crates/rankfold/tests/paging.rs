@@ -81,6 +81,12 @@ fn a_run_may_go_on_under_another_limit() {
         std::fs::remove_file(place.path("other").join(product)).unwrap();
     }
     succeed(&["train", "--out", &other, "--resume", "--memory-limit", "110MiB"]);
+    // The limit is the run's own from then on.
+    let kept = std::fs::read_to_string(place.path("other/run.toml")).unwrap();
+    assert!(kept.contains("memory-limit = \"110MiB\""), "{kept}");
+    std::fs::remove_file(place.path("other/adapter_config.json")).unwrap();
+    succeed(&["train", "--out", &other, "--resume"]);
+    assert_eq!(std::fs::read_to_string(place.path("other/run.toml")).unwrap(), kept);
     let adapter = |name: &str| std::fs::read(place.path(name).join("adapter_model.safetensors")).unwrap();
     assert!(adapter("whole") == adapter("other"));
 }

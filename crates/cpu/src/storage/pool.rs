@@ -9,8 +9,8 @@
 //! and its frames until somebody needs them.
 //!
 //! The pool may grow until live and pooled bytes reach 5/4 of the most that was ever live (and 16 MiB on top, for
-//! small programs); an allocation that would pass this gives pooled blocks back to the system first, the largest
-//! first.
+//! small programs); an allocation that would pass this gives pooled blocks back first, those on a pager before
+//! others, the largest first.
 
 use super::block::{Block, Paging, System};
 use super::{ALIGN, HostMemory};
