@@ -1,6 +1,6 @@
 //! AdamW over named parameters, and the clip of the gradient's norm.
 //!
-//! - [`state`]: what is remembered of a parameter, in 32 bits or in 8.
+//! - `state`: what is remembered of a parameter, in 32 bits or in 8.
 
 mod state;
 
