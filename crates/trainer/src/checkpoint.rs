@@ -9,7 +9,7 @@ use crate::optimizer::{AdamW, Moments, Named, Slot};
 use crate::product::Product;
 use crate::{Error, Result};
 use rankfold_autograd::Parameter;
-use rankfold_backend::{Backend, Buffer, DType};
+use rankfold_backend::{Backend, Buffer};
 use rankfold_files::{Checkpoint, Spec, StagedFolder, Writer, write_atomically};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -95,18 +95,18 @@ impl Checkpoints {
         let weights = Checkpoint::open(&product.weights(&path))?;
         for slot in &mut optimizer.slots {
             let Named { name, parameter } = &slot.named;
-            let read = |file: &Checkpoint, name: &str, into: &mut Buffer| -> Result<()> {
-                file.expect(name, &[into.dtype()], &shape_of(into, parameter))?;
-                let mut bytes = vec![0; into.bytes()];
-                file.read_into(name, &mut bytes)?;
-                Ok(backend.write(&bytes, into.view_mut())?)
+            let read = |file: &Checkpoint, name: &str, like: &Buffer| -> Result<Buffer> {
+                file.expect(name, &[like.dtype()], &shape_of(like, parameter))?;
+                Ok(file.load(name, backend)?)
             };
             for (end, buffer) in slot.state.tensors_mut() {
-                read(&moments, &format!("{name}.{end}"), buffer)?;
+                *buffer = read(&moments, &format!("{name}.{end}"), buffer)?;
             }
-            let mut value = backend.alloc(DType::F32, parameter.shape().elements())?;
-            read(&weights, name, &mut value)?;
-            parameter.update(|buffer| Ok(backend.copy(value.view(), buffer.view_mut())?))?;
+            let value = read(&weights, name, parameter.tensor().buffer())?;
+            parameter.update(|buffer| {
+                *buffer = value;
+                Ok(())
+            })?;
         }
         optimizer.step = state.step as u64;
         Ok(state.step)
