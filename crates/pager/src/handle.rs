@@ -108,8 +108,8 @@ impl<M: Memory> Pager<M> {
         &self.0.core.memory
     }
 
-    /// `bytes` of memory, in whole pages, that in the host's memory reads as zero until it is written. It takes addresses now and frames when it
-    /// is pinned.
+    /// `bytes` of memory, in whole pages, that in the host's memory reads as zero until it is written. It takes addresses
+    /// now and frames when it is pinned.
     pub fn alloc(&self, bytes: usize) -> Result<Allocation<M>> {
         let pages = bytes.div_ceil(self.page()).max(1);
         let (region, first) = self.0.core.enter(pages)?;

@@ -138,7 +138,17 @@ pub fn check(options: &Options, plan: &Plan) -> Result<()> {
 
 /// The machine's memory in bytes, where the system tells.
 pub fn of_the_machine() -> Option<u64> {
+    meminfo("MemTotal:")
+}
+
+/// What of it could still be had.
+pub fn available() -> Option<u64> {
+    meminfo("MemAvailable:")
+}
+
+/// A figure of the system's, in bytes.
+fn meminfo(field: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }

@@ -3,6 +3,7 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::memory::available;
 use crate::options::{Options, PageIo};
 use crate::show::bytes;
 use crate::size::Size;
@@ -107,13 +108,6 @@ pub fn of_the_process(options: &Options) -> Option<u64> {
     let asked = options.memory_limit.as_ref().map(Size::bytes);
     let limit = asked.or_else(|| available().filter(|_| is_paged));
     limit.filter(|_| !options.device.unwrap_or_default().has_memory_of_its_own())
-}
-
-/// Memory that the machine could give, where the system tells.
-fn available() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 fn summary(stats: &Stats) -> String {
