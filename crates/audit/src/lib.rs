@@ -11,7 +11,8 @@
 //! - [`size`]: bits a parameter;
 //! - [`normality`]: the shape of the weights, and whether NF4 is made for it;
 //! - [`audit()`]: tensor by tensor into a [`Report`], which is also what `audit.json` holds;
-//! - [`table()`], [`html()`]: the report for a terminal and for a browser.
+//! - [`table()`], [`html()`]: the report for a terminal and for a browser;
+//! - [`page`], [`svg`]: pages that need nothing else and their plots, for reports of other kinds too.
 #![forbid(unsafe_code)]
 
 mod audit;
@@ -22,9 +23,10 @@ mod html;
 pub mod normality;
 mod number;
 mod options;
+pub mod page;
 mod report;
 pub mod size;
-mod svg;
+pub mod svg;
 mod table;
 pub mod tally;
 

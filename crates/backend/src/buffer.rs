@@ -3,6 +3,7 @@
 use crate::{DType, Error, Result};
 use std::any::Any;
 use std::fmt;
+use std::ops::Range;
 
 /// What a backend keeps behind a [`Buffer`].
 pub trait Storage: Any + Send + Sync + fmt::Debug {
@@ -114,6 +115,12 @@ impl<'a> View<'a> {
     /// The element type.
     pub fn dtype(&self) -> DType {
         self.buffer.dtype
+    }
+
+    /// Where its elements lie in the buffer, in bytes.
+    pub fn bytes(&self) -> Range<usize> {
+        let size = self.dtype().size();
+        self.offset * size..(self.offset + self.len) * size
     }
 
     /// `len` elements from `offset` of this view.

@@ -1,6 +1,7 @@
 //! Everything that can be wrong with a call of a kernel.
 
 use crate::DType;
+use std::fmt::Display;
 
 /// The result of a kernel.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -58,4 +59,11 @@ pub enum Error {
     /// Memory that could not be had.
     #[error("{bytes} bytes of memory could not be allocated")]
     OutOfMemory { bytes: usize },
+}
+
+impl Error {
+    /// An [`Error::Paging`] of a kernel's tensor, for `map_err` of what a pager returns.
+    pub fn paging<E: Display>(kernel: &'static str, tensor: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self::Paging { kernel, tensor, what: error.to_string() }
+    }
 }

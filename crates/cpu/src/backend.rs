@@ -8,7 +8,7 @@ use crate::quantize4;
 use crate::rms_norm::{self, Saved};
 use crate::rope::{self, Angles};
 use crate::simd::{Float, Isa};
-use crate::slices::{BACKEND, Slices, paging};
+use crate::slices::{BACKEND, Slices};
 use crate::storage::{HostMemory, MemoryFigures, Paging, Pool};
 use crate::threads::Threads;
 use crate::weights::{low_rank_slice, scale_slice, weight_slice};
@@ -122,7 +122,7 @@ impl Backend for CpuBackend {
 
     fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>> {
         let memory: &mut HostMemory = buffer.storage_mut(BACKEND)?;
-        memory.host_bytes().map(Some).map_err(paging("host_bytes_mut", "buffer"))
+        memory.host_bytes().map(Some).map_err(Error::paging("host_bytes_mut", "buffer"))
     }
 
     fn fill(&self, value: f64, mut out: ViewMut) -> Result<()> {

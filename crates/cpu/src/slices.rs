@@ -3,16 +3,10 @@
 use crate::storage::{Holds, HostMemory};
 use half::{bf16, f16};
 use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
-use rankfold_pager as pager;
 use std::ops::Range;
 
 /// This backend's name in errors.
 pub(crate) const BACKEND: &str = "cpu";
-
-/// For `map_err`: what the pager says of a kernel's tensor.
-pub(crate) fn paging(kernel: &'static str, tensor: &'static str) -> impl FnOnce(pager::Error) -> Error {
-    move |error| Error::Paging { kernel, tensor, what: error.to_string() }
-}
 
 /// Turns the views of one kernel into slices, and keeps the memory behind them in place while that kernel runs: a slice
 /// cannot outlive it.
@@ -21,11 +15,6 @@ pub(crate) struct Slices {
     /// The kernel's name.
     pub(crate) kernel: &'static str,
     holds: Holds,
-}
-
-/// Where elements lie in their buffer, in bytes.
-fn place(offset: usize, len: usize, dtype: DType) -> Range<usize> {
-    offset * dtype.size()..(offset + len) * dtype.size()
 }
 
 impl Slices {
@@ -37,15 +26,14 @@ impl Slices {
     /// The view's bytes.
     pub(crate) fn bytes<'s>(&'s self, tensor: &'static str, view: View<'s>) -> Result<&'s [u8]> {
         let memory: &HostMemory = view.buffer().storage(BACKEND)?;
-        let part = place(view.offset(), view.len(), view.dtype());
-        memory.bytes(part, &self.holds).map_err(paging(self.kernel, tensor))
+        memory.bytes(view.bytes(), &self.holds).map_err(Error::paging(self.kernel, tensor))
     }
 
     /// The view's bytes, to write.
     pub(crate) fn bytes_mut<'s>(&'s self, tensor: &'static str, view: &'s mut ViewMut<'_>) -> Result<&'s mut [u8]> {
-        let part = place(view.offset(), view.len(), view.dtype());
+        let part = view.as_view().bytes();
         let memory: &mut HostMemory = view.buffer_mut().storage_mut(BACKEND)?;
-        memory.bytes_mut(part, &self.holds).map_err(paging(self.kernel, tensor))
+        memory.bytes_mut(part, &self.holds).map_err(Error::paging(self.kernel, tensor))
     }
 
     fn wrong(&self, tensor: &'static str, expected: &'static str, found: DType) -> Error {

@@ -1,6 +1,6 @@
 //! The backend: each kernel of the contract is the function of the same name in its operation's file.
 
-use crate::call::{Call, paging};
+use crate::call::Call;
 use crate::memory::{BufferMemory, DeviceMemory};
 use crate::paging::DevicePager;
 use crate::pool::Paging;
@@ -126,7 +126,7 @@ impl Backend for CudaBackend {
         }
         let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
         let memory = match self.paging.as_ref().filter(|paging| bytes >= paging.from) {
-            Some(on) => BufferMemory::paged(on.alloc(bytes).map_err(paging("alloc", "buffer"))?),
+            Some(on) => BufferMemory::paged(on.alloc(bytes).map_err(Error::paging("alloc", "buffer"))?),
             None => BufferMemory::fixed(self.fixed(bytes)?),
         };
         Ok(Buffer::new(memory, dtype, len))

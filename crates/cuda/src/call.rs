@@ -7,8 +7,6 @@
 use crate::memory::{BufferMemory, DeviceMemory, Holds};
 use crate::{Argument, CudaBackend, Driver, Launch, NAME};
 use rankfold_backend::{DType, Element, Error, Result, View, ViewMut};
-use rankfold_pager as pager;
-use std::ops::Range;
 
 /// A call of a kernel of the contract.
 pub(crate) struct Call<'a> {
@@ -16,16 +14,6 @@ pub(crate) struct Call<'a> {
     /// The kernel's name in errors.
     pub(crate) kernel: &'static str,
     holds: Holds,
-}
-
-/// Where elements lie in their buffer, in bytes.
-fn place(offset: usize, len: usize, dtype: DType) -> Range<usize> {
-    offset * dtype.size()..(offset + len) * dtype.size()
-}
-
-/// For `map_err`: what the pager says of a kernel's tensor.
-pub(crate) fn paging(kernel: &'static str, tensor: &'static str) -> impl FnOnce(pager::Error) -> Error {
-    move |error| Error::Paging { kernel, tensor, what: error.to_string() }
 }
 
 /// The float types that weights, tables and casts come in.
@@ -91,16 +79,15 @@ impl<'a> Call<'a> {
 
     /// The address of a view's first element, for as long as this call lives.
     pub(crate) fn at(&self, tensor: &'static str, view: View) -> Result<u64> {
-        let part = place(view.offset(), view.len(), view.dtype());
-        self.own(&view)?.address(part, &self.holds).map_err(paging(self.kernel, tensor))
+        self.own(&view)?.address(view.bytes(), &self.holds).map_err(Error::paging(self.kernel, tensor))
     }
 
     /// The same of a view to write.
     pub(crate) fn at_mut(&self, tensor: &'static str, view: &mut ViewMut) -> Result<u64> {
-        let part = place(view.offset(), view.len(), view.dtype());
+        let part = view.as_view().bytes();
         self.own(&view.as_view())?;
         let memory: &mut BufferMemory = view.buffer_mut().storage_mut(NAME)?;
-        memory.address_mut(part, &self.holds).map_err(paging(self.kernel, tensor))
+        memory.address_mut(part, &self.holds).map_err(Error::paging(self.kernel, tensor))
     }
 
     /// A view that the kernel reads, of this element type.
@@ -133,10 +120,10 @@ impl<'a> Call<'a> {
     /// The elements of a view whose type was checked, on the host: without a wait where the host wrote them.
     pub(crate) fn on_the_host<T: Element>(&self, tensor: &'static str, view: View) -> Result<Vec<T>> {
         let memory = self.own(&view)?;
-        let (start, mut elements) = (view.offset() * size_of::<T>(), vec![T::zeroed(); view.len()]);
+        let (part, mut elements) = (view.bytes(), vec![T::zeroed(); view.len()]);
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut elements);
         match memory.remembered() {
-            Some(written) => bytes.copy_from_slice(&written[start..start + bytes.len()]),
+            Some(written) => bytes.copy_from_slice(&written[part]),
             None => self.driver().download(self.at(tensor, view)?, bytes)?,
         }
         Ok(elements)

@@ -37,6 +37,9 @@ pub enum Error {
     /// Memory that the device does not have.
     #[error("{}", rankfold_backend::Error::DeviceMemory { asked: *asked, free: *free })]
     OutOfMemory { asked: usize, free: usize },
+    /// Memory that the device would have, if what is paged could leave.
+    #[error("{asked} bytes of device memory were asked for, {free} are free, and what could make room cannot: {why}")]
+    NoRoom { asked: usize, free: usize, why: String },
     /// A device, or what it needs, that is not there.
     #[error("{0}")]
     Missing(String),

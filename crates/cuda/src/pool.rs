@@ -109,9 +109,16 @@ impl Paging {
         let mut beside = lock(&self.beside);
         let now = beside.now.saturating_add(bytes);
         if now > beside.most {
-            let left = self.limit.saturating_sub(now);
-            let room = self.pager.set_limit(Limit::Pages(left));
-            room.map_err(|_| Error::OutOfMemory { asked: bytes, free: self.limit.saturating_sub(beside.now) })?;
+            let left = |beside| Limit::Pages(self.limit.saturating_sub(beside));
+            if let Err(why) = self.pager.set_limit(left(now)) {
+                // What there was room for before, there is room for.
+                let _ = self.pager.set_limit(left(beside.most));
+                let (asked, free) = (bytes, self.limit.saturating_sub(beside.now));
+                return Err(match why {
+                    pager::Error::Full { .. } | pager::Error::Capacity { .. } => Error::OutOfMemory { asked, free },
+                    why => Error::NoRoom { asked, free, why: why.to_string() },
+                });
+            }
             beside.most = now;
         }
         beside.now = now;

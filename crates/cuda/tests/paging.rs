@@ -3,7 +3,7 @@
 //! would be lost; and where accesses are checked, it is out of bounds.
 
 use rankfold_backend::conformance::{LAWS, Law, Verdict, few_cases};
-use rankfold_backend::{Backend, DType};
+use rankfold_backend::{Backend, Buffer, DType};
 use rankfold_cuda::host::{HostDriver, Options, Schedule};
 use rankfold_cuda::{Argument, CudaBackend, DevicePager, Driver, Error, Event, Gemm, Launch, PagedMemory, Result};
 use rankfold_pager::{FileOptions, Limit, Options as Pages, Pager};
@@ -97,7 +97,12 @@ impl PagedMemory for Restless {
 
 /// A host tier of so many frames, over a file.
 fn host(frames: usize) -> Pager {
-    let file = FileOptions { folder: std::env::temp_dir(), direct: false, capacity: u64::MAX };
+    host_over(frames, u64::MAX)
+}
+
+/// The same over a file of at most so many bytes.
+fn host_over(frames: usize, capacity: u64) -> Pager {
+    let file = FileOptions { folder: std::env::temp_dir(), direct: false, capacity };
     let options = Pages::new(Limit::Pages(frames * FRAME), Some(file));
     Pager::new(Pages { page: FRAME, look_ahead: 0, ..options }).unwrap()
 }
@@ -191,4 +196,35 @@ fn a_limit_is_on_all_that_the_device_holds() {
     drop(small);
     let error = on.alloc(DType::F32, (frames * FRAME) / 4).and_then(|mut x| on.fill(0.0, x.view_mut())).unwrap_err();
     assert!(error.to_string().starts_with("fill: 'out': out of memory"), "{error}");
+}
+
+/// Buffers that fill a device of eight frames, over a host and a file of a frame each: there is room for two frames of
+/// other work, and for no more.
+#[test]
+fn what_there_is_no_room_for_changes_no_limit_and_is_told_with_its_cause() {
+    let (frames, len) = (8, FRAME / 4);
+    let options = Options { capacity: 2 * frames * FRAME, threads: Some(1), ..Options::default() };
+    let backend = unpaged(&options).on_pager(host_over(1, FRAME as u64), frames * FRAME).unwrap();
+    let on: &dyn Backend = &backend;
+    let buffers: Vec<_> = (0..frames).map(|i| on.filled(DType::F32, len, i as f64).unwrap()).collect();
+    let capacity = || backend.pager().unwrap().stats().capacity;
+    let (mut others, mut before) = (Vec::new(), capacity());
+    let error = loop {
+        match on.alloc(DType::F32, len - 1) {
+            Ok(other) => {
+                others.push(other);
+                before = capacity();
+            }
+            Err(error) => break error.to_string(),
+        }
+    };
+    assert!(others.len() <= 2 && capacity() == before, "{} others, {before} became {}", others.len(), capacity());
+    for words in ["65532 bytes of device memory were asked for", "the file tier is full: 65536 bytes were asked for"] {
+        assert!(error.contains(words), "{error}");
+    }
+    // With every tier full, what is away cannot come back; the rest is what it was.
+    let read = |buffer: &Buffer| on.download::<f32>(buffer.view());
+    let there = buffers.iter().enumerate().filter_map(|(i, buffer)| Some((i, read(buffer).ok()?)));
+    let there: Vec<_> = there.collect();
+    assert!(there.len() >= frames - 3 && there.iter().all(|(i, values)| values.iter().all(|x| *x == *i as f32)));
 }

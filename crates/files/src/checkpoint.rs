@@ -208,25 +208,48 @@ impl Checkpoint {
 
     /// A tensor straight into a new buffer of `backend`, its element type kept.
     pub fn load(&self, name: &str, backend: &dyn Backend) -> Result<Buffer> {
+        self.load_checked(name, backend, |_, _| Ok(()))
+    }
+
+    /// The same of a tensor every value of which is finite.
+    pub fn load_finite(&self, name: &str, backend: &dyn Backend) -> Result<Buffer> {
+        self.load_checked(name, backend, |first, bytes| self.check_finite(name, first, bytes))
+    }
+
+    /// The same where `check` finds nothing wrong with what was read: elements from a number on, as bytes.
+    fn load_checked(
+        &self,
+        name: &str,
+        backend: &dyn Backend,
+        check: impl Fn(usize, &[u8]) -> Result<()>,
+    ) -> Result<Buffer> {
         let dtype = self.dtype(name)?;
         let info = self.info(name)?;
         let mut buffer = backend.alloc(dtype, info.elements()).map_err(Error::backend(self.file(name), name))?;
         let refused = Error::backend(self.file(name), name);
         if let Some(mut bytes) = backend.host_bytes_mut(&mut buffer).map_err(refused)? {
             self.read_into(name, &mut bytes)?;
+            check(0, &bytes)?;
         } else {
-            self.load_by_parts(name, backend, &mut buffer)?;
+            self.load_by_parts(name, backend, &mut buffer, check)?;
         }
         Ok(buffer)
     }
 
     /// Where the host cannot write the backend's memory itself.
-    fn load_by_parts(&self, name: &str, backend: &dyn Backend, buffer: &mut Buffer) -> Result<()> {
+    fn load_by_parts(
+        &self,
+        name: &str,
+        backend: &dyn Backend,
+        buffer: &mut Buffer,
+        check: impl Fn(usize, &[u8]) -> Result<()>,
+    ) -> Result<()> {
         let (bytes, size) = (self.info(name)?.bytes, buffer.dtype().size());
         let mut part = vec![0; PART.min(bytes)];
         for range in parts(bytes) {
             let part = &mut part[..range.len()];
             self.read_range_into(name, range.start, part)?;
+            check(range.start / size, part)?;
             let place = buffer.slice_mut(range.start / size, range.len() / size);
             place.and_then(|place| backend.write(part, place)).map_err(Error::backend(self.file(name), name))?;
         }
@@ -269,7 +292,26 @@ mod tests {
         writer.finish().unwrap();
         let backend: &dyn Backend = &ReferenceBackend;
         let mut buffer = backend.filled(DType::U32, values.len(), 0.0).unwrap();
-        Checkpoint::open(&path).unwrap().load_by_parts("x", backend, &mut buffer).unwrap();
+        Checkpoint::open(&path).unwrap().load_by_parts("x", backend, &mut buffer, |_, _| Ok(())).unwrap();
         assert!(backend.download::<u32>(buffer.view()).unwrap() == values);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_named_by_its_number_whichever_way_it_is_loaded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let (mut values, bad) = (vec![1.0f32; PART / 4 + 3], PART / 4 + 1);
+        values[bad] = f32::NAN;
+        let mut writer = Writer::create(&path, vec![Spec::new("x", DType::F32, [values.len()])]).unwrap();
+        writer.write("x", bytemuck::cast_slice(&values)).unwrap();
+        writer.finish().unwrap();
+        let (file, backend): (_, &dyn Backend) = (Checkpoint::open(&path).unwrap(), &ReferenceBackend);
+        file.load("x", backend).unwrap();
+        let mut buffer = backend.alloc(DType::F32, values.len()).unwrap();
+        let check = |first, bytes: &[u8]| file.check_finite("x", first, bytes);
+        let by_parts = file.load_by_parts("x", backend, &mut buffer, check);
+        for error in [file.load_finite("x", backend).unwrap_err(), by_parts.unwrap_err()] {
+            assert!(matches!(error, Error::NotFinite { index, .. } if index == bad), "{error}");
+        }
     }
 }

@@ -31,7 +31,7 @@ pub use writer::{Spec, Writer};
 const _: () = assert!(cfg!(target_endian = "little"), "rankfold-files needs a little-endian machine");
 
 /// Bytes a copy between a file and a backend holds at a time, where the backend's memory is not the host's.
-const PART: usize = 4 << 20;
+pub const PART: usize = 4 << 20;
 
 /// The byte ranges of such parts, in order.
 fn parts(bytes: usize) -> impl Iterator<Item = std::ops::Range<usize>> {

@@ -8,12 +8,15 @@ use crate::forecast::PageId;
 use crate::limit::Limit;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 use crate::table::{Place, Run, Table};
-use crate::{Access, Memory, Result, Stats};
+use crate::{Access, Error, Memory, Result, Stats};
 use std::ops::Range;
 use std::time::Instant;
 
 /// Pages that move at once.
 pub(crate) const BATCH: usize = 32;
+
+/// Bytes of a page in the books, at the most: where it is, when it was used last, its checksum in the file.
+const BOOKS: usize = 32;
 
 /// The books, with what only their lock's owner may do.
 pub(crate) struct State<M: Memory> {
@@ -93,7 +96,14 @@ impl<M: Memory> Core<M> {
     }
 
     /// Addresses for `pages` pages; the number of the first.
+    ///
+    /// Errors: addresses that the system does not grant, or of which the books alone would take all that may be in
+    /// memory (a MiB of them is always kept): it grants far more than it has.
     pub(crate) fn enter(&self, pages: usize) -> Result<(Arc<M::Region>, PageId)> {
+        if pages.saturating_mul(BOOKS) > self.lock().limit.bytes().max(1 << 20) {
+            let source = std::io::ErrorKind::OutOfMemory.into();
+            return Err(Error::Address { bytes: pages.saturating_mul(self.page), source });
+        }
         let region = Arc::new(self.memory.reserve(pages)?);
         let first = self.lock().table.enter(region.clone(), pages);
         Ok((region, first))

@@ -39,6 +39,12 @@ pub enum Error {
     /// More than the file tier may hold.
     #[error("{}: the file tier is full: {asked} bytes were asked for, {free} of {capacity} are free", path.display())]
     FileFull { path: PathBuf, asked: u64, free: u64, capacity: u64 },
+    /// A disk that has no room for the file tier's pages.
+    #[error(
+        "{}: the disk is full: {asked} bytes of pages were to be written to a file in it, {free} are free",
+        path.display()
+    )]
+    DiskFull { path: PathBuf, asked: u64, free: u64 },
     /// A page that the file tier does not hold: it was never stored, or storing it failed.
     #[error("{}: the page at byte {position} is not stored", path.display())]
     NotStored { path: PathBuf, position: u64 },

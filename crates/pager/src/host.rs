@@ -121,9 +121,10 @@ impl Memory for Host {
         unsafe { region.space.release(pages.start * self.page..pages.end * self.page) };
     }
 
-    fn forget(&self, _: &HostRegion, _: Range<usize>) {
-        // Their place in the file stays taken until the allocation goes: punching holes, for buffers that come and go with
-        // every step, would take longer than writing over what lies there.
+    fn forget(&self, region: &HostRegion, pages: Range<usize>) {
+        if let Ok((file, extent)) = region.kept() {
+            file.discard(extent, pages);
+        }
     }
 
     fn file(&self) -> Option<FileFigures> {

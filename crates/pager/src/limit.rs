@@ -59,6 +59,12 @@ impl ProcessLimit {
         limit
     }
 
+    /// Bytes that the process takes beside pages, as last measured; none where the system does not tell, and nothing
+    /// but the pages is bounded.
+    pub fn beside(&self) -> Option<usize> {
+        self.figures.as_ref().map(|_| self.beside)
+    }
+
     fn measure(&mut self, resident: usize) {
         if let Some(process) = self.figures.as_ref().and_then(resident_bytes) {
             self.beside = self.beside.max(process.saturating_sub(resident));

@@ -75,7 +75,11 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(o.init_adapter.is_some(), "--init-adapter", &lora, its_own)?;
     beside(full, "--method full", &lora, "there is no adapter, expected none")?;
     beside(full, "--method full", &starts, "there is no adapter, expected none")?;
-    beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")
+    beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")?;
+    let pages = [("page-folder", o.page_folder.is_some()), ("page-io", o.page_io.is_some())];
+    let is_paged = o.memory_limit.is_some() || o.optimizer.unwrap_or_default().is_paged();
+    let why = "nothing is paged, expected one of the two or none of this";
+    beside(!is_paged, "no --memory-limit and no paged optimiser", &pages, why)
 }
 
 #[cfg(test)]
@@ -95,12 +99,17 @@ mod tests {
             ("init-adapter = 'a'\nmethod = 'lora'", ["--method", "--init-adapter"]),
             ("method = 'full'\nrank = 3", ["--rank", "--method full"]),
             ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
+            ("page-folder = '/tmp'", ["--page-folder", "--memory-limit"]),
+            ("page-io = 'direct'\noptimizer = 'adamw8bit'", ["--page-io", "paged optimiser"]),
         ] {
             let why = refused(toml);
             assert!(words.iter().all(|word| why.contains(word)), "{toml}: {why}");
         }
         check(&toml::from_str("method = 'full'\nquantize = 'none'\nblock = 64\ndouble-quant = false").unwrap())
             .unwrap();
+        for paged in ["memory-limit = '1GiB'", "optimizer = 'paged-adamw'"] {
+            check(&toml::from_str(&format!("page-folder = '/tmp'\npage-io = 'direct'\n{paged}")).unwrap()).unwrap();
+        }
     }
 
     #[test]

@@ -5,8 +5,9 @@ use crate::options::Options;
 use std::path::{Path, PathBuf};
 
 /// What a run writes at its folder's top; nothing else is ever removed.
-const OWN: [&str; 9] = [
+const OWN: [&str; 10] = [
     "metrics.jsonl",
+    "report.html",
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",

@@ -9,7 +9,8 @@ use crate::show::bytes;
 use crate::size::Size;
 use rankfold_cuda::{CudaBackend, DevicePager};
 use rankfold_pager::{FileOptions, Limit, Pager, ProcessLimit, Stats};
-use rankfold_trainer::plan::RESERVE;
+use rankfold_trainer::plan::{PAGES, Plan, RESERVE};
+use rankfold_trainer::traffic::Traffic;
 use std::env::temp_dir;
 
 /// The tiers of a run that has a limit.
@@ -33,9 +34,9 @@ pub enum Paged {
 /// The tiers of a run that has a limit: `--memory-limit`, or for a paged optimiser what the machine, or the device, has
 /// left.
 ///
-/// Errors: a device whose memory is not paged; a limit that the process is beyond already; a folder that cannot have
-/// the file.
-pub fn tiers(options: &Options) -> Result<Option<Tiers>> {
+/// Errors: a device whose memory is not paged; a system that does not tell what memory a process has; a limit that
+/// leaves no room beside what this one has already; a folder that cannot have the file.
+pub fn tiers(options: &Options, plan: &Plan) -> Result<Option<Tiers>> {
     let is_paged = options.optimizer.unwrap_or_default().is_paged();
     let asked = options.memory_limit.as_ref().map(Size::bytes);
     if asked.is_none() && !is_paged {
@@ -53,15 +54,26 @@ pub fn tiers(options: &Options) -> Result<Option<Tiers>> {
             return Ok(None);
         }
     };
-    let Some(limit) = of_the_process else { return Ok(None) };
+    let Some(limit) = of_the_process else {
+        tracing::warn!("the system does not tell what memory is free: the optimiser's states stay where they are");
+        return Ok(None);
+    };
     let file = FileOptions {
         folder: options.page_folder.clone().unwrap_or_else(temp_dir),
         direct: options.page_io.unwrap_or_default() == PageIo::Direct,
         capacity: u64::MAX,
     };
-    // The least pages divide any frame of a device.
-    let page = if device.has_memory_of_its_own() { LEAST_PAGE } else { page(limit) };
     let process = ProcessLimit::new(limit as usize, RESERVE as usize);
+    // The least pages divide any frame of a device.
+    let mut page = PAGES[0];
+    if !device.has_memory_of_its_own() {
+        let taken = process.beside().ok_or_else(|| {
+            let why = "/proc/self/statm, which says what memory the process has, cannot be read";
+            Error::Usage(format!("--memory-limit, or a paged optimiser: {why}: expected neither on this system"))
+        })?;
+        page = plan.page(limit, taken as u64)?;
+    }
+    let page = page as usize;
     let pages = rankfold_pager::Options { page, ..rankfold_pager::Options::new(Limit::Process(process), Some(file)) };
     Ok(Some(Tiers { host: Pager::new(pages)?, device: of_the_device }))
 }
@@ -80,6 +92,16 @@ impl Tiers {
 }
 
 impl Paged {
+    /// What was paged so far: of a device's tiers, into the device's memory and out of it.
+    pub fn traffic(&self) -> Traffic {
+        let stats = match self {
+            Self::Host(pager) => pager.stats(),
+            Self::Device(pager) => pager.stats(),
+        };
+        let (paged_in, paged_out) = (stats.loaded, stats.stored);
+        Traffic { paged_in, paged_out, stall_seconds: stats.stall.as_secs_f64() }
+    }
+
     /// What paging came to.
     pub fn summary(&self) -> String {
         match self {
@@ -90,15 +112,6 @@ impl Paged {
             }
         }
     }
-}
-
-/// The least page that there is.
-const LEAST_PAGE: usize = 64 << 10;
-
-/// Bytes of a page: the larger, the fewer buffers are large enough to be paged; the smaller, the more pages to keep the
-/// books of. So that a limit is some thousands of them.
-fn page(limit: u64) -> usize {
-    (limit / 8192).next_power_of_two().clamp(LEAST_PAGE as u64, 4 << 20) as usize
 }
 
 /// The limit on the process: the one asked for, or for a paged optimiser what the machine could give; none where neither

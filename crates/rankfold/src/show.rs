@@ -35,6 +35,11 @@ pub fn bytes(n: u64) -> String {
     HumanBytes(n).to_string()
 }
 
+/// Whole MiB of an amount that is such, as `--memory-limit` takes it: 3 · 2³⁰ → "3072 MiB".
+pub fn mib(n: u64) -> String {
+    format!("{} MiB", n.div_ceil(1 << 20))
+}
+
 /// 1234567 → "1,234,567".
 pub fn count(n: usize) -> String {
     HumanCount(n as u64).to_string()

@@ -4,6 +4,7 @@
 mod common;
 
 use common::{Place, refuse, succeed};
+use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -32,14 +33,11 @@ fn least(args: &[&str]) -> u64 {
     let output = Command::new(env!("CARGO_BIN_EXE_rankfold")).arg("plan").args(args).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     let line = said.lines().find_map(|line| line.strip_prefix("the least memory limit: ")).unwrap();
-    let (number, unit) = line.split("  ").next().unwrap().split_once(' ').unwrap();
-    // The next hundredth, for the figure is rounded.
-    let unit = if unit == "GiB" { 1u64 << 30 } else { 1 << 20 };
-    ((number.parse::<f64>().unwrap() + 0.01) * unit as f64) as u64
+    line.split(" MiB").next().unwrap().parse::<u64>().unwrap() << 20
 }
 
-/// Train without a limit and under one: the same file, and no more memory than was allowed.
-fn same_under(place: &Place, product: &str, args: &[&str], limit: impl Fn(u64) -> u64) {
+/// Train without a limit and under one, then with options of paging: the same file, and no more memory than was allowed.
+fn same_under(place: &Place, product: &str, args: &[&str], paging: &[&str], limit: impl Fn(u64) -> u64) {
     let run = |name: &str, more: &[&str]| {
         let out = place.text(name);
         let peak = peak(&[&["train", "--overwrite", "--out", &out], args, more].concat());
@@ -48,16 +46,33 @@ fn same_under(place: &Place, product: &str, args: &[&str], limit: impl Fn(u64) -
     let (free, needed) = run("free", &[]);
     let limit = limit(needed);
     assert!(limit < needed * 9 / 10, "{limit} is no limit on {needed}");
-    let (limited, peak) = run("limited", &["--memory-limit", &limit.to_string()]);
+    let (limited, peak) = run("limited", &[&["--memory-limit", &limit.to_string()], paging].concat());
     assert!(peak <= limit, "{args:?}: {peak} bytes under a limit of {limit}");
     assert!(free == limited, "{args:?}: other bits under a limit of {limit}");
+    assert_told(place);
+}
+
+/// That the steps' lines and the report say what was paged of the run under a limit, and nothing of the other.
+fn assert_told(place: &Place) {
+    for (name, is_limited) in [("free", false), ("limited", true)] {
+        let metrics = std::fs::read_to_string(place.path(name).join("metrics.jsonl")).unwrap();
+        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let steps: Vec<Value> = lines.filter(|line| line["loss"].is_number()).collect();
+        for field in ["paged_in", "paged_out", "stall_seconds"] {
+            assert!(steps.iter().all(|step| step[field].is_number() == is_limited), "{name}: {field}");
+        }
+        let moved: u64 = steps.iter().filter_map(|step| step["paged_in"].as_u64()).sum();
+        assert_eq!(moved > 0, is_limited, "{name}");
+        let report = std::fs::read_to_string(place.path(name).join("report.html")).unwrap();
+        assert_eq!(report.contains("Waiting for pages"), is_limited, "{name}");
+    }
 }
 
 #[test]
 fn qlora_under_the_least_limit_has_the_bits_of_one_without() {
     let place = Place::new();
     let args = ["--steps", "4", "--optimizer", "adamw8bit"];
-    same_under(&place, "adapter_model.safetensors", &args, |_| least(&args));
+    same_under(&place, "adapter_model.safetensors", &args, &[], |_| least(&args));
 }
 
 /// Weights, gradients and moments of 32 million parameters, at 60 % of what they take.
@@ -66,8 +81,32 @@ fn full_finetuning_under_60_percent_has_the_bits_of_one_without() {
     let place = Place::new();
     let [model, tokens] = place.small();
     let args = ["--model", &model, "--tokens", &tokens, "--method", "full", "--steps", "3"];
-    same_under(&place, "model.safetensors", &args, |needed| needed * 6 / 10);
-    same_under(&place, "model.safetensors", &[&args[..], &["--page-io", "direct"]].concat(), |_| least(&args));
+    same_under(&place, "model.safetensors", &args, &[], |needed| needed * 6 / 10);
+    same_under(&place, "model.safetensors", &args, &["--page-io", "direct"], |_| least(&args));
+}
+
+/// Weights and moments come back from the files of a checkpoint, tensor by tensor.
+#[test]
+fn a_resumed_run_stays_within_the_least_limit() {
+    let place = Place::new();
+    let [model, tokens] = place.small();
+    for (product, config, method) in [
+        ("model.safetensors", "config.json", &["--method", "full"][..]),
+        ("adapter_model.safetensors", "adapter_config.json", &["--quantize", "nf4", "--double-quant"]),
+    ] {
+        let args = [&["--model", &model, "--tokens", &tokens], method].concat();
+        let (out, limit) = (place.text("run"), least(&args));
+        let run = |args: &[&str]| {
+            let peak = peak(&[&["train", "--out", &out], args].concat());
+            assert!(peak <= limit, "{args:?}: {peak} bytes under a limit of {limit}");
+            // Unfinished again: its last checkpoint is of the step before the last.
+            std::fs::remove_file(place.path("run").join(config)).unwrap();
+            std::fs::read(place.path("run").join(product)).unwrap()
+        };
+        let limited = ["--overwrite", "--steps", "3", "--checkpoint-every", "1", "--memory-limit", &limit.to_string()];
+        let whole = run(&[&args[..], &limited].concat());
+        assert!(whole == run(&["--resume"]), "{method:?}: other bits after --resume");
+    }
 }
 
 #[test]
@@ -126,4 +165,6 @@ fn what_cannot_be_kept_is_refused_before_anything_is_written() {
     refused(&["--memory-limit", "1GiB", "--page-folder", &file], &[&file]);
     refused(&["--memory-limit", "1GiB", "--page-folder", "/proc"], &["/proc"]);
     refused(&["--memory-limit", "1GiB", "--device", "reference"], &["--memory-limit", "reference"]);
+    refused(&["--page-folder", "/tmp"], &["--page-folder", "no --memory-limit"]);
+    refused(&["--page-io", "direct"], &["--page-io", "no --memory-limit"]);
 }

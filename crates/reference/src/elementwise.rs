@@ -7,14 +7,13 @@ use rankfold_backend::{Error, Result, View, ViewMut};
 
 /// The bytes that a view covers.
 fn bytes_of<'a>(x: View<'a>) -> Result<&'a [u8]> {
-    let size = x.dtype().size();
-    Ok(&x.buffer().storage::<Cells>(NAME)?.bytes()[x.offset() * size..][..x.len() * size])
+    Ok(&x.buffer().storage::<Cells>(NAME)?.bytes()[x.bytes()])
 }
 
 /// The same, to write.
 fn bytes_of_mut<'a>(x: &'a mut ViewMut<'_>) -> Result<&'a mut [u8]> {
-    let (size, offset, len) = (x.dtype().size(), x.offset(), x.len());
-    Ok(&mut x.buffer_mut().storage_mut::<Cells>(NAME)?.bytes_mut()[offset * size..][..len * size])
+    let part = x.as_view().bytes();
+    Ok(&mut x.buffer_mut().storage_mut::<Cells>(NAME)?.bytes_mut()[part])
 }
 
 /// Host bytes into `out`.

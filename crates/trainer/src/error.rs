@@ -60,6 +60,15 @@ pub enum Error {
         mib(*least, f64::ceil)
     )]
     MemoryLimit { limit: u64, least: u64, needs: String },
+    /// A memory limit that leaves no room for the run beside what the process takes already.
+    #[error(
+        "a memory limit of {}: before the run begins the process takes {} already, for its data above all: expected at \
+         least {}, which {needs} needs beside it",
+        mib(*limit, f64::floor),
+        mib(*taken, f64::ceil),
+        mib(*least, f64::ceil)
+    )]
+    MemoryTaken { limit: u64, taken: u64, least: u64, needs: String },
     /// A setting outside its range.
     #[error("{setting} {found}: expected {expected}")]
     Setting { setting: &'static str, found: String, expected: &'static str },

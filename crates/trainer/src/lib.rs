@@ -6,6 +6,7 @@
 //! - [`optimizer`], [`schedule`]: AdamW and its rate;
 //! - [`step`]: one optimiser step, and a held-out evaluation;
 //! - [`run`]: steps, evaluations and checkpoints to the end; [`metrics`], [`checkpoint`], [`product`] are its files;
+//!   [`traffic`], what it pages;
 //! - [`plan`]: what memory a run will take, counted before it;
 //! - [`generate`]: text from a model;
 //! - [`initialize`], [`convert`]: new models, and models quantised, dequantised, merged;
@@ -26,5 +27,6 @@ pub mod product;
 pub mod run;
 pub mod schedule;
 pub mod step;
+pub mod traffic;
 
 pub use error::{Error, Result};

@@ -6,6 +6,7 @@ use crate::metrics::{EvalMetrics, Metrics};
 use crate::optimizer::AdamW;
 use crate::product::Product;
 use crate::step::{Batches, Recipe, StepMetrics, evaluate, gradients};
+use crate::traffic::{Gauge, Tally};
 use crate::{Error, Result};
 use std::path::Path;
 
@@ -46,6 +47,8 @@ pub struct Run<'a> {
     pub cadence: Cadence,
     /// Moments of the trained parameters.
     pub optimizer: AdamW,
+    /// What was paged so far, where anything is.
+    pub gauge: Option<Gauge<'a>>,
 }
 
 impl Run<'_> {
@@ -85,12 +88,14 @@ impl Run<'_> {
         let Cadence { steps, eval_every, checkpoint_every, keep } = self.cadence;
         let due = |every: usize, t: usize| every > 0 && t.is_multiple_of(every);
         for t in done + 1..=steps {
-            let pending = gradients(model, &mut self.batches, &self.recipe, &self.optimizer, t)?;
+            let mut tally = Tally::new(self.gauge);
+            let pending = tally.over(|| gradients(model, &mut self.batches, &self.recipe, &self.optimizer, t))?;
             // Only now is it known that the weights of step t − 1 give a finite loss: they are worth keeping.
             if t - 1 > done && due(checkpoint_every, t - 1) {
                 checkpoints.save(t - 1, &self.product, &self.optimizer, backend, keep)?;
             }
-            let line = pending.apply(&self.recipe, &mut self.optimizer)?;
+            let mut line = tally.over(|| pending.apply(&self.recipe, &mut self.optimizer))?;
+            line.traffic = tally.sum();
             metrics.step(&line)?;
             progress.step(&line);
             if due(eval_every, t) || t == steps {

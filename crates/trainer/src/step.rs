@@ -7,6 +7,7 @@ use crate::data::{Batch, Loader};
 use crate::model::{DeviceBatch, Model};
 use crate::optimizer::{AdamW, clip_scale};
 use crate::schedule::Schedule;
+use crate::traffic::Traffic;
 use crate::{Error, Result};
 use rankfold_adapters::{DropoutKey, Forward};
 use rankfold_autograd::{Gradients, Tape};
@@ -75,6 +76,9 @@ pub struct StepMetrics {
     /// The process's largest resident memory so far, in bytes, where the system tells.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_rss: Option<u64>,
+    /// What the step paged, where anything is.
+    #[serde(flatten)]
+    pub traffic: Option<Traffic>,
 }
 
 /// A step whose loss and gradients are known and finite, and which has updated nothing yet.
@@ -133,7 +137,7 @@ impl Pending {
         let lr = recipe.schedule.at(step);
         optimizer.update(&gradients, lr, clip_scale(grad_norm, recipe.clip))?;
         let tokens_per_second = tokens as f64 / (seconds + begun.elapsed().as_secs_f64());
-        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss() })
+        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss(), traffic: None })
     }
 }
 

@@ -12,7 +12,7 @@ use rankfold_trainer::Error;
 use rankfold_trainer::data::Batch;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
 use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
-use rankfold_trainer::plan::{Category, Machine, Phase, Plan, Setup, Stored};
+use rankfold_trainer::plan::{Category, Machine, PAGES, Phase, Plan, RESERVE, Setup, Stored};
 use rankfold_trainer::schedule::{Decay, Schedule};
 use rankfold_trainer::step::{Batches, Recipe, gradients};
 use std::path::Path;
@@ -165,6 +165,48 @@ fn absurd_shapes_are_counted_like_any_other() {
     }
 }
 
+/// What no memory holds is refused before its sums go beyond what counts them.
+#[test]
+fn hostile_dimensions_are_refused_by_name() {
+    let most = 1 << 24;
+    let (config, adapter) = (config([most, most, 4096, most / 2, 1, most]), adapter(1 << 20));
+    let setup = Setup { rows: 64, seq: 1 << 10, ..qlora(&config, &adapter) };
+    for setup in [full(setup.clone()), setup] {
+        let error = Plan::of(&setup).unwrap_err().to_string();
+        assert!(error.contains("num_hidden_layers") && error.contains("4096 × 16777216"), "{error}");
+    }
+    let parsed = |fields: &str| {
+        let text = format!(
+            r#"{{"model_type": "llama", "vocab_size": 8, "hidden_size": 16777216, "num_hidden_layers": 1, {fields},
+                "intermediate_size": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000}}"#
+        );
+        ModelConfig::parse(&text, Path::new("config.json")).map(|config| config.parameters())
+    };
+    let heads = |heads: usize, head_dim: usize| {
+        parsed(&format!(r#""num_attention_heads": {heads}, "num_key_value_heads": 1, "head_dim": {head_dim}"#))
+    };
+    assert!(heads(1 << 12, 1 << 12).is_ok());
+    for [many, head_dim] in [[1 << 12, (1 << 12) + 2], [most, most], [1 << 23, 4]] {
+        let error = heads(many, head_dim).unwrap_err().to_string();
+        assert!(error.contains("num_attention_heads") && error.contains("head_dim"), "{error}");
+    }
+    let error = ModelConfig::parse(
+        r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 8,
+            "intermediate_size": 8, "rms_norm_eps": 1e-5, "rope_theta": 10000}"#,
+        Path::new("config.json"),
+    );
+    assert!(error.unwrap_err().to_string().contains("head_dim 0: expected an even number above 0"));
+}
+
+/// Moments of adapters are small: of 16 × 8192 elements in f32, 512 KiB, at the least.
+#[test]
+fn pages_are_small_enough_for_the_optimisers_states_whatever_the_limit() {
+    let (config, adapter) = (llama_65b(), adapter(16));
+    let plan = Plan::of(&qlora(&config, &adapter)).unwrap();
+    assert_eq!(plan.page(1 << 40, 0).unwrap(), 512 << 10);
+    assert_eq!(Plan::of(&full(qlora(&config, &adapter))).unwrap().page(1 << 40, 0).unwrap(), 4 << 20);
+}
+
 /// A [`Case`]'s precision with the moments in 8 bits.
 const EIGHT_BITS: usize = 2;
 
@@ -265,6 +307,36 @@ proptest! {
         let refused = plan.under(floor - 1).unwrap_err();
         let names_the_least = matches!(&refused, Error::MemoryLimit { least, .. } if *least == floor);
         prop_assert!(names_the_least && refused.to_string().contains(plan.floor.kernel));
+    }
+
+    /// The books of a page are its place, its last use and its checksum, 32 bytes; and there is the order of use.
+    #[test]
+    fn a_limit_is_thousands_of_pages_and_the_books_of_all_are_counted(case in cases(), share in 0.0..40.0f64) {
+        let plan = case.plan();
+        let limit = plan.floor.bytes() + (share * f64::from(1 << 30)) as u64;
+        let page = plan.page(limit, 0).unwrap();
+        prop_assert!(PAGES.contains(&page) && (page == PAGES[0] || page * 8192 <= limit));
+        prop_assert_eq!(plan.under(limit).unwrap().page, page);
+        let books = (2 << 20) + 32 * plan.peak().pageable.sum() / plan.floor.page;
+        prop_assert!(plan.floor.fixed >= RESERVE + books, "{} of {books}", plan.floor.fixed);
+    }
+
+    #[test]
+    fn what_the_process_takes_already_is_counted_and_the_limit_that_is_named_is_enough(
+        case in cases(),
+        (share, taken) in (0.0..2.0f64, 0u64..1 << 31),
+    ) {
+        let plan = case.plan();
+        let limit = plan.floor.bytes() + (share * f64::from(1 << 30)) as u64;
+        match plan.page(limit, taken) {
+            Ok(_) => prop_assert!(taken + RESERVE < limit),
+            Err(Error::MemoryTaken { least, .. }) => {
+                prop_assert!(least > limit && least > taken);
+                plan.page(least, taken).unwrap();
+                prop_assert!(plan.page(least - 1, taken).is_err());
+            }
+            Err(other) => prop_assert!(false, "{other}"),
+        }
     }
 }
 

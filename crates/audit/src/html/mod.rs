@@ -3,51 +3,46 @@
 //! It opens with what was audited and the outcome, then plots, totals, tensors, worst weights, and the meaning of
 //! every term. Tables scroll in boxes of their own, so that the page itself fits a phone.
 
-mod style;
 mod tables;
 mod words;
 
 use crate::number::{count, short};
+use crate::page::{Page, escape, fact, figure};
 use crate::report::{Figures, Report, find};
 use crate::svg;
 use std::fmt::Write;
 
 /// `audit.html`.
 pub fn html(report: &Report) -> String {
-    let mut page = String::from("<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">");
-    page.push_str("<meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">");
-    let model = escape(&report.model);
-    let _ = write!(
-        page,
-        "<title>Quantisation audit of {model}</title><style>{}</style></head><body><main>",
-        style::sheet()
-    );
-    let _ = write!(page, "<h1>Quantisation audit of {model}</h1>");
-    opening(&mut page, report);
-    plots(&mut page, report);
+    let mut page = Page::new(&format!("Quantisation audit of {}", report.model));
+    audited(page.body(), report);
+    page.finish()
+}
+
+fn audited(page: &mut String, report: &Report) {
+    opening(page, report);
+    plots(page, report);
     page.push_str(
         "<h2>All tensors together</h2><p class=\"quiet\">The lowest mean error at equal bits is marked with \
         a star.</p>",
     );
-    tables::totals(&mut page, report);
+    tables::totals(page, report);
     page.push_str("<h2>By tensor</h2>");
     let block = report.shown_block;
     let _ =
         write!(page, "<p class=\"quiet\">Errors at block {block} with single scales; audit.json has all others.</p>");
-    tables::tensors(&mut page, report);
+    tables::tensors(page, report);
     page.push_str("<h2>Worst weights and their certificates</h2>");
     page.push_str(
         "<p class=\"quiet\">The weight with the largest error of all, and the bound that it cannot pass.</p>",
     );
-    tables::worst(&mut page, report);
+    tables::worst(page, report);
     page.push_str("<h2>What the terms mean</h2><dl class=\"words\">");
     for (term, meaning) in words::WORDS {
         let _ = write!(page, "<dt>{}</dt><dd>{}</dd>", escape(term), escape(meaning));
     }
     page.push_str("</dl>");
-    left_out(&mut page, report);
-    page.push_str("</main></body></html>\n");
-    page
+    left_out(page, report);
 }
 
 /// What was audited, and the outcome.
@@ -86,10 +81,6 @@ fn opening(page: &mut String, report: &Report) {
          </p>",
         escape(&shapes)
     );
-}
-
-fn fact(page: &mut String, name: &str, value: &str) {
-    let _ = write!(page, "<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value));
 }
 
 fn plots(page: &mut String, report: &Report) {
@@ -133,34 +124,10 @@ fn plots(page: &mut String, report: &Report) {
     page.push_str("</div>");
 }
 
-fn figure(page: &mut String, title: &str, svg: &str, caption: &str) {
-    let _ = write!(page, "<figure><h3>{}</h3>{svg}", escape(title));
-    if !caption.is_empty() {
-        let _ = write!(page, "<figcaption>{}</figcaption>", escape(caption));
-    }
-    page.push_str("</figure>");
-}
-
 fn left_out(page: &mut String, report: &Report) {
     if report.left_out.is_empty() {
         return;
     }
     let names = report.left_out.iter().map(|name| format!("<code>{}</code>", escape(name))).collect::<Vec<_>>();
     let _ = write!(page, "<h2>Matrices left out</h2><p style=\"overflow-wrap:anywhere\">{}</p>", names.join(", "));
-}
-
-/// Text as HTML shows it, within elements and within quoted attributes.
-pub(crate) fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for c in text.chars() {
-        match c {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            _ => escaped.push(c),
-        }
-    }
-    escaped
 }

@@ -1,7 +1,7 @@
 //! The page's tables, each in a box that scrolls by itself and that a keyboard can reach.
 
-use super::escape;
 use crate::number::{count, decibels, part, short};
+use crate::page::escape;
 use crate::report::{Report, find};
 use std::fmt::Write;
 

@@ -9,7 +9,7 @@ pub(crate) mod codes;
 pub(crate) mod layers;
 pub(crate) mod levels;
 
-use crate::html::escape;
+use crate::page::escape;
 use rankfold_backend::Format;
 use std::fmt::Write;
 
@@ -21,7 +21,8 @@ const TOP: f64 = 14.0;
 const BOTTOM: f64 = 54.0;
 
 /// A plot in the making.
-pub(crate) struct Frame {
+#[derive(Debug)]
+pub struct Frame {
     svg: String,
     x: (f64, f64),
     y: (f64, f64),
@@ -29,7 +30,7 @@ pub(crate) struct Frame {
 
 impl Frame {
     /// An empty plot of `x` and `y` ranges; `id` is unique in the page.
-    pub(crate) fn new(id: &str, title: &str, description: &str, x: (f64, f64), y: (f64, f64)) -> Self {
+    pub fn new(id: &str, title: &str, description: &str, x: (f64, f64), y: (f64, f64)) -> Self {
         let (title, description) = (escape(title), escape(description));
         let svg = format!(
             "<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-labelledby=\"{id}-title {id}-desc\">\
@@ -47,7 +48,7 @@ impl Frame {
     }
 
     /// Horizontal grid lines with their numbers, and the axis's name.
-    pub(crate) fn y_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
+    pub fn y_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
         let (left, right) = (LEFT, WIDTH - RIGHT);
         for (at, label) in ticks {
             let y = self.py(*at);
@@ -69,7 +70,7 @@ impl Frame {
     }
 
     /// Ticks with their labels under the plot, and the axis's name.
-    pub(crate) fn x_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
+    pub fn x_axis(&mut self, name: &str, ticks: &[(f64, String)]) {
         let bottom = HEIGHT - BOTTOM;
         for (at, label) in ticks {
             let x = self.px(*at);
@@ -93,8 +94,8 @@ impl Frame {
         );
     }
 
-    /// A line through points, in a format's colour and dashes.
-    pub(crate) fn path(&mut self, class: &str, points: &[(f64, f64)]) {
+    /// A line through points, in the colour and the dashes of a class: a format, or `first`, `second`, `third`.
+    pub fn path(&mut self, class: &str, points: &[(f64, f64)]) {
         let mut path = String::new();
         for (i, (x, y)) in points.iter().enumerate() {
             let _ = write!(path, "{}{:.1} {:.1}", if i == 0 { 'M' } else { 'L' }, self.px(*x), self.py(*y));
@@ -109,6 +110,15 @@ impl Frame {
         self.svg.push_str(&shape);
     }
 
+    /// A point in the colour of a class. `hint` is its tooltip.
+    pub fn dot(&mut self, class: &str, (x, y): (f64, f64), hint: &str) {
+        let (x, y, hint) = (self.px(x), self.py(y), escape(hint));
+        let _ = write!(
+            self.svg,
+            "<circle class=\"dot {class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"><title>{hint}</title></circle>"
+        );
+    }
+
     /// A vertical line over the whole height.
     pub(crate) fn rule(&mut self, class: &str, x: f64) {
         let x = self.px(x);
@@ -119,8 +129,8 @@ impl Frame {
         );
     }
 
-    /// A horizontal line over the whole width.
-    pub(crate) fn level(&mut self, class: &str, y: f64) {
+    /// A horizontal line over the whole width, of a class: `even` is dashed, in the colour of text.
+    pub fn level(&mut self, class: &str, y: f64) {
         let y = self.py(y);
         let right = WIDTH - RIGHT;
         let _ = write!(self.svg, "<line class=\"{class}\" x1=\"{LEFT}\" y1=\"{y:.1}\" x2=\"{right}\" y2=\"{y:.1}\"/>");
@@ -139,7 +149,8 @@ impl Frame {
         );
     }
 
-    pub(crate) fn finish(self) -> String {
+    /// The drawing.
+    pub fn finish(self) -> String {
         self.svg + "</svg>"
     }
 }
@@ -167,29 +178,63 @@ fn mark(format: Format, class: &str, x: f64, y: f64, r: f64, hint: Option<&str>)
     }
 }
 
+/// The line of a class for a legend, as [`Frame::path`] draws it.
+pub fn line_key(class: &str) -> String {
+    key_of(class, "")
+}
+
 /// A format's mark and dashes for a legend.
 pub(crate) fn key(format: Format) -> String {
+    key_of(&format.to_string(), &mark(format, &format!("mark {format}"), 18.0, 7.0, 4.5, None))
+}
+
+fn key_of(class: &str, mark: &str) -> String {
     format!(
-        "<svg class=\"key\" viewBox=\"0 0 36 14\" aria-hidden=\"true\"><path class=\"line {format}\" d=\"M1 7L35 7\"/>{}</svg>",
-        mark(format, &format!("mark {format}"), 18.0, 7.0, 4.5, None)
+        "<svg class=\"key\" viewBox=\"0 0 36 14\" aria-hidden=\"true\">\
+         <path class=\"line {class}\" d=\"M1 7L35 7\"/>{mark}</svg>"
     )
 }
 
 /// Round numbers from 0 to a little above `most`, about five of them, and where the axis ends.
-pub(crate) fn ticks(most: f64) -> (Vec<f64>, f64) {
-    if most <= 0.0 || !most.is_finite() {
-        return (vec![0.0, 1.0], 1.0);
+pub fn ticks(most: f64) -> (Vec<f64>, f64) {
+    let (ticks, (_, end)) = ticks_between(0.0, most);
+    (ticks, end)
+}
+
+/// Round numbers from a little below `least` to a little above `most`, about five of them, and the axis's ends.
+pub fn ticks_between(least: f64, most: f64) -> (Vec<f64>, (f64, f64)) {
+    let range = most - least;
+    if range <= 0.0 || !range.is_finite() {
+        let first = if least.is_finite() { least.floor() } else { 0.0 };
+        return (vec![first, first + 1.0], (first, first + 1.0));
     }
-    let rough = most / 4.0;
+    let rough = range / 4.0;
     let power = 10f64.powf(rough.log10().floor());
     let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * power).find(|step| *step >= rough);
     let step = step.unwrap_or(10.0 * power);
-    let n = (most / step).ceil() as usize;
-    ((0..=n).map(|i| i as f64 * step).collect(), n as f64 * step)
+    let (first, last) = ((least / step).floor() as i64, (most / step).ceil() as i64);
+    ((first..=last).map(|i| i as f64 * step).collect(), (first as f64 * step, last as f64 * step))
 }
 
 /// A percentage without needless zeros.
-pub(crate) fn percent(x: f64) -> String {
+pub fn percent(x: f64) -> String {
     let text = format!("{x:.3}");
     format!("{} %", text.trim_end_matches('0').trim_end_matches('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_few_and_hold_what_they_were_made_for() {
+        for (least, most) in
+            [(0.0, 7.3), (1.21, 1.84), (-3.0, 5e6), (2.0, 2.0), (0.0, 0.0), (4e9, 4.1e9), (f64::NAN, 1.0)]
+        {
+            let (ticks, (first, last)) = ticks_between(least, most);
+            assert!((2..=7).contains(&ticks.len()) && ticks.is_sorted(), "{least}..{most}: {ticks:?}");
+            assert_eq!((ticks[0], ticks[ticks.len() - 1]), (first, last));
+            assert!(least.is_nan() || first <= least && most <= last);
+        }
+    }
 }

@@ -14,7 +14,6 @@
 
 use super::block::{Block, Paging, System};
 use super::{ALIGN, HostMemory};
-use crate::slices::paging;
 use rankfold_backend::{Error, Result};
 use rankfold_pager::{self as pager, Pager};
 use std::collections::BTreeMap;
@@ -53,7 +52,7 @@ fn fresh(class: usize, bytes: usize, pager: Option<&Pager>) -> Result<Block> {
         None => System::new(class).map(Block::System).ok_or(out_of_memory),
         Some(pager) => pager.alloc(class).map(Block::Paged).map_err(|error| match error {
             pager::Error::Address { .. } => out_of_memory,
-            other => paging("alloc", "buffer")(other),
+            other => Error::paging("alloc", "buffer")(other),
         }),
     }
 }

@@ -17,6 +17,8 @@ use std::ffi::OsStr;
 use std::fmt::Debug;
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -30,6 +32,8 @@ pub(crate) trait Disk: Debug + Send + Sync {
     fn punch(&self, at: u64, len: u64) -> io::Result<()>;
     /// Bring what was written to the medium, with the errors that a cache kept back.
     fn sync(&self) -> io::Result<()>;
+    /// Bytes that could still be written, where the system tells.
+    fn free(&self) -> Option<u64>;
 }
 
 impl Disk for File {
@@ -47,6 +51,17 @@ impl Disk for File {
 
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn free(&self) -> Option<u64> {
+        let mut figures = MaybeUninit::<libc::statvfs>::uninit();
+        // SAFETY: a place for the answer, and a descriptor that `self` keeps open.
+        let told = unsafe { libc::fstatvfs(self.as_raw_fd(), figures.as_mut_ptr()) } == 0;
+        // SAFETY: the call filled it where it says so.
+        let figures = told.then(|| unsafe { figures.assume_init() })?;
+        // Of other types on other systems.
+        #[allow(clippy::useless_conversion)]
+        Some(u64::from(figures.f_bavail).saturating_mul(u64::from(figures.f_frsize)))
     }
 }
 
@@ -164,7 +179,6 @@ fn is_ours(name: &OsStr) -> bool {
 #[cfg(target_os = "linux")]
 mod system {
     use super::*;
-    use std::os::fd::AsRawFd;
 
     pub(super) fn open_unnamed(options: &OpenOptions, folder: &Path) -> io::Result<File> {
         // O_EXCL: it never gets a name either.

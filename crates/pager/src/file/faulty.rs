@@ -192,4 +192,9 @@ impl Disk for Faulty {
     fn sync(&self) -> io::Result<()> {
         self.state().begin(Call::Sync, 0).map(|_| ())
     }
+
+    fn free(&self) -> Option<u64> {
+        let state = self.state();
+        state.room.map(|room| (room - state.blocks.len() * BLOCK) as u64)
+    }
 }

@@ -11,8 +11,10 @@
 //! | `load`, the disk or a checksum | what is stored is what it was: it may be tried again |
 //! | giving back space | the disk keeps it until the pages are stored again, or the process ends |
 //!
-//! The file takes space where pages are stored and nowhere else. A place in it that is given back may be reserved
-//! again: what an earlier owner stored there is not to be had.
+//! The file takes space where pages are stored, and where pages were that their owner discarded: those are mostly
+//! written again soon, and punching holes for buffers that come and go with every step would take longer than writing
+//! over what lies there. Their space is taken back when there is no other. A place in the file that is given back may
+//! be reserved again: what an earlier owner stored there is not to be had.
 
 use super::disk::{self, Disk};
 use crate::extents::{Extent, Extents};
@@ -37,7 +39,7 @@ pub struct FileOptions {
 /// What a file tier holds and did. All but `fragmentation` are bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct FileFigures {
-    /// Of the pages stored, or being stored, now.
+    /// Of the pages that take space now: stored, being stored, or discarded and not given back yet.
     pub stored: u64,
     /// The most that `stored` has been.
     pub high_water: u64,
@@ -59,7 +61,7 @@ pub(crate) struct FileTier {
     path: PathBuf,
     page: usize,
     capacity: u64,
-    /// Never held while the disk works.
+    /// Held while the disk works only to give back what was discarded.
     table: Mutex<Table>,
 }
 
@@ -67,13 +69,26 @@ pub(crate) struct FileTier {
 #[derive(Debug, Default)]
 struct Table {
     extents: Extents,
-    /// By page: its checksum where it is stored. What lies beyond is not.
-    checksums: Vec<Option<u32>>,
-    /// Pages that count against the capacity: those stored and those being stored.
+    /// By page; what lies beyond is empty.
+    slots: Vec<Slot>,
+    /// Pages that count against the capacity: those that take space.
     charged: u64,
     most_charged: u64,
     written: u64,
     read: u64,
+}
+
+/// A page of the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Slot {
+    /// It takes no space.
+    Empty,
+    /// It takes space that nobody needs.
+    Discarded,
+    /// It is being written: it takes space, and nothing can be had from it.
+    Writing,
+    /// Stored, with its checksum.
+    Stored(u32),
 }
 
 impl FileTier {
@@ -108,19 +123,29 @@ impl FileTier {
 
     /// Write whole pages to a place, from its page `first` on. Direct I/O wants `bytes` at a multiple of 4096.
     ///
-    /// Errors: [`Error::FileFull`], and what was stored still is; [`Error::File`], and none of these pages is.
+    /// Errors: [`Error::FileFull`], and what was stored still is; [`Error::DiskFull`] or [`Error::File`], and none of
+    /// these pages is.
     pub(crate) fn store(&self, extent: &Extent, first: usize, bytes: &[u8]) -> Result<()> {
         let run = self.run(extent, first..first + bytes.len() / self.page);
         self.charge(run.clone())?;
-        let checksums = bytes.chunks_exact(self.page).map(|page| Some(crc32fast::hash(page)));
+        let checksums = bytes.chunks_exact(self.page).map(|page| Slot::Stored(crc32fast::hash(page)));
         let checksums: Vec<_> = checksums.collect();
-        if let Err(source) = disk::write_all(&*self.disk, bytes, self.position(run.start)) {
-            let pages = run.end - run.start;
-            self.give_back(run, pages);
-            return Err(self.failed("write pages to a file in it")(source));
+        let write = || disk::write_all(&*self.disk, bytes, self.position(run.start));
+        let is_full = |e: &io::Error| e.kind() == io::ErrorKind::StorageFull;
+        let written = match write() {
+            Err(source) if is_full(&source) && self.give_back_discarded(&mut self.table()) => write(),
+            written => written,
+        };
+        if let Err(source) = written {
+            self.give_back(run);
+            let (path, asked) = (self.path.clone(), bytes.len() as u64);
+            return Err(match self.disk.free().filter(|_| is_full(&source)) {
+                Some(free) => Error::DiskFull { path, asked, free },
+                None => self.failed("write pages to a file in it")(source),
+            });
         }
         let mut table = self.table();
-        table.checksums[run.start as usize..run.end as usize].copy_from_slice(&checksums);
+        table.slots[run.start as usize..run.end as usize].copy_from_slice(&checksums);
         table.written += bytes.len() as u64;
         Ok(())
     }
@@ -141,22 +166,29 @@ impl FileTier {
         Ok(())
     }
 
-    /// What is stored of these pages is no longer wanted: their space is given back.
-    pub(crate) fn forget(&self, extent: &Extent, pages: Range<usize>) {
+    /// What is stored of these pages is no longer wanted. Their space is kept until it is needed.
+    pub(crate) fn discard(&self, extent: &Extent, pages: Range<usize>) {
         let run = self.run(extent, pages);
-        let mut stored = 0;
-        let mut bounds: Option<Range<u64>> = None;
         let mut table = self.table();
-        for number in run {
-            if table.checksums.get_mut(number as usize).is_some_and(|checksum| checksum.take().is_some()) {
-                stored += 1;
-                bounds = Some(bounds.map_or(number, |bounds| bounds.start)..number + 1);
+        let end = table.slots.len().min(run.end as usize);
+        for slot in table.slots[..end].iter_mut().skip(run.start as usize) {
+            if matches!(slot, Slot::Stored(_)) {
+                *slot = Slot::Discarded;
             }
         }
+    }
+
+    /// The same, and their space is given back.
+    pub(crate) fn forget(&self, extent: &Extent, pages: Range<usize>) {
+        let run = self.run(extent, pages);
+        let table = self.table();
+        let end = (table.slots.len() as u64).min(run.end);
+        let takes_space = |number: &u64| table.slots[*number as usize] != Slot::Empty;
+        let bounds = (run.start..end).find(takes_space).zip((run.start..end).rfind(takes_space));
         drop(table);
-        // One hole for all: what lies between is not stored, and nobody else's.
-        if let Some(bounds) = bounds {
-            self.give_back(bounds, stored);
+        // One hole for all: what lies between takes no space, and is nobody else's.
+        if let Some((first, last)) = bounds {
+            self.give_back(first..last + 1);
         }
     }
 
@@ -187,40 +219,68 @@ impl FileTier {
         disk::punch(&*self.disk, 0, self.page as u64).map_err(self.failed("give back the space of a file in it"))
     }
 
-    /// Count those pages of a run that are not stored yet. None of it is stored from now on: it is about to change.
+    /// Count those pages of a run that take no space yet. None of it is stored from now on: it is about to change.
     fn charge(&self, run: Range<u64>) -> Result<()> {
+        let pages = run.start as usize..run.end as usize;
         let mut table = self.table();
-        let (start, end) = (run.start as usize, run.end as usize);
-        if table.checksums.len() < end {
-            table.checksums.resize(end, None);
+        if table.slots.len() < pages.end {
+            table.slots.resize(pages.end, Slot::Empty);
         }
-        let new = table.checksums[start..end].iter().filter(|checksum| checksum.is_none()).count() as u64;
-        if table.charged + new > self.capacity / self.page as u64 {
+        let most = self.capacity / self.page as u64;
+        let new = |table: &Table| table.slots[pages.clone()].iter().filter(|slot| **slot == Slot::Empty).count() as u64;
+        if table.charged + new(&table) > most {
+            self.give_back_discarded(&mut table);
+        }
+        let new = new(&table);
+        if table.charged + new > most {
             let free = self.capacity - self.position(table.charged);
-            return Err(Error::FileFull {
-                path: self.path.clone(),
-                asked: self.position(new),
-                free,
-                capacity: self.capacity,
-            });
+            let (path, asked) = (self.path.clone(), self.position(new));
+            return Err(Error::FileFull { path, asked, free, capacity: self.capacity });
         }
-        table.checksums[start..end].fill(None);
+        table.slots[pages].fill(Slot::Writing);
         table.charged += new;
         table.most_charged = table.most_charged.max(table.charged);
         Ok(())
     }
 
-    /// Punch a run that is not stored any more; then `charged` of its pages count no longer.
-    fn give_back(&self, run: Range<u64>, charged: u64) {
-        // A failure has no one to be told: nothing is lost, the space alone is kept.
-        let _ = disk::punch(&*self.disk, self.position(run.start), self.position(run.end - run.start));
-        self.table().charged -= charged;
+    /// Give back the space of all pages that were discarded: whether there were any. The books are kept meanwhile, for
+    /// their owners may write them again at any time.
+    fn give_back_discarded(&self, table: &mut Table) -> bool {
+        let (mut first, mut given_back) = (0, 0);
+        for run in table.slots.chunk_by_mut(|a, b| a == b) {
+            if run[0] == Slot::Discarded {
+                self.punch(first, run.len() as u64);
+                run.fill(Slot::Empty);
+                given_back += run.len() as u64;
+            }
+            first += run.len() as u64;
+        }
+        table.charged -= given_back;
+        given_back > 0
+    }
+
+    /// Punch a run, whose pages then take no space.
+    fn give_back(&self, run: Range<u64>) {
+        self.punch(run.start, run.end - run.start);
+        let mut table = self.table();
+        let slots = &mut table.slots[run.start as usize..run.end as usize];
+        let taken = slots.iter().filter(|slot| **slot != Slot::Empty).count() as u64;
+        slots.fill(Slot::Empty);
+        table.charged -= taken;
+    }
+
+    /// A failure has no one to be told: nothing is lost, the space alone is kept.
+    fn punch(&self, first: u64, pages: u64) {
+        let _ = disk::punch(&*self.disk, self.position(first), self.position(pages));
     }
 
     /// The checksums of pages that are all stored.
     fn checksums(&self, run: Range<u64>) -> Result<Vec<u32>> {
         let table = self.table();
-        let checksum = |number: u64| table.checksums.get(number as usize).copied().flatten();
+        let checksum = |number: u64| match table.slots.get(number as usize) {
+            Some(Slot::Stored(checksum)) => Some(*checksum),
+            _ => None,
+        };
         let not_stored = |number| Error::NotStored { path: self.path.clone(), position: self.position(number) };
         run.map(|number| checksum(number).ok_or_else(|| not_stored(number))).collect()
     }

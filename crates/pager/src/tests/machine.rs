@@ -104,7 +104,7 @@ impl Machine {
         match error {
             Error::Full { .. } => assert!(!fits || self.most > self.capacity, "it fits, and was refused: {error}"),
             Error::Stuck { source, .. } => self.explain(source, true),
-            Error::File { .. } => assert!(self.failing, "{error}"),
+            Error::File { .. } | Error::DiskFull { .. } => assert!(self.failing, "{error}"),
             Error::Damaged { position, .. } => {
                 assert!(self.disk.is_flipped(*position..position + PAGE as u64), "{error}")
             }

@@ -61,6 +61,16 @@ fn without_a_file_what_does_not_fit_is_an_error_that_says_so() {
     assert_eq!(*second.pin(0..1).unwrap(), [0]);
 }
 
+/// The system grants addresses for far more than it has; the books of what cannot be used are not even begun.
+#[test]
+fn an_allocation_whose_books_fill_the_memory_is_an_error() {
+    let pager = pager(4);
+    for bytes in [1 << 46, usize::MAX] {
+        assert!(matches!(pager.alloc(bytes), Err(Error::Address { .. })));
+    }
+    assert_eq!((pager.stats().allocated, pager.alloc(1 << 20).unwrap().bytes()), (0, 1 << 20));
+}
+
 #[test]
 fn a_range_beyond_its_allocation_is_named() {
     let pager = pager(2);

@@ -7,11 +7,11 @@ use crate::error::{Error, Result};
 use crate::memory::{self, Subject};
 use crate::open::{BUILTIN, precision};
 use crate::options::{Method, Options};
-use crate::show::{bytes, count, say, table};
+use crate::show::{bytes, count, mib, say, table};
 use clap::Args;
 use rankfold_files::Checkpoint;
 use rankfold_trainer::model::{ModelConfig, Precision};
-use rankfold_trainer::plan::{Category, Floor, Paging, Parameters, Phase, Plan, Stored};
+use rankfold_trainer::plan::{Category, Paging, Parameters, Phase, Plan, Stored};
 use serde::Serialize;
 use std::path::PathBuf;
 
@@ -158,9 +158,9 @@ fn side_by_side(without: &Plan, with: &Plan) -> Result<()> {
 
 /// What leaves memory under a limit.
 fn paged(paging: &Paging) -> Result<()> {
-    let Paging { limit, resident, paged } = paging;
+    let Paging { limit, resident, paged, page } = paging;
     let cells = |title: &str, a: u64, b: u64| vec![title.to_owned(), bytes(a), bytes(b)];
-    let header = [format!("under {}", bytes(*limit)), "in memory".into(), "paged".into()];
+    let header = [format!("under {}", bytes(*limit)), "in memory".into(), format!("paged, by {}", bytes(*page))];
     let mut rows = vec![Vec::new(), header.to_vec()];
     let taken = Category::ALL.into_iter().filter(|of| resident[*of] + paged[*of] > 0);
     rows.extend(taken.map(|of| cells(of.title(), resident[of], paged[of])));
@@ -170,12 +170,10 @@ fn paged(paging: &Paging) -> Result<()> {
 
 /// What there is to compare with.
 fn beside(plan: &Plan) -> Result<()> {
-    let Floor { kernel, tensor, .. } = &plan.floor;
-    let needs = tensor.as_ref().map_or_else(|| (*kernel).to_owned(), |tensor| format!("{kernel} of {tensor}"));
     let paper = plan.full_16_bit_of_the_paper;
     let rows = [
         ("with the optimiser paged", bytes(plan.without_optimizer()), String::new()),
-        ("the least memory limit", bytes(plan.floor.bytes()), format!("for {needs}")),
+        ("the least memory limit", mib(plan.floor.bytes()), format!("for {}", plan.floor.needs())),
         (
             "full 16-bit finetuning as the QLoRA paper counts it",
             bytes(paper),

@@ -9,8 +9,10 @@ use crate::memory::{self, Subject};
 use crate::open::Folder;
 use crate::options::{Method, Options};
 use crate::paging::{self, Paged};
+use crate::report;
 use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
+use crate::size::Size;
 use clap::Args;
 use rankfold_adapters::AdapterConfig;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
@@ -20,6 +22,7 @@ use rankfold_trainer::product::{Kind, Product};
 use rankfold_trainer::run::{Cadence, Run};
 use rankfold_trainer::schedule;
 use rankfold_trainer::step::{Batches, Recipe};
+use rankfold_trainer::traffic::Gauge;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -103,7 +106,7 @@ impl Job {
         let plan = memory::plan(options, &subject, batches.shape(), threads)?;
         memory::check(options, &plan)?;
         let (device, compute) = (options.device.unwrap_or_default(), options.compute.unwrap_or_default());
-        let tiers = paging::tiers(options)?;
+        let tiers = paging::tiers(options, &plan)?;
         let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
         let (backend, paged) = device.open_on(tiers)?;
         let mut model = folder.load(backend, precision)?;
@@ -153,7 +156,9 @@ impl Job {
             None => Kind::Full { tokenizer: tokenizer.as_ref(), dtype: folder.dtype()? },
         };
         let product = Product { model: &model, kind };
-        let run = Run { product, batches, held_out, recipe, cadence, optimizer };
+        let gauge = paged.as_ref().map(|paged| || paged.traffic());
+        let gauge = gauge.as_ref().map(|gauge| gauge as Gauge);
+        let run = Run { product, batches, held_out, recipe, cadence, optimizer, gauge };
         let (mut bar, begun) = (Bar::new(steps), Instant::now());
         run.to_end(out, resume, &mut bar)?;
         bar.finish();
@@ -167,9 +172,11 @@ impl Job {
         }
         let memory = bar.peak_rss.map_or(String::new(), |rss| format!(", {} of memory at the most", bytes(rss)));
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
-        if let Some(paged) = paged {
+        if let Some(paged) = &paged {
             eprintln!("{}", paged.summary());
         }
+        let report = report::write(out, options.memory_limit.as_ref().map(Size::bytes))?;
+        eprintln!("how it went: {}", report.display());
         let (what, next) = match &adapter {
             Some(_) => (
                 "adapter",

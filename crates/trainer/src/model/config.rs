@@ -83,6 +83,8 @@ pub struct ModelConfig {
 
 /// Far beyond any model, and few enough for what is made of each.
 const MAX_LAYERS: usize = 4096;
+/// The same of every other dimension.
+const MAX_COUNT: usize = 1 << 24;
 
 impl ModelConfig {
     /// Read `config.json` of a model's folder.
@@ -119,8 +121,14 @@ impl Fields<'_> {
         if !heads.is_multiple_of(kv_heads) {
             return Err(format!("num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"));
         }
-        if !head_dim.is_multiple_of(2) {
-            return Err(format!("head_dim {head_dim}: expected an even number"));
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            return Err(format!("head_dim {head_dim}: expected an even number above 0"));
+        }
+        // So that a matrix has no more elements than can be counted.
+        if heads * head_dim > MAX_COUNT {
+            return Err(format!(
+                "num_attention_heads {heads} of head_dim {head_dim}: expected a product of at most 2^24"
+            ));
         }
         self.same("hidden_act", "silu")?;
         let (rope_base, rope_scaling) = self.rope()?;
@@ -178,8 +186,8 @@ impl Fields<'_> {
         // An upper bound keeps products of dimensions from overflowing and absurd files from allocating.
         value
             .as_u64()
-            .filter(|n| (1..=1 << 24).contains(n))
             .map(|n| n as usize)
+            .filter(|n| (1..=MAX_COUNT).contains(n))
             .ok_or_else(|| format!("{field} is {value}, expected a whole number from 1 to 2^24"))
     }
 

@@ -156,20 +156,8 @@ impl Source for Checkpoint {
     }
 
     fn dense(&self, backend: &dyn Backend, name: &str, shape: &[usize]) -> Result<Buffer> {
-        let dtype = self.expect(name, &FLOATS, shape)?;
-        let mut buffer = backend.alloc(dtype, shape.iter().product())?;
-        let read = |bytes: &mut [u8]| -> Result<()> {
-            self.read_into(name, bytes)?;
-            Ok(self.check_finite(name, 0, bytes)?)
-        };
-        if let Some(mut bytes) = backend.host_bytes_mut(&mut buffer)? {
-            read(&mut bytes)?;
-        } else {
-            let mut bytes = vec![0; buffer.bytes()];
-            read(&mut bytes)?;
-            backend.write(&bytes, buffer.view_mut())?;
-        }
-        Ok(buffer)
+        self.expect(name, &FLOATS, shape)?;
+        Ok(self.load_finite(name, backend)?)
     }
 
     fn quantize(&self, backend: &dyn Backend, name: &str, shape: [usize; 2], q: Quantization) -> Result<Quantized> {

@@ -1,19 +1,30 @@
 //! Peaks from a record.
 
 use super::ledger::{Event, Record};
-use super::paging::Floor;
-use super::pool::{Block, Pool};
+use super::paging::{Floor, PAGES};
+use super::pool::{Block, Pool, SLACK};
 use super::{Bytes, Category, Machine, Peak, Phase};
 use std::collections::HashMap;
 
-/// What a record tells.
+/// What a record tells, where buffers of at least a page of one size are paged.
+#[derive(Clone, Debug)]
 pub(super) struct Account {
     pub phases: Vec<Peak>,
     pub floor: Floor,
 }
 
-/// Go through the record, adding up.
-pub(super) fn account(record: Record, machine: &Machine) -> Account {
+impl Account {
+    /// The run's peak: the largest phase's, and of several that are as large (the pool keeps what was freed) that of
+    /// the one that uses most.
+    pub(super) fn peak(&self) -> &Peak {
+        let largest = self.phases.iter().max_by_key(|peak| (peak.bytes.sum(), peak.in_use()));
+        largest.expect("a run has phases")
+    }
+}
+
+/// Go through the record, adding up, with pages of the size of that number.
+pub(super) fn account(record: &Record, machine: &Machine, size: usize) -> Account {
+    let page = PAGES[size];
     let mut now = Bytes::default();
     now[Category::Program] = machine.program;
     let (mut pool, mut blocks) = (Pool::default(), HashMap::<usize, Block>::new());
@@ -21,6 +32,8 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
     let (mut small, mut small_blocks) = (Pool::of_small_blocks(), HashMap::<usize, Block>::new());
     // Of live buffers: bytes, and those that can be paged, by category.
     let (mut live, mut large) = (0, Bytes::default());
+    // Bytes of the pages of those now, and the most that ever were.
+    let (mut pages, mut most_pages) = (0, 0);
     let mut phase = Phase::Load;
     let mut peaks: Vec<Peak> = Vec::new();
     for event in &record.events {
@@ -35,8 +48,10 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
                 let (bytes, category) = (record.pieces[piece].bytes, record.category(piece));
                 live += bytes;
                 now[category] += bytes;
-                if record.pieces[piece].pages() {
+                if record.pieces[piece].pages(page) {
                     large[category] += bytes;
+                    pages += bytes.next_multiple_of(page);
+                    most_pages = most_pages.max(pages);
                 } else {
                     small_blocks.insert(piece, small.take(bytes));
                 }
@@ -50,7 +65,10 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
                 now[category] -= bytes;
                 match small_blocks.remove(&piece) {
                     Some(block) => small.give(block),
-                    None => large[category] -= bytes,
+                    None => {
+                        large[category] -= bytes;
+                        pages -= bytes.next_multiple_of(page);
+                    }
                 }
                 if let Some(block) = blocks.remove(&piece) {
                     pool.give(block);
@@ -76,6 +94,7 @@ pub(super) fn account(record: Record, machine: &Machine) -> Account {
     }
     peaks.sort_by_key(|peak| Phase::ALL.iter().position(|phase| *phase == peak.phase));
     // Small blocks are never given back: at the end there are as many as ever were.
-    let floor = Floor::new(&record, machine.program + now[Category::Scratch] + small.resident);
+    let fixed = machine.program + now[Category::Scratch] + small.resident;
+    let floor = Floor::new(record, fixed, size, most_pages + most_pages / 4 + SLACK);
     Account { phases: peaks, floor }
 }

@@ -91,8 +91,8 @@ impl Backend for CountingBackend {
     }
 
     fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
-        let bytes = len.checked_mul(dtype.size()).ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
-        let piece = self.ledger.made(bytes as u64);
+        let piece = len.checked_mul(dtype.size()).and_then(|bytes| self.ledger.made(bytes as u64));
+        let piece = piece.ok_or(Error::OutOfMemory { bytes: usize::MAX })?;
         Ok(Buffer::new(Counted { piece, ledger: self.ledger.clone() }, dtype, len))
     }
 

@@ -4,13 +4,13 @@
 //! the others, one that dies in the phase it was born in is working memory, one born in forward that dies in the
 //! backward after it was saved for it, and one that outlives both is a gradient.
 
+use super::paging::PAGES;
 use super::scratch::{Nest, Scratch};
 use super::{Category, Phase};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// What leaves memory and comes back at once; smaller buffers are never paged. It is the least page: a limit of more than
-/// 512 MiB has larger ones, beside which what they add is small.
-const PAGE: u64 = 64 << 10;
+/// The most bytes that may be in use at once: sums of several of what is counted then fit in 64 bits.
+const MOST: u64 = 1 << 62;
 
 /// What happened, in order.
 #[derive(Clone, Copy, Debug)]
@@ -44,9 +44,14 @@ pub(super) struct Call {
 }
 
 impl Piece {
-    /// Whether it can be paged: it is large enough, and not the batch, which every layer reads.
-    pub(super) fn pages(&self) -> bool {
-        self.bytes >= PAGE && self.label != Some(Category::Batch)
+    /// Whether it can be paged: it is not smaller than a page, and not the batch, which every layer reads.
+    pub(super) fn pages(&self, page: u64) -> bool {
+        self.bytes >= page && self.label != Some(Category::Batch)
+    }
+
+    /// Bytes of its pages, of which a call touches `touched` bytes: a part may begin and end within a page.
+    fn held(&self, touched: u64, page: u64) -> u64 {
+        (touched.next_multiple_of(page) + page).min(self.bytes.next_multiple_of(page))
     }
 }
 
@@ -55,8 +60,11 @@ impl Piece {
 pub(super) struct Record {
     pub pieces: Vec<Piece>,
     pub events: Vec<Event>,
-    /// The call with the most bytes.
-    pub largest: Option<Call>,
+    /// By size of a page, the call with the most bytes.
+    pub largest: [Option<Call>; PAGES.len()],
+    /// Bytes in use, and whether more were asked for than can be counted.
+    live: u64,
+    is_full: bool,
     phases: Vec<Phase>,
     scratch: Scratch,
 }
@@ -96,12 +104,16 @@ impl Ledger {
         self.record().phases.last().copied()
     }
 
-    pub(super) fn made(&self, bytes: u64) -> usize {
+    /// A buffer; none where there is more than can be counted.
+    pub(super) fn made(&self, bytes: u64) -> Option<usize> {
         let mut record = self.record();
+        let live = record.live.checked_add(bytes).filter(|live| *live <= MOST);
+        record.is_full |= live.is_none();
+        record.live = live?;
         let (piece, made) = (record.pieces.len(), record.phases.len().saturating_sub(1));
         record.pieces.push(Piece { bytes, name: None, label: None, made, freed: None });
         record.events.push(Event::Made(piece));
-        piece
+        Some(piece)
     }
 
     pub(super) fn freed(&self, piece: usize) {
@@ -110,8 +122,14 @@ impl Ledger {
         // A record that was closed has no pieces.
         if let Some(found) = record.pieces.get_mut(piece) {
             found.freed = Some(phase);
+            record.live -= record.pieces[piece].bytes;
             record.events.push(Event::Freed(piece));
         }
+    }
+
+    /// Whether more memory was asked for than can be counted.
+    pub(super) fn is_full(&self) -> bool {
+        self.record().is_full
     }
 
     pub(super) fn label(&self, piece: usize, category: Category) {
@@ -128,12 +146,14 @@ impl Ledger {
         // Of two parts of one buffer, the larger: such calls are of the whole and a part.
         touched.sort_unstable_by_key(|(piece, bytes)| (*piece, u64::MAX - bytes));
         touched.dedup_by_key(|(piece, _)| *piece);
-        let paged = touched.iter().filter(|(piece, _)| record.pieces[*piece].pages());
-        // A part may begin and end within a page.
-        let bytes = paged.map(|(_, bytes)| bytes.next_multiple_of(PAGE) + PAGE).sum();
-        let pieces = touched.iter().map(|(piece, _)| *piece).collect();
-        if record.largest.as_ref().is_none_or(|largest| largest.bytes < bytes) {
-            record.largest = Some(Call { kernel, pieces, bytes });
+        let Record { pieces, largest, .. } = &mut *record;
+        for (largest, page) in largest.iter_mut().zip(PAGES) {
+            let paged = touched.iter().filter(|(piece, _)| pieces[*piece].pages(page));
+            let bytes = paged.map(|(piece, bytes)| pieces[*piece].held(*bytes, page)).sum();
+            if largest.as_ref().is_none_or(|largest| largest.bytes < bytes) {
+                let pieces = touched.iter().map(|(piece, _)| *piece).collect();
+                *largest = Some(Call { kernel, pieces, bytes });
+            }
         }
     }
 

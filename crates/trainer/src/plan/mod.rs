@@ -32,10 +32,11 @@ mod setup;
 #[cfg(test)]
 mod tests;
 
-pub use paging::{Floor, Paging, RESERVE};
+pub use paging::{Floor, PAGES, Paging, RESERVE};
 pub use setup::{Machine, Setup, Stored};
 
 use crate::Result;
+use account::Account;
 use rankfold_adapters::Attached;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::ops::{Index, IndexMut};
@@ -192,7 +193,7 @@ pub struct Peak {
     pub phase: Phase,
     /// What takes it when most is in use; beside that, what the pool has kept at its most.
     pub bytes: Bytes,
-    /// What of it could be paged: buffers that are large enough.
+    /// What of it could be paged: buffers of at least a page, the least that there is.
     pub pageable: Bytes,
 }
 
@@ -225,36 +226,40 @@ pub struct Plan {
     pub phases: Vec<Peak>,
     /// Full 16-bit finetuning of the model as the QLoRA paper counts it: 12 bytes a parameter, activations aside.
     pub full_16_bit_of_the_paper: u64,
-    /// What a memory limit must leave in memory.
+    /// What the least memory limit must leave in memory.
     pub floor: Floor,
+    /// The same run with pages of every size that serves it, the least first.
+    #[serde(skip)]
+    accounts: Vec<Account>,
 }
 
 impl Plan {
     /// Count a run.
     ///
     /// Errors: targets that match no layer, or hyper-parameters out of range; a 4-bit checkpoint that is to be trained
-    /// whole; more tokens in a micro-batch than [`setup`](Setup) allows.
+    /// whole; more tokens in a micro-batch than [`setup`](Setup) allows; more memory than can be counted.
     pub fn of(setup: &Setup) -> Result<Self> {
         setup.check()?;
         let replayed = replay::replay(setup)?;
-        let found = account::account(replayed.record, &setup.machine);
+        let accounts = (0..PAGES.len()).map(|size| account::account(&replayed.record, &setup.machine, size));
+        let accounts = paging::usable(accounts.collect());
         let model = setup.config.parameters() as u64;
         let adapters = replayed.attached.as_ref().map_or(0, Attached::parameters) as u64;
         let trained = if setup.is_full() { model } else { adapters };
         Ok(Self {
             parameters: Parameters { model, trained, frozen: model + adapters - trained },
             checkpointing: setup.checkpointing,
-            phases: found.phases,
+            phases: accounts[0].phases.clone(),
             full_16_bit_of_the_paper: model.saturating_mul(PAPER_BYTES),
-            floor: found.floor,
+            floor: paging::least(&accounts).clone(),
+            accounts,
         })
     }
 
     /// The run's peak: the largest phase's, and of several that are as large (the pool keeps what was freed) that of
     /// the one that uses most.
     pub fn peak(&self) -> &Peak {
-        let largest = self.phases.iter().max_by_key(|peak| (peak.bytes.sum(), peak.in_use()));
-        largest.expect("a run has phases")
+        self.accounts[0].peak()
     }
 
     /// The most that a phase has in use; 0 where the run has no such phase.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 /// The least block.
 const ALIGN: u64 = 64;
 /// What is kept beyond 5/4 of the most that was ever live.
-const SLACK: u64 = 16 << 20;
+pub(super) const SLACK: u64 = 16 << 20;
 
 /// A block, live or free.
 #[derive(Clone, Copy, Debug)]

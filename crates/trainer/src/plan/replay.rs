@@ -20,25 +20,29 @@ pub(super) struct Replayed {
     pub attached: Option<Attached>,
 }
 
+/// Errors: those of the run's own code; more memory than can be counted.
 pub(super) fn replay(setup: &Setup) -> Result<Replayed> {
     let counting = CountingBackend::default();
     let ledger = counting.ledger.clone();
-    let backend: Arc<dyn Backend> = Arc::new(counting);
+    run(setup, Arc::new(counting), &ledger).map_err(|error| if ledger.is_full() { setup.too_large() } else { error })
+}
+
+fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Replayed> {
     ledger.begin(Phase::Load);
-    let (model, attached) = load(setup, &backend, &ledger)?;
-    let optimizer = optimizer(setup, &model, &ledger)?;
+    let (model, attached) = load(setup, &backend, ledger)?;
+    let optimizer = optimizer(setup, &model, ledger)?;
     let evaluate = || -> Result<()> {
         for rows in setup.evaluated() {
             ledger.begin(Phase::Evaluation);
-            let batch = batch(rows, setup.seq, &ledger, backend.as_ref())?;
+            let batch = batch(rows, setup.seq, ledger, backend.as_ref())?;
             let tape = Tape::inference(backend.clone());
             model.loss(&tape, &batch, 1.0, &Forward::evaluation(setup.compute), false)?;
         }
         Ok(())
     };
     evaluate()?;
-    step(setup, &model, &optimizer, &ledger)?;
-    step(setup, &model, &optimizer, &ledger)?;
+    step(setup, &model, &optimizer, ledger)?;
+    step(setup, &model, &optimizer, ledger)?;
     evaluate()?;
     let record = ledger.close();
     drop((model, optimizer));

@@ -99,6 +99,14 @@ impl Setup<'_> {
         }
     }
 
+    /// That it takes more than can be counted.
+    pub(super) fn too_large(&self) -> Error {
+        let ModelConfig { layers, width, feed_forward, .. } = self.config;
+        let found = format!("{layers} × {width} × {feed_forward} for {} × {} tokens", self.rows, self.seq);
+        let setting = "num_hidden_layers × hidden_size × intermediate_size";
+        Error::Setting { setting, found, expected: "a run that takes at most 2^62 bytes" }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         match self.rows.checked_mul(self.seq) {
             Some(1..=MOST_TOKENS) => Ok(()),

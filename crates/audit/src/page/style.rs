@@ -15,9 +15,9 @@ const LIGHT: Palette = [
     ("quiet", 0x545d6b),
     ("edge", 0xd5dae1),
     ("hist", 0x747d8b),
-    ("nf4", 0x0b57a4),
-    ("fp4", 0xa33a0c),
-    ("int4", 0x176b3a),
+    ("first", 0x0b57a4),
+    ("second", 0xa33a0c),
+    ("third", 0x176b3a),
     ("best", 0xe6f0fb),
 ];
 
@@ -28,9 +28,9 @@ const DARK: Palette = [
     ("quiet", 0xa7b0bd),
     ("edge", 0x363d47),
     ("hist", 0x808a99),
-    ("nf4", 0x7db8ff),
-    ("fp4", 0xffac78),
-    ("int4", 0x7fd8a0),
+    ("first", 0x7db8ff),
+    ("second", 0xffac78),
+    ("third", 0x7fd8a0),
     ("best", 0x1d3047),
 ];
 
@@ -57,7 +57,7 @@ svg text{font:15px system-ui,sans-serif;fill:var(--quiet)}\
 .legend li{display:flex;align-items:center;gap:6px}\
 .key{width:36px;height:14px}\
 .box{overflow:auto;max-height:70vh}\
-.box:focus-visible{outline:2px solid var(--nf4)}\
+.box:focus-visible{outline:2px solid var(--first)}\
 table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums;width:100%}\
 th,td{padding:5px 8px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--edge)}\
 thead th{position:sticky;top:0;background:var(--card);vertical-align:bottom;z-index:1}\
@@ -69,8 +69,8 @@ dl.words dd{margin:0;max-width:75ch}\
 .grid{stroke:var(--edge);stroke-width:1}\
 .tick{stroke:var(--quiet);stroke-width:1}\
 .line{fill:none;stroke-width:1.8}\
-.line.fp4{stroke-dasharray:7 4}\
-.line.int4{stroke-dasharray:2 3}\
+.line.fp4,.line.second{stroke-dasharray:7 4}\
+.line.int4,.line.third{stroke-dasharray:2 3}\
 .mark{stroke-width:1.8}\
 .mark.hollow{fill:var(--card)}\
 .hist{fill:var(--hist);shape-rendering:crispEdges}\
@@ -87,11 +87,12 @@ pub(crate) fn sheet() -> String {
     variables(&mut css, &DARK);
     css.push_str("}}");
     css.push_str(RULES);
-    for format in ["nf4", "fp4", "int4"] {
+    for (format, colour) in [("nf4", "first"), ("fp4", "second"), ("int4", "third")] {
         let _ = write!(
             css,
-            ".line.{format},.mark.{format},.level.{format}{{stroke:var(--{format})}}\
-             .mark.{format}:not(.hollow),.fill.{format}{{fill:var(--{format})}}"
+            ".line.{colour}{{stroke:var(--{colour})}}.dot.{colour}{{fill:var(--{colour})}}\
+             .line.{format},.mark.{format},.level.{format}{{stroke:var(--{colour})}}\
+             .mark.{format}:not(.hollow),.fill.{format}{{fill:var(--{colour})}}"
         );
     }
     css
@@ -135,7 +136,7 @@ mod tests {
                     assert!(contrast(colour(ink), colour(ground)) >= 4.5, "{ink} on {ground}");
                 }
             }
-            for ink in ["nf4", "fp4", "int4"] {
+            for ink in ["first", "second", "third"] {
                 assert!(contrast(colour(ink), colour("card")) >= 4.5, "{ink}");
             }
             // A graphic needs 3 (success criterion 1.4.11).
