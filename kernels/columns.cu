@@ -1,4 +1,5 @@
-// Factors of the rows and of the columns of a matrix, a bias, sums over rows: what a linear layer has around its products.
+// Factors of the rows and of the columns of a matrix, a bias, sums over rows: what a linear layer has around its
+// products, and what (IA)³ (Liu et al. 2022, §3.3) and the scores of AdaLoRA's columns are made of.
 //
 // Matrices are row-major [rows, columns], f32. But for the sums a block of 256 threads has a row, whose neighbouring
 // elements neighbouring threads move; each matrix is moved once, and that is the bound.
@@ -11,10 +12,16 @@ extern "C" __global__ void scale_rows_f32(const float* x, const float* factors, 
     for (u32 c = threadIdx.x; c < columns; c += blockDim.x) out[row + c] = factor * x[row + c];
 }
 
-// out_rc = (factor_c + shift) · x_rc: DoRA's row scale on the outputs, and less one. `out` may be `x`.
+// out_rc = (factor_c + shift) · x_rc: (IA)³'s factors; DoRA's row scale on the outputs, and less one. `out` may be `x`.
 extern "C" __global__ void scale_columns_f32(const float* x, const float* factors, float shift, float* out, u32 columns) {
     u64 row = u64(blockIdx.x) * columns;
     for (u32 c = threadIdx.x; c < columns; c += blockDim.x) out[row + c] = (factors[c] + shift) * x[row + c];
+}
+
+// out_rc += factor_c · x_rc
+extern "C" __global__ void add_scaled_columns_f32(const float* x, const float* factors, float* out, u32 columns) {
+    u64 row = u64(blockIdx.x) * columns;
+    for (u32 c = threadIdx.x; c < columns; c += blockDim.x) out[row + c] += factors[c] * x[row + c];
 }
 
 // y_rc += bias_c

@@ -39,6 +39,11 @@ extern "C" __global__ void add_f32(const float* a, const float* b, float* out, u
     for (u64 i = global_thread(); i < n; i += global_threads()) out[i] = a[i] + b[i];
 }
 
+// out = a / b, 0 where b is
+extern "C" __global__ void divide_f32(const float* a, const float* b, float* out, u64 n) {
+    for (u64 i = global_thread(); i < n; i += global_threads()) out[i] = b[i] == 0 ? 0 : a[i] / b[i];
+}
+
 // out ← out + x
 extern "C" __global__ void add_in_place_f32(const float* x, float* out, u64 n) {
     for (u64 i = global_thread(); i < n; i += global_threads()) out[i] += x[i];

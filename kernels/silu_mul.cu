@@ -2,10 +2,7 @@
 //
 // A grid of 256-thread blocks strides over the elements; neighbouring threads touch neighbouring elements. Bound by
 // memory: forward moves 12 bytes an element, backward 20, or 16 where one of its gradients is asked for.
-#include "common.cuh"
-
-// σ(x) = 1/(1 + e^−x): where e^−x overflows, 0 is what it rounds to.
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+#include "sigmoid.cuh"
 
 // out = gate · σ(gate) · up
 extern "C" __global__ void silu_mul_f32(const float* gate, const float* up, float* out, u64 n) {

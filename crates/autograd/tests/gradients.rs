@@ -2,7 +2,7 @@
 
 use rankfold_autograd::gradcheck::{parameter, worst_error};
 use rankfold_autograd::{AttentionShape, Base, Gradients, LinearAdapter, Parameter, Result, Tape, Tensor};
-use rankfold_backend::params::{Dropout, IGNORED};
+use rankfold_backend::params::{Activation, Dropout, IGNORED, Triplets};
 use rankfold_backend::{Backend, Buffer, Compute, DType, Format, Quantized, rope};
 use rankfold_reference::ReferenceBackend;
 use std::slice::from_ref;
@@ -51,6 +51,49 @@ fn silu_mul_matches_differences() {
     let b = reference();
     let (gate, up) = (parameter(&b, 1, &[3, 4]).unwrap(), parameter(&b, 2, &[3, 4]).unwrap());
     check(&b, &[gate.clone(), up.clone()], |t| t.silu_mul(&gate.tensor(), &up.tensor()));
+}
+
+#[test]
+fn activations_match_differences() {
+    let b = reference();
+    let x = parameter(&b, 1, &[3, 4]).unwrap();
+    for f in [Activation::Relu, Activation::Silu, Activation::Tanh] {
+        // Twice, so that the second pass adds to what is there.
+        check(&b, from_ref(&x), |t| t.add(&t.activate(f, &x.tensor())?, &t.activate(f, &x.tensor())?));
+    }
+}
+
+#[test]
+fn quotients_match_differences() {
+    let b = reference();
+    let (a, n) = (parameter(&b, 1, &[2, 3]).unwrap(), constant(&b, 2, &[2, 3]));
+    check(&b, from_ref(&a), |t| t.divide(&a.tensor(), &n));
+}
+
+#[test]
+fn scaled_columns_match_differences() {
+    let b = reference();
+    let (x, f) = (parameter(&b, 1, &[3, 4]).unwrap(), parameter(&b, 2, &[4]).unwrap());
+    let both = [x.clone(), f.clone()];
+    check(&b, &both, |t| t.scale_columns(&t.scale_columns(&x.tensor(), &f.tensor())?, &f.tensor()));
+    check(&b, &both, |t| t.add(&t.scale_columns(&x.tensor(), &f.tensor())?, &x.tensor()));
+}
+
+#[test]
+fn orthogonality_matches_differences_and_is_none_of_orthonormal_triplets() {
+    let b = reference();
+    let (rows, columns) = (parameter(&b, 1, &[2, 5]).unwrap(), parameter(&b, 2, &[4, 3]).unwrap());
+    for squared in [false, true] {
+        check(&b, &[rows.clone(), columns.clone()], |t| {
+            let matrices = [(rows.tensor(), Triplets::Rows), (columns.tensor(), Triplets::Columns)];
+            Ok(t.orthogonality(&matrices, squared)?.0)
+        });
+    }
+    let orthonormal = Tensor::constant(b.upload(&[0.6f64, 0.8, 0.0, 0.0, 0.0, -1.0]).unwrap(), [2, 3]).unwrap();
+    let nothing = Tensor::constant(b.upload::<f64>(&[]).unwrap(), [0, 3]).unwrap();
+    let matrices = [(orthonormal, Triplets::Rows), (nothing, Triplets::Rows)];
+    let (_, value) = Tape::inference(b).orthogonality(&matrices, false).unwrap();
+    assert!(value < 1e-15, "{value}");
 }
 
 #[test]

@@ -50,6 +50,9 @@ pub trait Backend: Debug + Send + Sync {
     /// out ← out + x
     fn add_in_place(&self, x: View, out: ViewMut) -> Result<()>;
 
+    /// out = a / b, and 0 where b is.
+    fn divide(&self, a: View, b: View, out: ViewMut) -> Result<()>;
+
     /// Σ x_i², in f64 by fixed chunks.
     fn sum_squares(&self, x: View) -> Result<f64>;
 
@@ -185,6 +188,33 @@ pub trait Backend: Debug + Send + Sync {
         dup: Option<ViewMut>,
     ) -> Result<()>;
 
+    /// y = f(x). A NaN in x is one in y.
+    fn activate(&self, f: Activation, x: View, y: ViewMut) -> Result<()>;
+
+    /// dx = dy · f'(x), relatively exact for tanh too, whose slope 4e/(1 + e)² with e = e^−2|x| does not cancel as
+    /// 1 − tanh² does. A NaN in x is one in dx.
+    fn activate_grad(&self, f: Activation, x: View, dy: View, dx: ViewMut) -> Result<()>;
+
+    /// norms_r = √(Σ_j x_rj²), finite wherever the row and its norm are, and not lost to 0: squares are summed in f64,
+    /// or of scaled elements.
+    fn row_norms(&self, p: &Rows, x: View, norms: ViewMut) -> Result<()>;
+
+    /// y_rj = x_rj · factors_j
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, y: ViewMut) -> Result<()>;
+
+    /// dx_rj = dy_rj · factors_j, or dx += that where `accumulate`; dfactors_j += Σ_r dy_rj x_rj, always added. Each
+    /// where asked for.
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        accumulate: bool,
+        dx: Option<ViewMut>,
+        dfactors: Option<ViewMut>,
+    ) -> Result<()>;
+
     /// rows_t = table_(ids_t), cast to rows' type; ids u32.
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()>;
 
@@ -220,6 +250,33 @@ pub trait Backend: Debug + Send + Sync {
     /// step without a gradient would be lr·m̂/ε. With it no step is larger than a bound that ε is no part of
     /// (`reference`, adamw_8bit.rs).
     fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()>;
+
+    /// With I = |weight · grad_scale·grad|, elementwise (Zhang et al. 2023, eq. 8–10): mean ← β1 mean + (1 − β1) I;
+    /// deviation ← β2 deviation + (1 − β2) |I − mean|, of the new mean; scores_i ← the mean over triplet i's elements
+    /// of mean · deviation.
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mean: ViewMut,
+        deviation: ViewMut,
+        scores: ViewMut,
+    ) -> Result<()>;
+
+    /// z by [`HardConcrete`]'s formula; returns Σ P(z ≠ 0), summed in f64 by fixed chunks.
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, z: ViewMut) -> Result<f64>;
+
+    /// dlog_alpha += dz · ∂z/∂logα + penalty · ∂P(z ≠ 0)/∂logα, with the noise of forward. ∂z/∂logα is 0 where z was
+    /// clamped; which of both a gate within its own rounding of an end is, is the backend's.
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        penalty: f64,
+        dlog_alpha: ViewMut,
+    ) -> Result<()>;
 }
 
 impl dyn Backend + '_ {

@@ -12,6 +12,7 @@ use crate::slices::{BACKEND, Slices};
 use crate::storage::{HostMemory, MemoryFigures, Paging, Pool};
 use crate::threads::Threads;
 use crate::weights::{low_rank_slice, scale_slice, weight_slice};
+use crate::{activate, hard_concrete, importance, row_norms, scale_columns};
 use crate::{adamw, adamw_8bit, cross_entropy, dropout, elementwise, embedding, quantize8, scratch, silu_mul};
 use half::{bf16, f16};
 use rankfold_backend::params::*;
@@ -176,6 +177,14 @@ impl Backend for CpuBackend {
         let s = Slices::new("add_in_place");
         expect("add_in_place", "out", out.len(), x.len())?;
         elementwise::add_in_place(&self.threads, self.isa, s.get("x", x)?, s.get_mut("out", &mut out)?);
+        Ok(())
+    }
+
+    fn divide(&self, a: View, b: View, mut out: ViewMut) -> Result<()> {
+        let s = Slices::new("divide");
+        expect("divide", "b", b.len(), a.len())?;
+        expect("divide", "out", out.len(), a.len())?;
+        elementwise::divide(&self.threads, self.isa, s.get("a", a)?, s.get("b", b)?, s.get_mut("out", &mut out)?);
         Ok(())
     }
 
@@ -437,6 +446,54 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn activate(&self, f: Activation, x: View, mut y: ViewMut) -> Result<()> {
+        let s = Slices::new("activate");
+        f.check(&x, &y)?;
+        activate::activate(&self.threads, self.isa, f, s.get("x", x)?, s.get_mut("y", &mut y)?);
+        Ok(())
+    }
+
+    fn activate_grad(&self, f: Activation, x: View, dy: View, mut dx: ViewMut) -> Result<()> {
+        let s = Slices::new("activate_grad");
+        f.check_grad(&x, &dy, &dx)?;
+        let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
+        activate::activate_grad(&self.threads, self.isa, f, x, dy, s.get_mut("dx", &mut dx)?);
+        Ok(())
+    }
+
+    fn row_norms(&self, p: &Rows, x: View, mut norms: ViewMut) -> Result<()> {
+        let s = Slices::new("row_norms");
+        p.check_norms(&x, &norms)?;
+        row_norms::row_norms(&self.threads, self.isa, p, s.get("x", x)?, s.get_mut("norms", &mut norms)?);
+        Ok(())
+    }
+
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, mut y: ViewMut) -> Result<()> {
+        let s = Slices::new("scale_columns");
+        p.check_scale(&x, &factors, &y)?;
+        let (x, factors) = (s.get("x", x)?, s.get("factors", factors)?);
+        scale_columns::scale_columns(&self.threads, self.isa, p, x, factors, s.get_mut("y", &mut y)?);
+        Ok(())
+    }
+
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        accumulate: bool,
+        mut dx: Option<ViewMut>,
+        mut dfactors: Option<ViewMut>,
+    ) -> Result<()> {
+        let s = Slices::new("scale_columns_grad");
+        p.check_scale_grad(&x, &factors, &dy, dx.as_ref(), dfactors.as_ref())?;
+        let inputs = [s.get("x", x)?, s.get("factors", factors)?, s.get("dy", dy)?];
+        let (dx, dfactors) = (s.some_mut("dx", &mut dx)?, s.some_mut("dfactors", &mut dfactors)?);
+        scale_columns::scale_columns_grad(&self.threads, self.isa, p, inputs, accumulate, dx, dfactors);
+        Ok(())
+    }
+
     fn embedding(&self, p: &Embedding, ids: View, table: View, mut rows: ViewMut) -> Result<()> {
         let s = Slices::new("embedding");
         p.check(&ids, &table, &rows)?;
@@ -491,6 +548,46 @@ impl Backend for CpuBackend {
         let m = Coded { codes: s.get_mut("m codes", &mut m.codes)?, absmax: s.get_mut("m absmax", &mut m.absmax)? };
         let v = Coded { codes: s.get_mut("v codes", &mut v.codes)?, absmax: s.get_mut("v absmax", &mut v.absmax)? };
         adamw_8bit::adamw_8bit(&self.threads, self.isa, p, grad, param, m, v);
+        Ok(())
+    }
+
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mut mean: ViewMut,
+        mut deviation: ViewMut,
+        mut scores: ViewMut,
+    ) -> Result<()> {
+        let s = Slices::new("importance");
+        p.check(&weight, &grad, &mean, &deviation, &scores)?;
+        let inputs = [s.get("weight", weight)?, s.get("grad", grad)?];
+        let averages = [s.get_mut("mean", &mut mean)?, s.get_mut("deviation", &mut deviation)?];
+        importance::importance(&self.threads, self.isa, p, inputs, averages, s.get_mut("scores", &mut scores)?);
+        Ok(())
+    }
+
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, mut z: ViewMut) -> Result<f64> {
+        let s = Slices::new("hard_concrete");
+        p.check(&log_alpha, &z)?;
+        let (log_alpha, z) = (s.get("log_alpha", log_alpha)?, s.get_mut("z", &mut z)?);
+        Ok(hard_concrete::hard_concrete(&self.threads, self.isa, p, log_alpha, z))
+    }
+
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        penalty: f64,
+        mut dlog_alpha: ViewMut,
+    ) -> Result<()> {
+        let s = Slices::new("hard_concrete_grad");
+        p.check_grad(&log_alpha, &dz, &dlog_alpha)?;
+        let (log_alpha, dz) = (s.get("log_alpha", log_alpha)?, s.get("dz", dz)?);
+        let dlog_alpha = s.get_mut("dlog_alpha", &mut dlog_alpha)?;
+        hard_concrete::hard_concrete_grad(&self.threads, self.isa, p, log_alpha, dz, penalty, dlog_alpha);
         Ok(())
     }
 }

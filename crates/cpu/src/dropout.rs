@@ -10,7 +10,7 @@ use crate::threads::{Disjoint, Threads};
 use rankfold_backend::params::Dropout;
 
 /// Counters in flight: 32 words.
-const GROUPS: usize = 8;
+pub(crate) const GROUPS: usize = 8;
 
 const LOW: u64 = 0xFFFF_FFFF;
 
@@ -38,7 +38,7 @@ impl Kernel for Drop<'_> {
         let (threshold, keep_scale) = (u64::from(self.p.threshold()), self.p.keep_scale());
         let parts = self.x.chunks(4 * GROUPS).zip(self.y.chunks_mut(4 * GROUPS));
         for (part, (x, y)) in parts.enumerate() {
-            let words = words(self.p, (self.start / 4 + part * GROUPS) as u64);
+            let words = words(self.p.seed, self.p.stream, (self.start / 4 + part * GROUPS) as u64);
             for (i, (x, y)) in x.iter().zip(y).enumerate() {
                 *y = if words[i % 4][i / 4] >= threshold { x * keep_scale } else { 0.0 };
             }
@@ -48,11 +48,11 @@ impl Kernel for Drop<'_> {
 
 /// Word j of group `first` + i, as `[j][i]`: Philox4x32-10, as `rankfold_backend::philox` has it.
 #[inline(always)]
-fn words(p: &Dropout, first: u64) -> [[u64; GROUPS]; 4] {
+pub(crate) fn words(seed: u64, stream: u64, first: u64) -> [[u64; GROUPS]; 4] {
     let groups: [u64; GROUPS] = std::array::from_fn(|i| first + i as u64);
     let (mut c0, mut c1) = (groups.map(|group| group & LOW), groups.map(|group| group >> 32));
-    let (mut c2, mut c3) = ([p.stream & LOW; GROUPS], [p.stream >> 32; GROUPS]);
-    let mut key = [p.seed & LOW, p.seed >> 32];
+    let (mut c2, mut c3) = ([stream & LOW; GROUPS], [stream >> 32; GROUPS]);
+    let mut key = [seed & LOW, seed >> 32];
     for _ in 0..10 {
         for (((c0, c1), c2), c3) in c0.iter_mut().zip(&mut c1).zip(&mut c2).zip(&mut c3) {
             let (p0, p1) = (0xD251_1F53 * (*c0 & LOW), 0xCD9E_8D57 * (*c2 & LOW));
@@ -71,11 +71,11 @@ mod tests {
 
     #[test]
     fn words_are_philoxs() {
-        let p = Dropout { probability: 0.5, seed: 0xFEDC_BA98_7654_3210, stream: 0x0123_4567_89AB_CDEF };
+        let (seed, stream) = (0xFEDC_BA98_7654_3210, 0x0123_4567_89AB_CDEF);
         for first in [0, 1, u64::from(u32::MAX) - 3, 1 << 40] {
-            let words = words(&p, first);
+            let words = words(seed, stream, first);
             for (i, group) in (first..).take(GROUPS).enumerate() {
-                assert_eq!(words.map(|word| word[i] as u32), philox::words(p.seed, p.stream, group));
+                assert_eq!(words.map(|word| word[i] as u32), philox::words(seed, stream, group));
             }
         }
     }

@@ -104,6 +104,27 @@ impl Kernel for Add<'_> {
     }
 }
 
+/// out = a / b, 0 where b is
+pub(crate) fn divide(threads: &Threads, isa: Isa, a: &[f32], b: &[f32], out: &mut [f32]) {
+    let (len, out) = (out.len(), Disjoint::new(out));
+    threads.run_chunks(len, CHUNK, |range| {
+        // SAFETY: the ranges of two tasks do not overlap.
+        isa.run(Divide(&a[range.clone()], &b[range.clone()], unsafe { out.get(range) }));
+    });
+}
+
+struct Divide<'a>(&'a [f32], &'a [f32], &'a mut [f32]);
+
+impl Kernel for Divide<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self(a, b, out) = self;
+        let quotient = |a: f32, b: f32| if b == 0.0 { 0.0 } else { a / b };
+        out.iter_mut().zip(a.iter().zip(b)).for_each(|(out, (a, b))| *out = quotient(*a, *b));
+    }
+}
+
 /// out ← out + x
 pub(crate) fn add_in_place(threads: &Threads, isa: Isa, x: &[f32], out: &mut [f32]) {
     let (len, out) = (out.len(), Disjoint::new(out));

@@ -10,9 +10,11 @@
 //! - `slices`, `backend`: from checked views to slices, whose memory is held while the kernel runs, one line a kernel;
 //! - `gemm`, then `linear` and `matmul` on it: products;
 //! - `attention`: its own small products and an online softmax;
-//! - `elementwise`, `dropout`, `silu_mul`, `rms_norm`, `rope`, `embedding`, `cross_entropy`, `quantize4`, `quantize8`,
-//!   `adamw`, `adamw_8bit`: one file an operation, forward beside backward.
+//! - `elementwise`, `dropout`, `silu_mul`, `activate`, `rms_norm`, `row_norms`, `scale_columns`, `rope`, `embedding`,
+//!   `cross_entropy`, `quantize4`, `quantize8`, `adamw`, `adamw_8bit`, `importance`, `hard_concrete`: one file an
+//!   operation, forward beside backward.
 
+mod activate;
 mod adamw;
 mod adamw_8bit;
 mod attention;
@@ -22,11 +24,15 @@ mod dropout;
 mod elementwise;
 mod embedding;
 mod gemm;
+mod hard_concrete;
+mod importance;
 mod linear;
 mod quantize4;
 mod quantize8;
 mod rms_norm;
 mod rope;
+mod row_norms;
+mod scale_columns;
 mod scratch;
 mod silu_mul;
 pub mod simd;

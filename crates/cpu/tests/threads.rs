@@ -65,6 +65,39 @@ fn elementwise_kernels() {
         b.adamw(&step, x.view(), param.view_mut(), m.view_mut(), v.view_mut())?;
         let mut all = bits(b, &[&sum, &copy, &dropped, &gated, &dgate, &dup, &param, &m, &v])?;
         all.extend(b.sum_squares(x.view())?.to_le_bytes());
+        for f in [Activation::Relu, Activation::Silu, Activation::Tanh] {
+            b.activate(f, x.view(), gated.view_mut())?;
+            b.activate_grad(f, x.view(), y.view(), dgate.view_mut())?;
+            all.extend(bits(b, &[&gated, &dgate])?);
+        }
+        let p = HardConcrete { temperature: 0.5, low: -0.1, high: 1.1, noise: Some((5, 6)) };
+        all.extend(b.hard_concrete(&p, x.view(), gated.view_mut())?.to_le_bytes());
+        b.hard_concrete_grad(&p, x.view(), y.view(), 0.1, dgate.view_mut())?;
+        all.extend(bits(b, &[&gated, &dgate])?);
+        Ok(all)
+    });
+}
+
+#[test]
+fn kernels_by_rows_and_columns() {
+    same_at_any_number_of_threads(|b| {
+        let p = Rows { rows: 1003, width: 97 };
+        let (n, mut all) = (p.rows * p.width, Vec::new());
+        let (x, factors, dy) = (random(b, n, 1)?, random(b, p.width, 2)?, random(b, n, 3)?);
+        let (mut norms, mut y) = (zeros(b, p.rows)?, zeros(b, n)?);
+        b.row_norms(&p, x.view(), norms.view_mut())?;
+        b.scale_columns(&p, x.view(), factors.view(), y.view_mut())?;
+        let (mut dx, mut dfactors) = (zeros(b, n)?, zeros(b, p.width)?);
+        let (into, into_factors) = (Some(dx.view_mut()), Some(dfactors.view_mut()));
+        b.scale_columns_grad(&p, x.view(), factors.view(), dy.view(), true, into, into_factors)?;
+        all.extend(bits(b, &[&norms, &y, &dx, &dfactors])?);
+        for triplets in [Triplets::Rows, Triplets::Columns] {
+            let p = Importance { rows: p.rows, width: p.width, triplets, beta1: 0.85, beta2: 0.85, grad_scale: 0.5 };
+            let (mut mean, mut deviation, mut scores) = (zeros(b, n)?, zeros(b, n)?, zeros(b, p.split().0)?);
+            let (m, d) = (mean.view_mut(), deviation.view_mut());
+            b.importance(&p, x.view(), dy.view(), m, d, scores.view_mut())?;
+            all.extend(bits(b, &[&mean, &deviation, &scores])?);
+        }
         Ok(all)
     });
 }

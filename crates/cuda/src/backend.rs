@@ -168,6 +168,10 @@ impl Backend for CudaBackend {
         ops::elementwise::add_in_place(self, x, out)
     }
 
+    fn divide(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        ops::elementwise::divide(self, a, b, out)
+    }
+
     fn sum_squares(&self, x: View) -> Result<f64> {
         ops::elementwise::sum_squares(self, x)
     }
@@ -290,6 +294,35 @@ impl Backend for CudaBackend {
         ops::silu_mul::silu_mul_grad(self, gate, up, dout, dgate, dup)
     }
 
+    fn activate(&self, f: Activation, x: View, y: ViewMut) -> Result<()> {
+        ops::activate::activate(self, f, x, y)
+    }
+
+    fn activate_grad(&self, f: Activation, x: View, dy: View, dx: ViewMut) -> Result<()> {
+        ops::activate::activate_grad(self, f, x, dy, dx)
+    }
+
+    fn row_norms(&self, p: &Rows, x: View, norms: ViewMut) -> Result<()> {
+        ops::row_norms::row_norms(self, p, x, norms)
+    }
+
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, y: ViewMut) -> Result<()> {
+        ops::scale_columns::scale_columns(self, p, x, factors, y)
+    }
+
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        accumulate: bool,
+        dx: Option<ViewMut>,
+        dfactors: Option<ViewMut>,
+    ) -> Result<()> {
+        ops::scale_columns::scale_columns_grad(self, p, x, factors, dy, accumulate, dx, dfactors)
+    }
+
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
         ops::embedding::embedding(self, p, ids, table, rows)
     }
@@ -319,5 +352,32 @@ impl Backend for CudaBackend {
 
     fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
         ops::adamw::adamw_8bit(self, p, grad, param, m, v)
+    }
+
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mean: ViewMut,
+        deviation: ViewMut,
+        scores: ViewMut,
+    ) -> Result<()> {
+        ops::importance::importance(self, p, weight, grad, mean, deviation, scores)
+    }
+
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, z: ViewMut) -> Result<f64> {
+        ops::hard_concrete::hard_concrete(self, p, log_alpha, z)
+    }
+
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        penalty: f64,
+        dlog_alpha: ViewMut,
+    ) -> Result<()> {
+        ops::hard_concrete::hard_concrete_grad(self, p, log_alpha, dz, penalty, dlog_alpha)
     }
 }

@@ -45,6 +45,12 @@ impl Grid {
         Self::blocks(n.div_ceil(THREADS).min(MOST_BLOCKS), THREADS as u32)
     }
 
+    /// A block a row, of about four elements a thread.
+    pub(crate) fn a_block_a_row(rows: usize, width: usize) -> Self {
+        const WARP: usize = 32;
+        Self::blocks(rows, width.div_ceil(4).next_multiple_of(WARP).clamp(WARP, 256) as u32)
+    }
+
     /// With dynamic shared memory.
     pub(crate) fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes as u32, ..self }
@@ -142,6 +148,15 @@ impl<'a> Call<'a> {
     /// That a view has one of the float types.
     pub(crate) fn float(&self, tensor: &'static str, dtype: DType) -> Result<()> {
         if FLOATS.contains(&dtype) { Ok(()) } else { Err(self.wrong(tensor, "f32, bf16 or f16", dtype)) }
+    }
+
+    /// A dimension, where the kernel's indices have 32 bits.
+    pub(crate) fn size(&self, n: usize) -> Result<Argument> {
+        let why = |_| Error::Invalid {
+            kernel: self.kernel,
+            why: format!("a dimension of {n}: expected at most 2³² − 1"),
+        };
+        Ok(u32::try_from(n).map_err(why)?.into())
     }
 
     /// Starts an entry point of `kernels/`; nothing where the grid is empty.

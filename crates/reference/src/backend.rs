@@ -3,8 +3,8 @@
 use crate::storage::{Cells, NAME};
 use crate::*;
 use rankfold_backend::params::{
-    AdamW, Attention, CrossEntropy, Dropout, Embedding, Linear, LinearGrads, LowRank, MatMul, Moment, RmsNorm, Rope,
-    Weight,
+    Activation, AdamW, Attention, CrossEntropy, Dropout, Embedding, HardConcrete, Importance, Linear, LinearGrads,
+    LowRank, MatMul, Moment, RmsNorm, Rope, Rows, Weight,
 };
 use rankfold_backend::{
     AttentionGrads, AttentionSaved, Backend, Buffer, DType, DynamicMap, Format, HostBytes, Quantized, Result, View,
@@ -66,6 +66,10 @@ impl Backend for ReferenceBackend {
 
     fn add_in_place(&self, x: View, out: ViewMut) -> Result<()> {
         elementwise::add_in_place(x, out)
+    }
+
+    fn divide(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        elementwise::divide(a, b, out)
     }
 
     fn sum_squares(&self, x: View) -> Result<f64> {
@@ -190,6 +194,35 @@ impl Backend for ReferenceBackend {
         silu_mul::silu_mul_grad(gate, up, dout, dgate, dup)
     }
 
+    fn activate(&self, f: Activation, x: View, y: ViewMut) -> Result<()> {
+        activate::activate(f, x, y)
+    }
+
+    fn activate_grad(&self, f: Activation, x: View, dy: View, dx: ViewMut) -> Result<()> {
+        activate::activate_grad(f, x, dy, dx)
+    }
+
+    fn row_norms(&self, p: &Rows, x: View, norms: ViewMut) -> Result<()> {
+        row_norms::row_norms(p, x, norms)
+    }
+
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, y: ViewMut) -> Result<()> {
+        scale_columns::scale_columns(p, x, factors, y)
+    }
+
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        accumulate: bool,
+        dx: Option<ViewMut>,
+        dfactors: Option<ViewMut>,
+    ) -> Result<()> {
+        scale_columns::scale_columns_grad(p, x, factors, dy, accumulate, dx, dfactors)
+    }
+
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
         embedding::embedding(p, ids, table, rows)
     }
@@ -219,5 +252,32 @@ impl Backend for ReferenceBackend {
 
     fn adamw_8bit(&self, p: &AdamW, grad: View, param: ViewMut, m: Moment, v: Moment) -> Result<()> {
         adamw_8bit::adamw_8bit(p, grad, param, m, v)
+    }
+
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mean: ViewMut,
+        deviation: ViewMut,
+        scores: ViewMut,
+    ) -> Result<()> {
+        importance::importance(p, weight, grad, mean, deviation, scores)
+    }
+
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, z: ViewMut) -> Result<f64> {
+        hard_concrete::hard_concrete(p, log_alpha, z)
+    }
+
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        penalty: f64,
+        dlog_alpha: ViewMut,
+    ) -> Result<()> {
+        hard_concrete::hard_concrete_grad(p, log_alpha, dz, penalty, dlog_alpha)
     }
 }

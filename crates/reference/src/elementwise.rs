@@ -86,6 +86,17 @@ pub(crate) fn add(a: View, b: View, mut out: ViewMut) -> Result<()> {
     Ok(())
 }
 
+/// out = a / b, 0 where b is
+pub(crate) fn divide(a: View, b: View, mut out: ViewMut) -> Result<()> {
+    let kernel = Kernel("divide");
+    expect(kernel.0, "b", b.len(), a.len())?;
+    expect(kernel.0, "out", out.len(), a.len())?;
+    let (a, b) = (kernel.floats("a", a)?, kernel.floats("b", b)?);
+    let quotient = |(a, b): (f64, f64)| if b == 0.0 { 0.0 } else { a / b };
+    kernel.floats_mut("out", &mut out)?.store(a.into_iter().zip(b).map(quotient));
+    Ok(())
+}
+
 /// out ← out + x
 pub(crate) fn add_in_place(x: View, mut out: ViewMut) -> Result<()> {
     let kernel = Kernel("add_in_place");

@@ -12,10 +12,12 @@
 //! - `quantize4`, `quantize8`: blockwise quantisation in 4 and 8 bits; [`mod@derive`], [`thresholds`]: where
 //!   their tables and decisions come from;
 //! - `embedding`, `rms_norm`, `rope`, `attention`, `silu_mul`, `cross_entropy`: a transformer's other layers;
-//! - `dropout`, `adamw`, `adamw_8bit`: training;
+//! - `row_norms`, `scale_columns`, `activate`: what adapters other than LoRA add to them;
+//! - `dropout`, `adamw`, `adamw_8bit`, `importance`, `hard_concrete`: training;
 //! - `backend`: the trait, which only delegates.
 #![forbid(unsafe_code)]
 
+mod activate;
 mod adamw;
 mod adamw_8bit;
 mod attention;
@@ -25,6 +27,8 @@ pub mod derive;
 mod dropout;
 mod elementwise;
 mod embedding;
+mod hard_concrete;
+mod importance;
 mod linear;
 mod matmul;
 mod operands;
@@ -32,6 +36,8 @@ mod quantize4;
 mod quantize8;
 mod rms_norm;
 mod rope;
+mod row_norms;
+mod scale_columns;
 mod silu_mul;
 mod storage;
 #[cfg(test)]

@@ -6,7 +6,8 @@ use crate::operands::Kernel;
 use rankfold_backend::params::{expect, expect_some};
 use rankfold_backend::{Result, View, ViewMut};
 
-fn sigmoid(x: f64) -> f64 {
+/// σ(x)
+pub(crate) fn sigmoid(x: f64) -> f64 {
     1.0 / (1.0 + (-x).exp())
 }
 

@@ -19,7 +19,7 @@
 //! the condition of its step, and [`second_order`] makes up for what that leaves out. Each law writes down its own.
 //!
 //! **Functions.** exp is specified to 2 ulp, which is a relative error of at most 4u, as is log; division and square
-//! root round correctly; a result of exp below 2⁻¹²⁶ may be flushed to zero.
+//! root round correctly; a result of exp below 2⁻¹²⁶ may be flushed to zero. tanh is specified to 4 ulp, near 0 too.
 //!
 //! The oracle's own error, at 2⁻⁵³ an operation, is 2⁻²⁹ of every bound: γ_n already exceeds the n·u that is reached.
 
@@ -37,6 +37,9 @@ pub const FLUSHED: f64 = f32::MIN_POSITIVE as f64;
 
 /// The relative error of exp and of log: 2 ulp, an ulp being at most 2u of the value.
 pub const EXP: f64 = 4.0 * UNIT;
+
+/// The relative error of tanh: 4 ulp.
+pub const TANH: f64 = 8.0 * UNIT;
 
 /// Where rounding to f32 overflows: half a step above the largest f32.
 pub const OVERFLOW: f64 = f32::MAX as f64 * (1.0 + UNIT / 2.0);

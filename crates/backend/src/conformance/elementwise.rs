@@ -59,6 +59,23 @@ pub fn add(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     })
 }
 
+/// One rounding of the quotient; 0 where the divisor is, whatever is divided.
+pub fn divide(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
+    fn call<T: Real>(backend: &dyn Backend, case: &Case, a: &[f32], b: &[f32]) -> TestCaseResult<Outputs<T>> {
+        let desk = Desk::new(backend, case.seed);
+        let (a, b, mut out) = (desk.real::<T>(a)?, desk.real::<T>(b)?, desk.blank(T::DTYPE, case.len)?);
+        backend.divide(a.view(), b.view(), out.view_mut())?;
+        Ok(vec![desk.take(&out)?])
+    }
+    check(128, &case(), |case| {
+        let [a, mut b] = case.draw();
+        b.iter_mut().step_by(5).for_each(|b| *b = 0.0);
+        let found = twice(|| call::<f32>(candidate, &case, &a, &b))?;
+        let exact = call::<f64>(oracle, &case, &a, &b)?;
+        agree("out", &found[0], &exact[0], |i| UNIT * exact[0][i].abs() + DENORMAL)
+    })
+}
+
 /// As [`add`].
 pub fn add_in_place(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     fn call<T: Real>(backend: &dyn Backend, case: &Case, x: &[f32], out: &[f32]) -> TestCaseResult<Outputs<T>> {
@@ -135,18 +152,14 @@ pub fn silu_mul(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
 }
 
 /// The error of gate·σ(gate)·factor.
-fn silu_error(gate: f64, factor: f64) -> f64 {
+pub(super) fn silu_error(gate: f64, factor: f64) -> f64 {
     let (sigma, error) = sigmoid(gate);
     let relative = error + 2.0 * UNIT * sigma;
     let denormal = DENORMAL * (1.0 + gate.abs() + factor.abs());
     second_order((gate * factor).abs() * relative, gamma(16)) + denormal
 }
 
-/// dup = dout·gate·σ as the forward. dgate = dout·up·σ·h with h = 1 + gate(1 − σ), whose error is
-/// |gate|(δσ + u(1 − σ)) from 1 − σ, and a rounding each of the product and of the sum; three products follow. The
-/// other way to write it, σ + gate·σ(1 − σ), takes as many roundings of terms that are each no larger than those of
-/// σ(1 + |gate|(1 − σ)), which the bound therefore weighs: four roundings of each term. Each has the same bits
-/// whichever are asked for.
+/// dup = dout·gate·σ as the forward; dgate = dout·up·silu'(gate). Each has the same bits whichever are asked for.
 pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
     fn call<T: Real>(
         backend: &dyn Backend,
@@ -170,11 +183,7 @@ pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         let at = |i: usize| [0, 1, 2].map(|tensor: usize| f64::from(inputs[tensor][i]));
         agree("dgate", &found[0], &exact[0], |i| {
             let [gate, up, dout] = at(i);
-            let (sigma, error) = sigmoid(gate);
-            let (h, rest) = (1.0 + gate * (1.0 - sigma), 1.0 - sigma);
-            let slope = sigma * gate.abs() * error + h.abs() * error + 4.0 * UNIT * sigma * (1.0 + gate.abs() * rest);
-            let denormal = DENORMAL * (1.0 + up.abs() + dout.abs() + (up * dout).abs()) * (1.0 + h.abs());
-            second_order((dout * up).abs() * slope, gamma(16)) + denormal
+            silu_slope_error(gate, up, dout)
         })?;
         agree("dup", &found[1], &exact[1], |i| {
             let [gate, _, dout] = at(i);
@@ -182,6 +191,18 @@ pub fn silu_mul_grad(candidate: &dyn Backend, oracle: &dyn Backend) -> Verdict {
         })?;
         same_where_asked(["dgate", "dup"], asked, &some, &found)
     })
+}
+
+/// The error of dout·up·silu'(gate) with silu' = σ·h, h = 1 + gate(1 − σ), whose error is |gate|(δσ + u(1 − σ)) from
+/// 1 − σ, and a rounding each of the product and of the sum; three products follow. The other way to write it,
+/// σ + gate·σ(1 − σ), takes as many roundings of terms that are each no larger than those of σ(1 + |gate|(1 − σ)),
+/// which the bound therefore weighs: four roundings of each term.
+pub(super) fn silu_slope_error(gate: f64, up: f64, dout: f64) -> f64 {
+    let (sigma, error) = sigmoid(gate);
+    let (h, rest) = (1.0 + gate * (1.0 - sigma), 1.0 - sigma);
+    let slope = sigma * gate.abs() * error + h.abs() * error + 4.0 * UNIT * sigma * (1.0 + gate.abs() * rest);
+    let denormal = DENORMAL * (1.0 + up.abs() + dout.abs() + (up * dout).abs()) * (1.0 + h.abs());
+    second_order((dout * up).abs() * slope, gamma(16)) + denormal
 }
 
 /// The largest product that the elementwise laws form stays below overflow, so that only what the kernel does

@@ -53,6 +53,10 @@ const ATTENTION: Attention = Attention {
     window: None,
     compute: Compute::F32,
 };
+const ROWS: Rows = Rows { rows: 2, width: 3 };
+const IMPORTANCE: Importance =
+    Importance { rows: 2, width: 3, triplets: Triplets::Columns, beta1: 0.9, beta2: 0.9, grad_scale: 1.0 };
+const HARD_CONCRETE: HardConcrete = HardConcrete { temperature: 0.5, low: -0.1, high: 1.1, noise: Some((0, 0)) };
 const EMBEDDING: Embedding = Embedding { tokens: 2, vocab: 3, width: 2 };
 const CROSS_ENTROPY: CrossEntropy = CrossEntropy { rows: 2, vocab: 3 };
 const DROPOUT: Dropout = Dropout { probability: 0.5, seed: 0, stream: 0 };
@@ -69,6 +73,7 @@ fn kernels() -> Vec<Kernel> {
         kernel("copy", [(F, 4)], [(F, 4)], |on, [x], [out]| on.copy(*x, out)),
         kernel("cast", [(F, 4)], [(DType::Bf16, 4)], |on, [x], [out]| on.cast(*x, out)),
         kernel("add", [(F, 4), (F, 4)], [(F, 4)], |on, [a, b], [out]| on.add(*a, *b, out)),
+        kernel("divide", [(F, 4), (F, 4)], [(F, 4)], |on, [a, b], [out]| on.divide(*a, *b, out)),
         kernel("add_in_place", [(F, 4)], [(F, 4)], |on, [x], [out]| on.add_in_place(*x, out)),
         kernel("dropout", [(F, 4)], [(F, 4)], |on, [x], [y]| on.dropout(&DROPOUT, *x, y)),
         kernel("matmul", [(F, 8), (F, 12)], [(F, 6)], |on, [a, b], [c]| on.matmul(&MATMUL, *a, *b, c)),
@@ -172,6 +177,20 @@ fn kernels() -> Vec<Kernel> {
         kernel("silu_mul_grad", [(F, 4), (F, 4), (F, 4)], [(F, 4)], |on, [gate, up, dout], [dup]| {
             on.silu_mul_grad(*gate, *up, *dout, None, Some(dup))
         }),
+        kernel("activate", [(F, 4)], [(F, 4)], |on, [x], [y]| on.activate(Activation::Tanh, *x, y)),
+        kernel("activate_grad", [(F, 4), (F, 4)], [(F, 4)], |on, [x, dy], [dx]| {
+            on.activate_grad(Activation::Tanh, *x, *dy, dx)
+        }),
+        kernel("row_norms", [(F, 6)], [(F, 2)], |on, [x], [norms]| on.row_norms(&ROWS, *x, norms)),
+        kernel("scale_columns", [(F, 6), (F, 3)], [(F, 6)], |on, [x, factors], [y]| {
+            on.scale_columns(&ROWS, *x, *factors, y)
+        }),
+        kernel("scale_columns_grad", [(F, 6), (F, 3), (F, 6)], [(F, 6), (F, 3)], |on, [x, l, dy], [dx, dl]| {
+            on.scale_columns_grad(&ROWS, *x, *l, *dy, true, Some(dx), Some(dl))
+        }),
+        kernel("scale_columns_grad", [(F, 6), (F, 3), (F, 6)], [(F, 3)], |on, [x, l, dy], [dl]| {
+            on.scale_columns_grad(&ROWS, *x, *l, *dy, true, None, Some(dl))
+        }),
         kernel("embedding", [(u32, 2), (F, 6)], [(F, 4)], |on, [ids, table], [rows]| {
             on.embedding(&EMBEDDING, *ids, *table, rows)
         }),
@@ -197,6 +216,20 @@ fn kernels() -> Vec<Kernel> {
                 on.adamw_8bit(&ADAMW, *grad, param, m, v)
             },
         ),
+        kernel(
+            "importance",
+            [(F, 6), (F, 6)],
+            [(F, 6), (F, 6), (F, 3)],
+            |on, [weight, grad], [mean, deviation, scores]| {
+                on.importance(&IMPORTANCE, *weight, *grad, mean, deviation, scores)
+            },
+        ),
+        kernel("hard_concrete", [(F, 4)], [(F, 4)], |on, [log_alpha], [z]| {
+            on.hard_concrete(&HARD_CONCRETE, *log_alpha, z).map(|_| ())
+        }),
+        kernel("hard_concrete_grad", [(F, 4), (F, 4)], [(F, 4)], |on, [log_alpha, dz], [dlog_alpha]| {
+            on.hard_concrete_grad(&HARD_CONCRETE, *log_alpha, *dz, 1.0, dlog_alpha)
+        }),
     ]
 }
 
@@ -403,6 +436,29 @@ pub fn parameters(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
         let v = Moment { codes: v_codes.view_mut(), absmax: v.slice_mut(0, 1)? };
         invalid("step 0 in 8 bits", candidate.adamw_8bit(&p, x.view(), y.view_mut(), m, v))?;
 
+        for (what, p) in [
+            ("a decay of 1", Importance { beta1: 1.0, ..IMPORTANCE }),
+            ("a decay below 0", Importance { beta2: -0.1, ..IMPORTANCE }),
+            ("a decay that is NaN", Importance { beta2: f64::NAN, ..IMPORTANCE }),
+            ("columns without rows", Importance { rows: 0, ..IMPORTANCE }),
+        ] {
+            let n = p.rows * p.width;
+            let (x, mut mean, mut deviation, mut scores) = (blank(n)?, blank(n)?, blank(n)?, blank(3)?);
+            let (mean, deviation) = (mean.view_mut(), deviation.view_mut());
+            invalid(what, candidate.importance(&p, x.view(), x.view(), mean, deviation, scores.view_mut()))?;
+        }
+        for (what, p) in [
+            ("a temperature of 0", HardConcrete { temperature: 0.0, ..HARD_CONCRETE }),
+            ("an infinite temperature", HardConcrete { temperature: f64::INFINITY, ..HARD_CONCRETE }),
+            ("gates that never close", HardConcrete { low: 0.0, ..HARD_CONCRETE }),
+            ("gates that never open", HardConcrete { high: 1.0, ..HARD_CONCRETE }),
+            ("a limit that is NaN", HardConcrete { low: f64::NAN, ..HARD_CONCRETE }),
+        ] {
+            let (x, mut out) = (blank(4)?, blank(4)?);
+            invalid(what, candidate.hard_concrete(&p, x.view(), out.view_mut()).map(|_| ()))?;
+            invalid(what, candidate.hard_concrete_grad(&p, x.view(), x.view(), 1.0, out.view_mut()))?;
+        }
+
         let (q, k, mut out, mut lse) = (blank(8)?, blank(6)?, blank(8)?, blank(4)?);
         for (what, p) in [
             ("a window of 0", Attention { window: Some(0), ..ATTENTION }),
@@ -444,6 +500,16 @@ pub fn products(candidate: &dyn Backend, _: &dyn Backend) -> Verdict {
         let mut rows = candidate.filled(F, 6, 0.0)?;
         let answer = candidate.embedding(&p, ids.view(), two.view(), rows.view_mut());
         prop_assert!(matches!(answer, Err(Error::Length { .. })), "embedding answers {answer:?}");
+        let p = Rows { rows: 3, width: n };
+        let mut norms = candidate.filled(F, 3, 0.0)?;
+        let answer = candidate.row_norms(&p, two.view(), norms.view_mut());
+        prop_assert!(matches!(answer, Err(Error::Length { .. })), "row_norms answers {answer:?}");
+        // Nothing is nothing, however many rows of it there are.
+        let (nothing, p) = (candidate.filled(F, 0, 0.0)?, Rows { rows: usize::MAX, width: 0 });
+        let mut empty = candidate.filled(F, 0, 0.0)?;
+        candidate.scale_columns(&p, nothing.view(), nothing.view(), empty.view_mut())?;
+        let (x, into) = (nothing.view(), Some(empty.view_mut()));
+        candidate.scale_columns_grad(&p, x, x, x, false, None, into)?;
         Ok(())
     })
 }

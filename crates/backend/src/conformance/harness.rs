@@ -188,6 +188,12 @@ impl Bits for (Vec<u8>, Vec<f32>) {
     }
 }
 
+impl Bits for (Vec<f32>, f64) {
+    fn bits(&self) -> Vec<u8> {
+        [bytemuck::cast_slice(&self.0), bytemuck::bytes_of(&self.1)].concat()
+    }
+}
+
 /// Runs the candidate twice: the same call gives the same bits.
 pub fn twice<R: Bits>(run: impl Fn() -> TestCaseResult<R>) -> TestCaseResult<R> {
     let (first, second) = (run()?, run()?);

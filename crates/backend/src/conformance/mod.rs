@@ -17,6 +17,7 @@ pub mod bound;
 mod draw;
 mod harness;
 
+pub mod activate;
 pub mod adamw;
 pub mod adamw_8bit;
 pub mod attention;
@@ -24,6 +25,8 @@ pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
 pub mod errors;
+pub mod hard_concrete;
+pub mod importance;
 pub mod linear;
 pub mod matmul;
 pub mod memory;
@@ -32,6 +35,7 @@ pub mod quantize_laws;
 pub mod quantize_normal;
 pub mod rms_norm;
 pub mod rope;
+pub mod rows;
 
 pub use harness::{Verdict, few_cases};
 
@@ -69,10 +73,13 @@ macro_rules! conformance {
             scale_in_place_agrees => elementwise::scale_in_place,
             add_agrees => elementwise::add,
             add_in_place_agrees => elementwise::add_in_place,
+            divide_agrees => elementwise::divide,
             sum_squares_agrees => elementwise::sum_squares,
             dropout_agrees => elementwise::dropout,
             silu_mul_agrees => elementwise::silu_mul,
             silu_mul_backward_agrees => elementwise::silu_mul_grad,
+            activations_agree => activate::forward,
+            activations_backward_agree => activate::backward,
             matmul_agrees => matmul::agrees,
             matmul_of_large_matrices_agrees => matmul::large,
             matmul_passes_nan_and_infinity_on => matmul::non_finite,
@@ -104,6 +111,9 @@ macro_rules! conformance {
             double_quantisation_adds_less_than_a_percent => quantize_normal::double_costs_little,
             rms_norm_forward_agrees => rms_norm::forward,
             rms_norm_backward_agrees => rms_norm::backward,
+            row_norms_agree => rows::norms,
+            scale_columns_agrees => rows::scale,
+            scale_columns_backward_agrees => rows::scale_grad,
             rope_agrees => rope::agrees,
             attention_forward_agrees => attention::forward,
             attention_backward_agrees => attention::backward,
@@ -116,6 +126,9 @@ macro_rules! conformance {
             cross_entropy_of_nan_is_nan => cross_entropy::nan,
             adamw_agrees => adamw::steps,
             adamw_8bit_agrees => adamw_8bit::steps,
+            importance_agrees => importance::steps,
+            hard_concrete_agrees => hard_concrete::forward,
+            hard_concrete_backward_agrees => hard_concrete::backward,
             wrong_lengths_are_errors => errors::lengths,
             wrong_element_types_are_errors => errors::dtypes,
             foreign_buffers_are_errors => errors::foreign,

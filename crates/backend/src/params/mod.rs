@@ -2,20 +2,28 @@
 //!
 //! A check looks at lengths only; element types are the backend's own business.
 
+mod activation;
 mod adamw;
 mod attention;
 mod dropout;
+mod hard_concrete;
+mod importance;
 mod products;
 mod rms_norm;
 mod rope;
+mod rows;
 mod tokens;
 
+pub use activation::Activation;
 pub use adamw::{AdamW, MOMENT_BLOCK, Moment};
 pub use attention::{Attention, AttentionGrads, AttentionSaved};
 pub use dropout::Dropout;
+pub use hard_concrete::HardConcrete;
+pub use importance::{Importance, Triplets};
 pub use products::{Layout, Linear, LinearGrads, LowRank, MatMul, Weight};
 pub use rms_norm::RmsNorm;
 pub use rope::Rope;
+pub use rows::Rows;
 pub use tokens::{CrossEntropy, Embedding, IGNORED};
 
 use crate::{Error, Result};

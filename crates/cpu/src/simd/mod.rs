@@ -15,7 +15,7 @@ mod math;
 mod portable;
 
 pub(crate) use float::Float;
-pub(crate) use math::{exp, sigmoid};
+pub(crate) use math::{exp, sigmoid, tanh};
 pub(crate) use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use {avx2::Avx2, avx512::Avx512};

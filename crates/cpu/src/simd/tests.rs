@@ -85,6 +85,34 @@ fn exp_is_within_two_ulp_and_exact_at_zero() {
 }
 
 #[derive(Clone)]
+struct HyperbolicTangent;
+impl Kernel for HyperbolicTangent {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: values only.
+        let tanh = |x: f32| unsafe { lanes::<S>(tanh::<S>(S::splat(x)))[0] };
+        let mut size = 1e-40f32;
+        while size < 50.0 {
+            for x in [size, -size] {
+                let (found, exact) = (f64::from(tanh(x)), f64::from(x).tanh());
+                // A denormal has steps of its own.
+                let bound = 4.0 * f64::from(f32::EPSILON) * exact.abs() + f64::from(f32::from_bits(2));
+                assert!((found - exact).abs() <= bound, "tanh({x}) = {found}, {exact}");
+            }
+            size *= 1.0137;
+        }
+        assert_eq!([f32::NEG_INFINITY, -1e30, 0.0, 1e30, f32::INFINITY].map(tanh), [-1.0, -1.0, 0.0, 1.0, 1.0]);
+        assert!(tanh(f32::NAN).is_nan());
+    }
+}
+
+#[test]
+fn tanh_is_within_four_ulp_near_0_too() {
+    everywhere(HyperbolicTangent);
+}
+
+#[derive(Clone)]
 struct Parts;
 impl Kernel for Parts {
     type Output = ();

@@ -125,6 +125,15 @@ pub(crate) fn add(on: &CudaBackend, a: View, b: View, mut out: ViewMut) -> Resul
     call.launch("add_f32", Grid::stride(n), &arguments)
 }
 
+/// out = a / b, 0 where b is
+pub(crate) fn divide(on: &CudaBackend, a: View, b: View, mut out: ViewMut) -> Result<()> {
+    let (call, n) = (&on.call("divide"), a.len());
+    expect("divide", "b", b.len(), n)?;
+    expect("divide", "out", out.len(), n)?;
+    let arguments = [call.f32("a", a)?, call.f32("b", b)?, call.f32_mut("out", &mut out)?, (n as u64).into()];
+    call.launch("divide_f32", Grid::stride(n), &arguments)
+}
+
 /// out ← out + x
 pub(crate) fn add_in_place(on: &CudaBackend, x: View, mut out: ViewMut) -> Result<()> {
     let (call, n) = (&on.call("add_in_place"), x.len());

@@ -5,14 +5,8 @@ use crate::{Argument, CudaBackend};
 use rankfold_backend::params::RmsNorm;
 use rankfold_backend::{DType, Result, View, ViewMut};
 
-/// A warp; in the sums over rows also the columns of a block.
+/// A warp: in the sums over rows the columns of a block.
 const WARP: usize = 32;
-
-/// A block a row, of about four elements a thread.
-fn a_block_a_row(p: &RmsNorm) -> Grid {
-    let threads = p.width.div_ceil(4).next_multiple_of(WARP).clamp(WARP, 256);
-    Grid::blocks(p.rows, threads as u32)
-}
 
 /// y and 1/ρ.
 pub(crate) fn rms_norm(
@@ -33,7 +27,7 @@ pub(crate) fn rms_norm(
         (p.width as u64).into(),
         (p.eps as f32).into(),
     ];
-    call.launch("rms_norm_f32", a_block_a_row(p), &arguments)
+    call.launch("rms_norm_f32", Grid::a_block_a_row(p.rows, p.width), &arguments)
 }
 
 /// dx, written or added, and what is added to dgain; each where asked for.
@@ -56,7 +50,7 @@ pub(crate) fn rms_norm_grad(
     let into_gain = call.some_output("dgain", DType::F32, &mut dgain)?;
     if dx.is_some() {
         let arguments = [x, gain, inv_rms, dy, into_x, width, u32::from(accumulate).into()];
-        call.launch("rms_norm_grad_x_f32", a_block_a_row(p), &arguments)?;
+        call.launch("rms_norm_grad_x_f32", Grid::a_block_a_row(p.rows, p.width), &arguments)?;
     }
     if dgain.is_some() {
         grad_gain(call, p, [x, inv_rms, dy], into_gain)?;

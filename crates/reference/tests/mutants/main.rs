@@ -30,11 +30,16 @@ fn a_wrong_element_is_caught() {
         (Nudge("cast", 0, 1e-2), memory::cast),
         (Nudge("scale_in_place", 0, 3e-7), elementwise::scale_in_place),
         (Nudge("add", 0, 2e-7), elementwise::add),
+        (Nudge("divide", 0, 2e-7), elementwise::divide),
         (Nudge("add_in_place", 0, 2e-7), elementwise::add_in_place),
         (Nudge("dropout", 0, 2e-7), elementwise::dropout),
         (Nudge("silu_mul", 0, 1e-6), elementwise::silu_mul),
         (Nudge("silu_mul_grad", 0, 1e-6), elementwise::silu_mul_grad),
         (Nudge("silu_mul_grad", 1, 1e-6), elementwise::silu_mul_grad),
+        (Nudge("activate", 0, 2e-6), activate::forward),
+        (Nudge("activate_grad", 0, 2e-6), activate::backward),
+        (Deaf("NaN of activate"), activate::forward),
+        (Deaf("the small of activate"), activate::forward),
         (Nudge("matmul", 0, 1e-6), matmul::agrees),
         (Nudge("matmul", 0, 1e-4), matmul::large),
         (Nudge("matmul", 0, 1e-6), matmul::bf16),
@@ -66,6 +71,12 @@ fn a_wrong_element_is_caught() {
         (Nudge("rms_norm", 1, 1e-6), rms_norm::forward),
         (Nudge("rms_norm_grad", 0, 2e-6), rms_norm::backward),
         (Nudge("rms_norm_grad", 1, 2e-6), rms_norm::backward),
+        (Nudge("row_norms", 0, 1e-6), rows::norms),
+        (Deaf("range of row_norms"), rows::norms),
+        (Deaf("small rows of row_norms"), rows::norms),
+        (Nudge("scale_columns", 0, 2e-7), rows::scale),
+        (Nudge("scale_columns_grad", 0, 5e-7), rows::scale_grad),
+        (Nudge("scale_columns_grad", 1, 1e-6), rows::scale_grad),
         (Nudge("rope", 0, 4e-7), rope::agrees),
         (Nudge("attention", 0, 2e-6), attention::forward),
         (Nudge("attention", 1, 2e-6), attention::forward),
@@ -86,6 +97,12 @@ fn a_wrong_element_is_caught() {
         (Nudge("adamw_8bit", 2, 1e-6), adamw_8bit::steps),
         (Nudge("adamw_8bit", 3, 0.0), adamw_8bit::steps),
         (Nudge("adamw_8bit", 4, 1e-6), adamw_8bit::steps),
+        (Nudge("importance", 0, 1e-6), importance::steps),
+        (Nudge("importance", 1, 2e-6), importance::steps),
+        (Nudge("importance", 2, 3e-6), importance::steps),
+        (Nudge("hard_concrete", 0, 2e-6), hard_concrete::forward),
+        (Nudge("hard_concrete_grad", 0, 5e-6), hard_concrete::backward),
+        (Deaf("sum of hard_concrete"), hard_concrete::forward),
         (Deaf("f64 of fill"), memory::fill),
         (Deaf("f64 of sum_squares"), elementwise::sum_squares),
         (Deaf("host bytes"), memory::host_bytes),
@@ -127,6 +144,14 @@ fn a_parameter_that_is_not_listened_to_is_caught() {
         (Deaf("step"), adamw_8bit::steps),
         (Deaf("weight_decay"), adamw_8bit::steps),
         (Deaf("the least v"), adamw_8bit::steps),
+        (Deaf("function"), activate::backward),
+        (Deaf("accumulate of scale_columns"), rows::scale_grad),
+        (Deaf("beta2"), importance::steps),
+        (Deaf("grad_scale"), importance::steps),
+        (Deaf("noise"), hard_concrete::forward),
+        (Deaf("stream"), hard_concrete::forward),
+        (Deaf("noise"), hard_concrete::backward),
+        (Deaf("penalty"), hard_concrete::backward),
     ]);
 }
 
@@ -154,12 +179,13 @@ fn a_broken_law_of_quantisation_is_caught() {
 }
 
 /// Each kernel's first output, or the one named: kernel, output, law.
-const WRITES: [(&str, usize, Law); 33] = [
+const WRITES: [(&str, usize, Law); 44] = [
     ("fill", 0, memory::fill),
     ("copy", 0, memory::copy),
     ("cast", 0, memory::cast),
     ("scale_in_place", 0, elementwise::scale_in_place),
     ("add", 0, elementwise::add),
+    ("divide", 0, elementwise::divide),
     ("add_in_place", 0, elementwise::add_in_place),
     ("dropout", 0, elementwise::dropout),
     ("silu_mul", 0, elementwise::silu_mul),
@@ -188,6 +214,16 @@ const WRITES: [(&str, usize, Law); 33] = [
     ("adamw_8bit", 0, adamw_8bit::steps),
     ("adamw_8bit", 1, adamw_8bit::steps),
     ("adamw_8bit", 4, adamw_8bit::steps),
+    ("activate", 0, activate::forward),
+    ("activate_grad", 0, activate::backward),
+    ("row_norms", 0, rows::norms),
+    ("scale_columns", 0, rows::scale),
+    ("scale_columns_grad", 0, rows::scale_grad),
+    ("scale_columns_grad", 1, rows::scale_grad),
+    ("importance", 1, importance::steps),
+    ("importance", 2, importance::steps),
+    ("hard_concrete", 0, hard_concrete::forward),
+    ("hard_concrete_grad", 0, hard_concrete::backward),
 ];
 
 #[test]
@@ -213,6 +249,8 @@ fn a_gradient_whose_bits_depend_on_the_others_asked_for_is_caught() {
         (Lonely("linear_grad_weight", 2), linear::grad_weight),
         (Lonely("rms_norm_grad", 0), rms_norm::backward),
         (Lonely("rms_norm_grad", 1), rms_norm::backward),
+        (Lonely("scale_columns_grad", 0), rows::scale_grad),
+        (Lonely("scale_columns_grad", 1), rows::scale_grad),
         (Lonely("attention_grad", 0), attention::backward),
         (Lonely("attention_grad", 1), attention::backward),
         (Lonely("attention_grad", 2), attention::backward),
@@ -236,6 +274,7 @@ fn an_error_that_is_not_reported_is_caught() {
     let kernels = [
         "copy",
         "add",
+        "divide",
         "matmul",
         "linear",
         "rms_norm_grad",
@@ -244,6 +283,14 @@ fn an_error_that_is_not_reported_is_caught() {
         "adamw",
         "adamw_8bit",
         "cast",
+        "activate",
+        "activate_grad",
+        "row_norms",
+        "scale_columns",
+        "scale_columns_grad",
+        "importance",
+        "hard_concrete",
+        "hard_concrete_grad",
     ];
     for kernel in kernels {
         caught(&laws.map(|law| (Lenient(kernel), law)));
@@ -261,6 +308,10 @@ fn an_error_that_is_not_reported_is_caught() {
         (Lenient("adamw"), errors::parameters),
         (Lenient("adamw_8bit"), errors::parameters),
         (Lenient("attention"), errors::parameters),
+        (Lenient("importance"), errors::parameters),
+        (Lenient("hard_concrete"), errors::parameters),
+        (Lenient("hard_concrete_grad"), errors::parameters),
         (Lenient("matmul"), errors::products),
+        (Lenient("row_norms"), errors::products),
     ]);
 }

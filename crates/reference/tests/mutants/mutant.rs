@@ -194,6 +194,10 @@ impl Backend for Mutant {
         self.run("scale_in_place", [x], |[x]| ORACLE.scale_in_place(factor, x))
     }
 
+    fn divide(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        self.run("divide", [out], |[out]| ORACLE.divide(a, b, out))
+    }
+
     fn add(&self, a: View, b: View, out: ViewMut) -> Result<()> {
         self.run("add", [out], |[out]| ORACLE.add(a, b, out))
     }
@@ -376,6 +380,61 @@ impl Backend for Mutant {
         self.run_asked("silu_mul_grad", [dgate, dup], |[dgate, dup]| ORACLE.silu_mul_grad(gate, up, dout, dgate, dup))
     }
 
+    fn activate(&self, f: Activation, x: View, y: ViewMut) -> Result<()> {
+        self.run("activate", [y], |[mut y]| {
+            ORACLE.activate(f, x, y.reborrow())?;
+            if y.dtype() != DType::F32 {
+                return Ok(());
+            }
+            if self.deaf("NaN of activate") {
+                return change(y, |y: f32| if y.is_nan() { 0.0 } else { y });
+            }
+            if self.deaf("the small of activate") && f == Activation::Tanh {
+                return change(y, |y: f32| (1.0 + y) - 1.0);
+            }
+            Ok(())
+        })
+    }
+
+    fn activate_grad(&self, f: Activation, x: View, dy: View, dx: ViewMut) -> Result<()> {
+        let f = if self.deaf("function") { Activation::Relu } else { f };
+        self.run("activate_grad", [dx], |[dx]| ORACLE.activate_grad(f, x, dy, dx))
+    }
+
+    fn row_norms(&self, p: &Rows, x: View, norms: ViewMut) -> Result<()> {
+        self.run("row_norms", [norms], |[mut norms]| {
+            ORACLE.row_norms(p, x, norms.reborrow())?;
+            // What squares in f32 leave of it.
+            match self.deaf("range of row_norms") {
+                true => change(norms, |norm: f32| if norm * norm == f32::INFINITY { f32::INFINITY } else { norm }),
+                false if self.deaf("small rows of row_norms") => {
+                    change(norms, |norm: f32| if norm * norm == 0.0 { 0.0 } else { norm })
+                }
+                false => Ok(()),
+            }
+        })
+    }
+
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, y: ViewMut) -> Result<()> {
+        self.run("scale_columns", [y], |[y]| ORACLE.scale_columns(p, x, factors, y))
+    }
+
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        accumulate: bool,
+        dx: Option<ViewMut>,
+        dfactors: Option<ViewMut>,
+    ) -> Result<()> {
+        let accumulate = accumulate && !self.deaf("accumulate of scale_columns");
+        self.run_asked("scale_columns_grad", [dx, dfactors], |[dx, dfactors]| {
+            ORACLE.scale_columns_grad(p, x, factors, dy, accumulate, dx, dfactors)
+        })
+    }
+
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
         self.run("embedding", [rows], |[rows]| ORACLE.embedding(p, ids, table, rows))
     }
@@ -418,6 +477,50 @@ impl Backend for Mutant {
             }
         })
     }
+
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mean: ViewMut,
+        deviation: ViewMut,
+        scores: ViewMut,
+    ) -> Result<()> {
+        let mut p = *p;
+        if self.deaf("beta2") {
+            p.beta2 = p.beta1;
+        }
+        if self.deaf("grad_scale") {
+            p.grad_scale = 1.0;
+        }
+        self.run("importance", [mean, deviation, scores], |[mean, deviation, scores]| {
+            ORACLE.importance(&p, weight, grad, mean, deviation, scores)
+        })
+    }
+
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, z: ViewMut) -> Result<f64> {
+        let mut open = 0.0;
+        self.run("hard_concrete", [z], |[z]| {
+            open = ORACLE.hard_concrete(&self.gate(p), log_alpha, z)?;
+            Ok(())
+        })?;
+        Ok(if self.deaf("sum of hard_concrete") { open * (1.0 + 1e-6) } else { open })
+    }
+
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        penalty: f64,
+        dlog_alpha: ViewMut,
+    ) -> Result<()> {
+        let penalty = if self.deaf("penalty") { 0.0 } else { penalty };
+        self.run("hard_concrete_grad", [dlog_alpha], |[dlog_alpha]| {
+            ORACLE.hard_concrete_grad(&self.gate(p), log_alpha, dz, penalty, dlog_alpha)
+        })
+    }
 }
 
 /// Codes of 1 become 0.
@@ -432,6 +535,11 @@ impl Mutant {
         let step = p.step + u64::from(self.deaf("step"));
         let weight_decay = if self.deaf("weight_decay") { 0.0 } else { p.weight_decay };
         AdamW { step, weight_decay, ..*p }
+    }
+
+    fn gate(&self, p: &HardConcrete) -> HardConcrete {
+        let noise = p.noise.filter(|_| !self.deaf("noise"));
+        HardConcrete { noise: noise.map(|(seed, stream)| (seed, if self.deaf("stream") { 0 } else { stream })), ..*p }
     }
 
     fn precision(&self, p: &Linear) -> Linear {

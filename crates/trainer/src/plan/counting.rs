@@ -135,6 +135,10 @@ impl Backend for CountingBackend {
         self.call("add_in_place", [Some(x), Some(out.as_view())])
     }
 
+    fn divide(&self, a: View, b: View, out: ViewMut) -> Result<()> {
+        self.call("divide", [Some(a), Some(b), Some(out.as_view())])
+    }
+
     fn sum_squares(&self, _: View) -> Result<f64> {
         Ok(0.0)
     }
@@ -242,7 +246,7 @@ impl Backend for CountingBackend {
         dgain: Option<ViewMut>,
     ) -> Result<()> {
         p.check_grad(&x, &gain, &inv_rms, &dy, dx.as_ref(), dgain.as_ref())?;
-        self.ledger.scratch(&Nest::rms_norm_grad(if dgain.is_some() { p.rows } else { 0 }, p.width));
+        self.ledger.scratch(&Nest::column_sums(if dgain.is_some() { p.rows } else { 0 }, p.width));
         let outputs = [&dx, &dgain].map(|grad| grad.as_ref().map(ViewMut::as_view));
         self.call("rms_norm_grad", [x, gain, inv_rms, dy].map(Some).into_iter().chain(outputs))
     }
@@ -291,6 +295,42 @@ impl Backend for CountingBackend {
         self.call("silu_mul_grad", [gate, up, dout].map(Some).into_iter().chain(outputs))
     }
 
+    fn activate(&self, f: Activation, x: View, y: ViewMut) -> Result<()> {
+        f.check(&x, &y)?;
+        self.call("activate", [x, y.as_view()].map(Some))
+    }
+
+    fn activate_grad(&self, f: Activation, x: View, dy: View, dx: ViewMut) -> Result<()> {
+        f.check_grad(&x, &dy, &dx)?;
+        self.call("activate_grad", [x, dy, dx.as_view()].map(Some))
+    }
+
+    fn row_norms(&self, p: &Rows, x: View, norms: ViewMut) -> Result<()> {
+        p.check_norms(&x, &norms)?;
+        self.call("row_norms", [x, norms.as_view()].map(Some))
+    }
+
+    fn scale_columns(&self, p: &Rows, x: View, factors: View, y: ViewMut) -> Result<()> {
+        p.check_scale(&x, &factors, &y)?;
+        self.call("scale_columns", [x, factors, y.as_view()].map(Some))
+    }
+
+    fn scale_columns_grad(
+        &self,
+        p: &Rows,
+        x: View,
+        factors: View,
+        dy: View,
+        _: bool,
+        dx: Option<ViewMut>,
+        dfactors: Option<ViewMut>,
+    ) -> Result<()> {
+        p.check_scale_grad(&x, &factors, &dy, dx.as_ref(), dfactors.as_ref())?;
+        self.ledger.scratch(&Nest::column_sums(if dfactors.is_some() { p.rows } else { 0 }, p.width));
+        let outputs = [&dx, &dfactors].map(|grad| grad.as_ref().map(ViewMut::as_view));
+        self.call("scale_columns_grad", [x, factors, dy].map(Some).into_iter().chain(outputs))
+    }
+
     fn embedding(&self, p: &Embedding, ids: View, table: View, rows: ViewMut) -> Result<()> {
         p.check(&ids, &table, &rows)?;
         self.call("embedding", [ids, table, rows.as_view()].map(Some))
@@ -329,5 +369,37 @@ impl Backend for CountingBackend {
         p.check_8bit(&grad, &param, &m, &v)?;
         let [m, m_absmax, v, v_absmax] = [&m.codes, &m.absmax, &v.codes, &v.absmax].map(ViewMut::as_view);
         self.call("adamw_8bit", [grad, param.as_view(), m, m_absmax, v, v_absmax].map(Some))
+    }
+
+    fn importance(
+        &self,
+        p: &Importance,
+        weight: View,
+        grad: View,
+        mean: ViewMut,
+        deviation: ViewMut,
+        scores: ViewMut,
+    ) -> Result<()> {
+        p.check(&weight, &grad, &mean, &deviation, &scores)?;
+        self.ledger.scratch(&Nest::column_sums(if p.triplets == Triplets::Columns { p.rows } else { 0 }, p.width));
+        self.call("importance", [weight, grad, mean.as_view(), deviation.as_view(), scores.as_view()].map(Some))
+    }
+
+    fn hard_concrete(&self, p: &HardConcrete, log_alpha: View, z: ViewMut) -> Result<f64> {
+        p.check(&log_alpha, &z)?;
+        self.call("hard_concrete", [log_alpha, z.as_view()].map(Some))?;
+        Ok(0.0)
+    }
+
+    fn hard_concrete_grad(
+        &self,
+        p: &HardConcrete,
+        log_alpha: View,
+        dz: View,
+        _: f64,
+        dlog_alpha: ViewMut,
+    ) -> Result<()> {
+        p.check_grad(&log_alpha, &dz, &dlog_alpha)?;
+        self.call("hard_concrete_grad", [log_alpha, dz, dlog_alpha.as_view()].map(Some))
     }
 }

@@ -27,8 +27,8 @@ const PANELS: usize = 4 * 32 * 256;
 const QUERIES: usize = 48;
 const KEYS: usize = 64;
 const PAD: usize = 16;
-/// Elements of a task of a norm.
-const CHUNK: usize = 1 << 15;
+/// Elements of a task of a kernel that works row by row.
+const CHUNK: usize = 1 << 14;
 
 impl Nest {
     fn with(&mut self, depth: usize, elements: usize) {
@@ -136,8 +136,8 @@ impl Nest {
         nest
     }
 
-    /// The parts of a gain's gradient, one a task.
-    pub(super) fn rms_norm_grad(rows: usize, width: usize) -> Self {
+    /// The parts of a sum over rows (a gain's gradient, a factor's, a score's), one a task.
+    pub(super) fn column_sums(rows: usize, width: usize) -> Self {
         Self::of(rows.div_ceil((CHUNK / width.max(1)).max(1)) * width)
     }
 

@@ -1,7 +1,7 @@
 //! A 4-bit weight and a few tokens: one launch of `kernels/linear_few.cu`.
 
 use super::super::quantize4;
-use super::parts::{Update, size};
+use super::parts::Update;
 use crate::Argument;
 use crate::call::{Call, Grid};
 use rankfold_backend::params::{Compute, Linear};
@@ -56,8 +56,8 @@ pub(super) fn linear(
     let mut arguments = vec![x];
     arguments.extend(quantize4::weight(call, w)?);
     arguments.extend(update.map_or([none; 4], |l| [l.a, l.b, l.e.unwrap_or(none), l.g.unwrap_or(none)]));
-    arguments.extend([bias.unwrap_or(none), size(rank)?, update.map_or(0.0, |l| l.scale).into(), u.output()]);
-    arguments.extend([call.counters(), y, size(p.tokens)?, size(p.inputs)?, size(p.outputs)?]);
+    arguments.extend([bias.unwrap_or(none), call.size(rank)?, update.map_or(0.0, |l| l.scale).into(), u.output()]);
+    arguments.extend([call.counters(), y, call.size(p.tokens)?, call.size(p.inputs)?, call.size(p.outputs)?]);
     let grid = Grid::blocks(rank + p.outputs.div_ceil(ROWS), 128);
     // A launch that stops halfway, as the host's may, leaves the counters as they then are.
     call.launch(kernel, grid.shared(shared(p, rank)), &arguments).or_else(|error| {

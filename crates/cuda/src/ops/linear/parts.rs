@@ -1,14 +1,12 @@
-//! A linear layer's tensors as addresses, and the small kernels around its products (`kernels/columns.cu`).
+//! A linear layer's tensors as addresses, and what is formed of them before its products.
 
+use super::super::columns::{scale_rows, scaled};
 use super::super::matmul::{Matrix, Product};
 use super::super::quantize4;
 use crate::Argument;
-use crate::call::{Call, Grid, Scratch};
+use crate::call::{Call, Scratch};
 use rankfold_backend::params::{Compute, Dropout, Layout, Linear, LowRank, Weight};
-use rankfold_backend::{DType, Error, Quantized, Result};
-
-/// Threads of a block that has a row.
-const ROW_THREADS: u32 = 256;
+use rankfold_backend::{DType, Quantized, Result};
 
 /// The weight in the type that a product takes, and what keeps it there.
 pub(super) struct Held {
@@ -109,9 +107,7 @@ impl Update {
             product.run(call, dropped_x, self.a_matrix(), u.at(0))?;
             return Ok(u);
         };
-        let ea = call.scratch(DType::F32, self.rank * p.inputs)?;
-        let arguments = [self.a, e, ea.output(), size(p.inputs)?];
-        call.launch("scale_rows_f32", Grid::blocks(self.rank, ROW_THREADS), &arguments)?;
+        let ea = scale_rows(call, self.a, e, [self.rank, p.inputs])?;
         product.run(call, dropped_x, Matrix::scratch(&ea), u.at(0))?;
         Ok(u)
     }
@@ -146,57 +142,4 @@ impl Update {
 /// A product of the call's precision, of factor 1, that overwrites.
 pub(super) fn product(p: &Linear, layout: Layout, dims: [usize; 3]) -> Product {
     Product { layout, dims, alpha: 1.0, accumulate: false, compute: p.compute }
-}
-
-/// A dimension as an argument.
-pub(super) fn size(n: usize) -> Result<Argument> {
-    let why = || Error::Invalid { kernel: "linear", why: format!("a dimension of {n}: expected at most 2³² − 1") };
-    Ok(u32::try_from(n).map_err(|_| why())?.into())
-}
-
-/// (factor_c + shift) · x_rc in new working memory.
-pub(super) fn scaled(call: &Call, x: u64, factors: Argument, shift: f32, shape: [usize; 2]) -> Result<Scratch> {
-    let [rows, columns] = shape;
-    let out = call.scratch(DType::F32, rows * columns)?;
-    scale_columns(call, x, factors, shift, out.at(0), shape)?;
-    Ok(out)
-}
-
-/// out_rc = (factor_c + shift) · x_rc; out may be x.
-pub(super) fn scale_columns(
-    call: &Call,
-    x: u64,
-    factors: Argument,
-    shift: f32,
-    out: u64,
-    [rows, columns]: [usize; 2],
-) -> Result<()> {
-    let (x, out) = (Argument::input(DType::F32, x), Argument::output(DType::F32, out));
-    let arguments = [x, factors, shift.into(), out, size(columns)?];
-    call.launch("scale_columns_f32", Grid::blocks(rows, ROW_THREADS), &arguments)
-}
-
-/// y += bias.
-pub(super) fn add_bias(call: &Call, bias: Argument, y: Argument, [rows, columns]: [usize; 2]) -> Result<()> {
-    call.launch("add_bias_f32", Grid::blocks(rows, ROW_THREADS), &[bias, y, size(columns)?])
-}
-
-/// out_c += factor · Σ_r x_rc y_rc, or without a y Σ_r x_rc; rows are summed in chunks of a fixed size.
-pub(super) fn add_column_sums(
-    call: &Call,
-    x: u64,
-    y: Option<u64>,
-    factor: f32,
-    out: Argument,
-    [rows, columns]: [usize; 2],
-) -> Result<()> {
-    const CHUNK: usize = 64;
-    const THREADS: usize = 128;
-    let (chunks, blocks) = (rows.div_ceil(CHUNK), columns.div_ceil(THREADS));
-    let partials = call.scratch(DType::F32, chunks * columns)?;
-    let (x, y) = (Argument::input(DType::F32, x), Argument::input(DType::F32, y.unwrap_or(0)));
-    let arguments = [x, y, partials.output(), size(rows)?, size(columns)?, size(CHUNK)?];
-    call.launch("column_sums_f32", Grid::cube([blocks, chunks, 1], THREADS as u32), &arguments)?;
-    let arguments = [partials.input(), factor.into(), out, size(chunks)?, size(columns)?];
-    call.launch("add_column_sums_f32", Grid::blocks(blocks, THREADS as u32), &arguments)
 }

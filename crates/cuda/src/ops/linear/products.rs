@@ -1,10 +1,11 @@
 //! The contract's three kernels: the weight as a matrix (decoded where it is in 4 bits), dense products one after
 //! another, and small kernels around them; or, where one of the fused kernels serves the case, its launch.
 
+use super::super::columns::{add_bias, add_column_sums, scale_columns, scaled};
 use super::super::dropout;
 use super::super::matmul::{Matrix, Product};
 use super::few;
-use super::parts::{Stored, Update, add_bias, add_column_sums, product, scale_columns, scaled};
+use super::parts::{Stored, Update, product};
 use super::tensor::{self, Beside, Way};
 use crate::call::{Call, Grid};
 use crate::{Argument, CudaBackend};

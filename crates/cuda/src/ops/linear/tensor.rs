@@ -2,7 +2,7 @@
 
 use super::super::elementwise::cast_at;
 use super::super::quantize4;
-use super::parts::{Update, size};
+use super::parts::Update;
 use crate::Argument;
 use crate::call::{Call, Grid};
 use rankfold_backend::params::{Compute, Linear};
@@ -119,23 +119,23 @@ pub(super) fn product(
     let shape = Shape::of(p.tokens, way, call.driver().shared_memory());
     let mut arguments = vec![rounded.input()];
     arguments.extend(quantize4::weight(call, w)?);
-    arguments.extend([beside.inner, beside.outer, size(beside.rank)?, beside.scale.into()]);
+    arguments.extend([beside.inner, beside.outer, call.size(beside.rank)?, beside.scale.into()]);
     let [across, down] = [columns.div_ceil(shape.columns), p.tokens.div_ceil(shape.rows)];
     let splits = splits(across * down, depth);
     let around = [beside.factors, beside.bias, u32::from(beside.accumulate).into()];
     let shares = call.scratch(DType::F32, if splits > 1 { splits * p.tokens * columns } else { 0 })?;
     arguments.push(if splits > 1 { shares.output() } else { out });
     arguments.extend(around);
-    arguments.extend([size(p.tokens)?, size(p.inputs)?, size(p.outputs)?]);
+    arguments.extend([call.size(p.tokens)?, call.size(p.inputs)?, call.size(p.outputs)?]);
     let kernel = if way == Way::Forward { shape.forward } else { shape.backward };
     let grid = Grid::cube([across, down, splits], shape.threads as u32).shared(shape.shared(way));
     call.launch(kernel, grid, &arguments)?;
     if splits == 1 {
         return Ok(());
     }
-    let mut arguments = vec![shares.input(), size(splits)?, out];
+    let mut arguments = vec![shares.input(), call.size(splits)?, out];
     arguments.extend(around);
-    arguments.extend([size(p.tokens)?, size(columns)?]);
+    arguments.extend([call.size(p.tokens)?, call.size(columns)?]);
     call.launch("linear_mma_sum", Grid::stride(p.tokens * columns), &arguments)
 }
 
