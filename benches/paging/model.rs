@@ -35,11 +35,12 @@ pub fn make(backend: Arc<dyn Backend>, dimensions: [usize; 5], [rows, seq]: [usi
     };
     let mut batches = Batches::Fixed(batch);
     let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing: false, compute: Compute::F32 };
+    let (checkpointing, compute, orthogonality) = (false, Compute::F32, None);
+    let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality };
     let mut step = 0;
     Ok(Box::new(move || {
         step += 1;
-        gradients(&model, &mut batches, &recipe, &optimizer, step)?.apply(&recipe, &mut optimizer)?;
+        gradients(&model, &mut batches, &recipe, &optimizer, step)?.apply(&recipe, &mut optimizer, None)?;
         Ok(())
     }))
 }

@@ -2,7 +2,7 @@
 
 use crate::patterns::Specs;
 use crate::targets::{select, unmatched};
-use crate::{AdapterConfig, AdapterFolder, Linear, Lora, LoraSpec, Result, Targets};
+use crate::{AdapterConfig, AdapterFolder, Form, Linear, Lora, LoraSpec, Part, Result, Targets};
 use rankfold_autograd::Parameter;
 use rankfold_backend::params::elements;
 use rankfold_backend::{Backend, DType};
@@ -54,10 +54,7 @@ pub fn attach_new(
 ) -> Result<Attached> {
     config.check()?;
     let plan = Plan::new(layers, config, architecture)?;
-    let loras = plan.build(layers, |layer, spec| {
-        let dims = [layer.outputs(), layer.inputs()];
-        Lora::init(backend, layer.path(), dims, spec, config.init, seed, layer.index())
-    })?;
+    let loras = plan.build(layers, |layer, spec| Lora::init(backend, layer, spec, config.init, seed))?;
     plan.carry_out(layers, loras)
 }
 
@@ -73,11 +70,18 @@ pub fn attach_blank(
     config.check()?;
     let plan = Plan::new(layers, config, architecture)?;
     let loras = plan.build(layers, |layer, spec| {
-        let parameter = |dims: [usize; 2]| -> Result<Parameter> {
-            Ok(Parameter::new(backend.alloc(DType::F32, elements(&dims))?, dims)?)
+        let parameter = |dims: &[usize]| -> Result<Parameter> {
+            Ok(Parameter::new(backend.alloc(DType::F32, elements(dims))?, dims.to_vec())?)
         };
-        let (a, b) = (parameter([spec.rank, layer.inputs()])?, parameter([layer.outputs(), spec.rank])?);
-        Lora::new(layer.path(), a, b, spec)
+        let kept = config.adalora.as_ref().map_or(Ok(Vec::new()), |adalora| adalora.kept(layer.path(), spec.rank))?;
+        let rank = if kept.is_empty() { spec.rank } else { kept.iter().filter(|kept| **kept).count() };
+        let (a, b) = (parameter(&[rank, layer.inputs()])?, parameter(&[layer.outputs(), rank])?);
+        let part = match spec.form {
+            Form::Plain => Part::None,
+            Form::Dora => Part::Magnitude(parameter(&[layer.outputs()])?),
+            Form::AdaLora => Part::Triplets { lambda: parameter(&[rank, 1])?, kept },
+        };
+        Lora::new(layer.path(), a, b, part, spec)
     })?;
     plan.carry_out(layers, loras)
 }
@@ -114,8 +118,8 @@ impl Plan {
         let module = |&place: &usize| {
             let layer = layers[place];
             let (dims, spec) = ([layer.outputs(), layer.inputs()], specs.of(layer.path()));
-            let parameters = spec.rank * (layer.outputs() + layer.inputs());
-            AttachedModule { path: layer.path().into(), spec, parameters, is_wasteful: spec.is_wasteful(dims) }
+            // Counted when it is built.
+            AttachedModule { path: layer.path().into(), spec, parameters: 0, is_wasteful: spec.is_wasteful(dims) }
         };
         let modules: Vec<AttachedModule> = places.iter().map(module).collect();
 
@@ -147,8 +151,9 @@ impl Plan {
         checked.collect()
     }
 
-    fn carry_out(self, layers: &mut [&mut Linear], loras: Vec<Lora>) -> Result<Attached> {
-        for (&place, lora) in self.places.iter().zip(loras) {
+    fn carry_out(mut self, layers: &mut [&mut Linear], loras: Vec<Lora>) -> Result<Attached> {
+        for ((&place, module), lora) in self.places.iter().zip(&mut self.attached.modules).zip(loras) {
+            module.parameters = lora.elements();
             layers[place].set_adapter(lora)?;
         }
         Ok(self.attached)

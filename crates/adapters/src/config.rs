@@ -1,15 +1,21 @@
 //! `adapter_config.json`, both ways.
 //!
 //! Read: every field is taken, or known to change nothing, or null, false or empty; any other is an error that
-//! names it, for it might change the mathematics. Written: the keys that PEFT 0.21.2 writes for LoRA, in its order.
+//! names it, for it might change the mathematics. Written: the keys that PEFT 0.21.2 writes for LoRA or AdaLoRA, in
+//! its order.
 
-use crate::{Error, Init, LoraSpec, Names, Result, Targets};
+use crate::adalora::AdaLora;
+use crate::{Error, Form, Init, LoraSpec, Names, Result, Targets};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::Path;
 
 /// The name of the file in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// PEFT's names of the two methods.
+const LORA: &str = "LORA";
+const ADALORA: &str = "ADALORA";
 
 /// Fields that say nothing about the mathematics, whatever their value: whence the file comes, how Megatron would
 /// split a layer, and the group size of a method whose own switch is checked.
@@ -26,8 +32,10 @@ const IGNORED: [&str; 7] = [
 /// What an adapter is: where it goes, and its hyper-parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterConfig {
-    /// r, α, the kind of scale and the dropout of layers that no pattern means.
+    /// r, α, the kind of scale, the dropout and the form of layers that no pattern means.
     pub spec: LoraSpec,
+    /// What AdaLoRA has beside it; there where the form is AdaLoRA's.
+    pub adalora: Option<AdaLora>,
     /// How A and B begin.
     pub init: Init,
     /// The layers that get an adapter,
@@ -50,7 +58,8 @@ pub struct AdapterConfig {
 impl Default for AdapterConfig {
     fn default() -> Self {
         Self {
-            spec: LoraSpec { rank: 8, alpha: 8.0, rslora: false, dropout: 0.0 },
+            spec: LoraSpec::new(8, 8.0),
+            adalora: None,
             init: Init::default(),
             targets: Targets::default(),
             exclude: None,
@@ -78,12 +87,17 @@ impl AdapterConfig {
     pub fn from_json(text: &str) -> Result<Self> {
         let fields: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| Error::Json { why: error.to_string() })?;
-        match fields.get("peft_type") {
-            Some(Value::String(method)) if method == "LORA" => {}
-            Some(Value::String(method)) => return Err(Error::Method { found: method.clone() }),
-            other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), "LORA")),
-        }
         let mut config = Self { task_type: None, ..Self::default() };
+        match fields.get("peft_type") {
+            Some(Value::String(method)) if method == LORA => {}
+            Some(Value::String(method)) if method == ADALORA => {
+                // PEFT's own default.
+                config.spec = LoraSpec { rank: 12, form: Form::AdaLora, ..config.spec };
+                config.adalora = Some(AdaLora::default());
+            }
+            Some(Value::String(method)) => return Err(Error::Method { found: method.clone() }),
+            other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), "LORA or ADALORA")),
+        }
         for (field, value) in &fields {
             config.take(field, value)?;
         }
@@ -95,7 +109,12 @@ impl AdapterConfig {
         let unsupported = || Error::Unsupported { field: field.into(), value: value.to_string() };
         match field {
             "peft_type" => {}
+            _ if self.adalora.as_mut().map_or(Ok(false), |adalora| adalora.take(field, value))? => {}
+            "init_r" if self.adalora.is_some() => self.spec.rank = rank(field, value)?,
+            // AdaLoRA's is `init_r`; this one PEFT ignores.
+            "r" if self.adalora.is_some() => {}
             "r" => self.spec.rank = rank(field, value)?,
+            "use_dora" if value == true && self.adalora.is_none() => self.spec.form = Form::Dora,
             "lora_alpha" => self.spec.alpha = number(field, value)?,
             "lora_dropout" => self.spec.dropout = number(field, value)?,
             "use_rslora" => {
@@ -126,6 +145,9 @@ impl AdapterConfig {
     /// Hyper-parameters in range, those of the patterns too.
     pub fn check(&self) -> Result<()> {
         self.spec.check()?;
+        if let Some(adalora) = &self.adalora {
+            adalora.check(self.spec.rank)?;
+        }
         for (key, rank) in &self.rank_pattern {
             if *rank == 0 {
                 return Err(Error::field(format!("rank_pattern: {key}"), rank, "1 or more"));
@@ -141,7 +163,7 @@ impl AdapterConfig {
 
     /// The text of the file, as PEFT lays it out.
     pub fn to_json(&self) -> String {
-        let fields = json!({
+        let mut fields = json!({
             "alora_invocation_tokens": null,
             "alpha_pattern": object(&self.alpha_pattern, |&alpha| json_number(alpha)),
             "arrow_config": null,
@@ -172,7 +194,7 @@ impl AdapterConfig {
             "megatron_core": "megatron.core",
             "modules_to_save": null,
             "monteclora_config": null,
-            "peft_type": "LORA",
+            "peft_type": LORA,
             "peft_version": "0.21.2",
             "qalora_group_size": 16,
             "r": self.spec.rank,
@@ -183,21 +205,28 @@ impl AdapterConfig {
             "task_type": self.task_type,
             "trainable_token_indices": null,
             "use_bdlora": null,
-            "use_dora": false,
+            "use_dora": self.spec.form == Form::Dora,
             "use_qalora": false,
             "use_rslora": self.spec.rslora,
             "velora_config": null,
         });
+        if let (Some(adalora), Value::Object(fields)) = (&self.adalora, &mut fields) {
+            fields.insert("peft_type".into(), ADALORA.into());
+            fields.insert("init_r".into(), self.spec.rank.into());
+            fields.insert("r".into(), 8.into());
+            adalora.put(fields);
+            fields.sort_keys();
+        }
         format!("{fields:#}")
     }
 }
 
-fn rank(field: &str, value: &Value) -> Result<usize> {
+pub(crate) fn rank(field: &str, value: &Value) -> Result<usize> {
     let rank = value.as_u64().and_then(|rank| usize::try_from(rank).ok());
     rank.ok_or_else(|| Error::field(field, value, "a whole number, 1 or more"))
 }
 
-fn number(field: &str, value: &Value) -> Result<f64> {
+pub(crate) fn number(field: &str, value: &Value) -> Result<f64> {
     value.as_f64().ok_or_else(|| Error::field(field, value, "a number"))
 }
 
@@ -209,7 +238,11 @@ fn text(field: &str, value: &Value) -> Result<Option<String>> {
     }
 }
 
-fn pattern<T>(field: &str, value: &Value, read: impl Fn(&str, &Value) -> Result<T>) -> Result<Vec<(String, T)>> {
+pub(crate) fn pattern<T>(
+    field: &str,
+    value: &Value,
+    read: impl Fn(&str, &Value) -> Result<T>,
+) -> Result<Vec<(String, T)>> {
     match value {
         Value::Null => Ok(Vec::new()),
         Value::Object(keys) => {
@@ -236,7 +269,7 @@ fn object<T>(pairs: &[(String, T)], value: impl Fn(&T) -> Value) -> Value {
 }
 
 /// A whole number without a point, as PEFT's own type of alpha has it.
-fn json_number(x: f64) -> Value {
+pub(crate) fn json_number(x: f64) -> Value {
     // Exact: a whole number below 2⁵³.
     if x.fract() == 0.0 && x.abs() < 9e15 { json!(x as i64) } else { json!(x) }
 }

@@ -30,8 +30,8 @@ pub enum Error {
     /// A text that is no configuration at all.
     #[error("not an adapter's configuration: {why}")]
     Json { why: String },
-    /// Another method than LoRA.
-    #[error("peft_type '{found}' is not supported yet, expected LORA")]
+    /// A method that is not built.
+    #[error("peft_type '{found}' is not supported yet, expected LORA or ADALORA")]
     Method { found: String },
     /// A field that would change the mathematics in a way that is not built.
     #[error("'{field}' is {value}: not supported yet")]
@@ -57,6 +57,9 @@ pub enum Error {
     /// An adapter on a layer whose base is trained itself.
     #[error("{module}: an adapter needs a frozen base, and this one is trained")]
     TrainedBase { module: String },
+    /// An update that cannot be a term of a sum.
+    #[error("{module}: a DoRA scales the base's rows: it cannot be summed with others, expected LoRA or AdaLoRA")]
+    NoSum { module: String },
     /// A merged weight that its element type cannot hold.
     #[error("{module}: merging gives values that are not finite in {dtype}")]
     MergeOverflow { module: String, dtype: DType },
@@ -68,7 +71,7 @@ pub enum Error {
     ExtraTensor { path: PathBuf, tensor: String },
     /// A tensor whose shape is not the layer's.
     #[error("{path}: '{tensor}' has shape {found:?}, expected {expected:?} for {module}: an adapter for another base?")]
-    OtherBase { path: PathBuf, tensor: String, module: String, found: Vec<usize>, expected: [usize; 2] },
+    OtherBase { path: PathBuf, tensor: String, module: String, found: Vec<usize>, expected: Vec<usize> },
     /// A tensor whose rank is not the configuration's.
     #[error("{path}: '{tensor}' has rank {found}, expected {expected} by the configuration")]
     OtherRank { path: PathBuf, tensor: String, found: usize, expected: usize },

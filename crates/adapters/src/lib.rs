@@ -5,20 +5,25 @@
 //! one fused node of the tape.
 //!
 //! In reading order:
-//! - [`lora`]: W + s·B·A, its hyper-parameters and its first values;
+//! - [`lora`], [`init`]: the update in its three forms (LoRA, DoRA, AdaLoRA), and its first values;
 //! - [`linear`]: the layer;
 //! - [`streams`]: which random numbers are whose;
+//! - [`adalora`]: AdaLoRA's budget of triplets, and who gets it;
 //! - [`merge`]: the update folded into the base, and out again;
+//! - [`algebra`]: weighted sums of adapters, and several on one base;
 //! - [`targets`], [`patterns`]: which layers, and which rank and alpha each;
 //! - [`config`], [`folder`]: `adapter_config.json` and `adapter_model.safetensors`, both ways;
 //! - [`attach`]: all of it applied to a model's layers;
 //! - [`Error`]: everything that can be wrong.
 #![forbid(unsafe_code)]
 
+pub mod adalora;
+pub mod algebra;
 pub mod attach;
 pub mod config;
 mod error;
 pub mod folder;
+pub mod init;
 pub mod linear;
 pub mod lora;
 pub mod merge;
@@ -30,7 +35,8 @@ pub use attach::{Attached, AttachedModule, attach_blank, attach_folder, attach_n
 pub use config::AdapterConfig;
 pub use error::{Error, Result};
 pub use folder::{AdapterFolder, write_folder};
+pub use init::Init;
 pub use linear::{DropoutKey, Forward, Linear, Weight};
-pub use lora::{Init, Lora, LoraSpec};
+pub use lora::{Form, Lora, LoraSpec, Part};
 pub use merge::merged_weight;
 pub use targets::{Names, Targets};

@@ -142,13 +142,19 @@ impl Linear {
         Ok(())
     }
 
+    /// Take the update off, merged or not.
+    pub fn take_adapter(&mut self) -> Option<Lora> {
+        self.unmerge();
+        self.adapter.take()
+    }
+
     /// What [`Linear::set_adapter`] refuses.
     pub(crate) fn check_adapter(&self, lora: &Lora) -> Result<()> {
         let module = self.path.clone();
         if matches!(self.weight, Weight::Trained(_)) {
             return Err(Error::TrainedBase { module });
         }
-        let rank = lora.spec().rank;
+        let rank = lora.rank();
         let [outputs, inputs] = lora.dims();
         if inputs != self.inputs {
             let (expected, found) = (format!("[{rank}, {}]", self.inputs), lora.a().shape().clone());
@@ -164,9 +170,10 @@ impl Linear {
     /// x [tokens, inputs] → y [tokens, outputs].
     pub fn forward(&self, tape: &Tape, x: &Tensor, mode: &Forward) -> Result<Tensor> {
         let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
-        let adapter = self.adapter.as_ref().map(|lora| lora.on_tape(dropout));
+        let base = self.base();
+        let adapter = self.adapter.as_ref().map(|lora| lora.on_tape(tape, &base, dropout)).transpose()?;
         let bias = self.bias.as_ref().map(Value::tensor);
-        Ok(tape.linear(x, &self.base(), bias.as_ref(), adapter.as_ref(), mode.compute)?)
+        Ok(tape.linear(x, &base, bias.as_ref(), adapter.as_ref(), mode.compute)?)
     }
 
     /// What is trained, by the names that files give it: an adapter's are PEFT's, the base's the model's own.
@@ -181,16 +188,16 @@ impl Linear {
             parameters.push((format!("{}.bias", self.path), bias.clone()));
         }
         if let Some(lora) = &self.adapter {
-            parameters.push((peft_name(&self.path, "lora_A"), lora.a().clone()));
-            parameters.push((peft_name(&self.path, "lora_B"), lora.b().clone()));
+            let named = |(end, parameter): (&str, &Parameter)| (peft_name(&self.path, end), parameter.clone());
+            parameters.extend(lora.parameters().into_iter().map(named));
         }
         parameters
     }
 }
 
 /// The name of a module's adapter tensor in a PEFT folder.
-pub fn peft_name(path: &str, part: &str) -> String {
-    format!("base_model.model.{path}.{part}.weight")
+pub fn peft_name(path: &str, end: &str) -> String {
+    format!("base_model.model.{path}.{end}")
 }
 
 fn base(weight: &Weight) -> Base {

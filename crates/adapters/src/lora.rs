@@ -1,19 +1,51 @@
-//! LoRA (Hu et al. 2021, eq. 3): h = W x + s·B(A x), s = α/r, or α/√r (Kalajdzievski 2023, rsLoRA).
+//! The low-rank update of one layer, in its three forms.
 //!
-//! A [rank, inputs], B [outputs, rank]. B begins at zero, so that training begins at the base. A's first values are
-//! uniform in ±1/√inputs (PyTorch's Kaiming-uniform with a = √5) or normal with standard deviation 1/r, drawn by
-//! Philox from (seed, layer, element): the same numbers on every backend.
+//! ```text
+//! LoRA     h = W x + s·B A x                         (Hu et al. 2021, eq. 3)
+//! DoRA     h = m/‖W + s·B A‖ ∘ (W + s·B A) x         (Liu et al. 2024, eq. 5; the norm of each row, a constant to
+//!                                                     backward: §4.3)
+//! AdaLoRA  h = W x + s·B E A x                       (Zhang et al. 2023, eq. 3, there P Λ Q)
+//! ```
+//!
+//! A [rank, inputs], B [outputs, rank], m [outputs], E [rank, 1], the diagonal of a matrix. s = α/r, or α/√r
+//! (Kalajdzievski 2023, rsLoRA); for AdaLoRA α/(r + 10⁻⁵), r the rank it began with, whatever is left of it: PEFT's.
+//!
+//! In evaluation this is what PEFT computes. In training PEFT drops inputs of DoRA's (m/‖·‖ − 1)·W as well; here
+//! dropout is the update's alone, in every form.
 
-use crate::streams;
+use crate::merge::update_norms;
 use crate::{Error, Result};
-use rankfold_autograd::{LinearAdapter, Parameter};
+use rankfold_autograd::{Base, LinearAdapter, Parameter, Tape, Tensor};
+use rankfold_backend::Shape;
 use rankfold_backend::params::Dropout;
-use rankfold_backend::{Backend, DType, philox};
+
+/// Which of the three.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// LoRA.
+    #[default]
+    Plain,
+    /// DoRA: a magnitude for each output.
+    Dora,
+    /// AdaLoRA: triplets, some of which may be cut.
+    AdaLora,
+}
+
+impl Form {
+    /// The ends of its tensors' names in a PEFT folder: A, B, and what else there is, empty where there is nothing.
+    pub fn ends(self) -> [&'static str; 3] {
+        match self {
+            Self::Plain => ["lora_A.weight", "lora_B.weight", ""],
+            Self::Dora => ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"],
+            Self::AdaLora => ["lora_A", "lora_B", "lora_E"],
+        }
+    }
+}
 
 /// The hyper-parameters of one layer's update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoraSpec {
-    /// r: rows of A, columns of B.
+    /// r: rows of A, columns of B; AdaLoRA's is the one that it begins with.
     pub rank: usize,
     /// α.
     pub alpha: f64,
@@ -21,13 +53,21 @@ pub struct LoraSpec {
     pub rslora: bool,
     /// The probability of dropping an element of A's input while training.
     pub dropout: f64,
+    /// Which of the three.
+    pub form: Form,
 }
 
 impl LoraSpec {
+    /// LoRA of rank r with s = α/r and no dropout.
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self { rank, alpha, rslora: false, dropout: 0.0, form: Form::Plain }
+    }
+
     /// A rank from 1, a finite alpha, a dropout probability in [0, 1).
     pub fn check(&self) -> Result<()> {
         if self.rank == 0 {
-            return Err(Error::field("r", self.rank, "1 or more"));
+            let field = if self.form == Form::AdaLora { "init_r" } else { "r" };
+            return Err(Error::field(field, self.rank, "1 or more"));
         }
         if !self.alpha.is_finite() {
             return Err(Error::field("lora_alpha", self.alpha, "a finite number"));
@@ -36,13 +76,21 @@ impl LoraSpec {
         if !(0.0..1.0).contains(&(self.dropout as f32)) {
             return Err(Error::field("lora_dropout", self.dropout, "at least 0 and below 1"));
         }
+        if self.rslora && self.form == Form::AdaLora {
+            return Err(Error::field("use_rslora", true, "false with AdaLoRA, which has a scale of its own"));
+        }
         Ok(())
     }
 
     /// s.
     pub fn scale(&self) -> f32 {
         let rank = self.rank as f64;
-        (self.alpha / if self.rslora { rank.sqrt() } else { rank }) as f32
+        let divisor = match (self.form, self.rslora) {
+            (Form::AdaLora, _) => rank + 1e-5,
+            (_, true) => rank.sqrt(),
+            (_, false) => rank,
+        };
+        (self.alpha / divisor) as f32
     }
 
     /// Whether the rank is above min(outputs, inputs): legal, but a full matrix would be smaller. For a warning.
@@ -51,16 +99,20 @@ impl LoraSpec {
     }
 }
 
-/// Where A and B begin.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Init {
-    /// A uniform in ±1/√inputs, B zero.
-    #[default]
-    Kaiming,
-    /// A normal with standard deviation 1/r, B zero.
-    Gaussian,
-    /// A uniform in ±1/√inputs, B uniform in ±1/√r: no no-op, for checks.
-    Random,
+/// What a form has beside A and B.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// Nothing: LoRA.
+    None,
+    /// DoRA's m [outputs].
+    Magnitude(Parameter),
+    /// AdaLoRA's E.
+    Triplets {
+        /// E [rank, 1], of the triplets that are kept.
+        lambda: Parameter,
+        /// Of the triplets that there were at first, those that are not cut.
+        kept: Vec<bool>,
+    },
 }
 
 /// The update of one layer.
@@ -68,57 +120,48 @@ pub enum Init {
 pub struct Lora {
     a: Parameter,
     b: Parameter,
+    part: Part,
     spec: LoraSpec,
 }
 
 impl Lora {
-    /// From A [rank, inputs] and B [outputs, rank].
+    /// From A [rank, inputs], B [outputs, rank] and the rest of the spec's form.
     ///
-    /// Errors: a hyper-parameter out of range; shapes that disagree with the rank (`module` is for the message).
-    pub fn new(module: &str, a: Parameter, b: Parameter, spec: LoraSpec) -> Result<Self> {
+    /// Errors: a hyper-parameter out of range; a part of another form than the spec's; shapes that disagree with the
+    /// rank (`module` is for the message).
+    pub fn new(module: &str, a: Parameter, b: Parameter, part: Part, spec: LoraSpec) -> Result<Self> {
         spec.check()?;
-        let wrong = |tensor, expected, parameter: &Parameter| {
-            Err(Error::Shape { module: module.into(), tensor, expected, found: parameter.shape().clone() })
+        let lora = Self { a, b, part, spec };
+        let rank = lora.rank();
+        let wrong = |tensor, expected: String, found: &Shape| {
+            Err(Error::Shape { module: module.into(), tensor, expected, found: found.clone() })
         };
-        match (a.shape().dims(), b.shape().dims()) {
-            (&[rank, _], _) if rank != spec.rank => wrong("lora_A", format!("[{}, inputs]", spec.rank), &a),
-            (_, &[_, rank]) if rank != spec.rank => wrong("lora_B", format!("[outputs, {}]", spec.rank), &b),
-            (&[_, _], &[_, _]) => Ok(Self { a, b, spec }),
-            (&[_, _], _) => wrong("lora_B", format!("[outputs, {}]", spec.rank), &b),
-            _ => wrong("lora_A", format!("[{}, inputs]", spec.rank), &a),
+        if !matches!(lora.a.shape().dims(), &[found, _] if found == rank) {
+            return wrong("lora_A", format!("[{rank}, inputs]"), lora.a.shape());
         }
-    }
-
-    /// First values for a layer of matrix [outputs, inputs], in f32.
-    pub fn init(
-        backend: &dyn Backend,
-        module: &str,
-        [outputs, inputs]: [usize; 2],
-        spec: LoraSpec,
-        init: Init,
-        seed: u64,
-        layer: u64,
-    ) -> Result<Self> {
-        spec.check()?;
-        let stream = streams::initialisation(layer);
-        let uniform = |first: usize, elements: usize, width: usize| -> Vec<f32> {
-            let bound = 1.0 / (width as f64).sqrt();
-            let draw = |i: usize| f64::from(philox::unit(philox::word(seed, stream, (first + i) as u64)));
-            (0..elements).map(|i| ((2.0 * draw(i) - 1.0) * bound) as f32).collect()
+        let &[outputs, found] = lora.b.shape().dims() else {
+            return wrong("lora_B", format!("[outputs, {rank}]"), lora.b.shape());
         };
-        let elements = spec.rank * inputs;
-        let a = match init {
-            Init::Kaiming | Init::Random => uniform(0, elements, inputs),
-            Init::Gaussian => {
-                (0..elements).map(|i| (philox::normal(seed, stream, i as u64) / spec.rank as f64) as f32).collect()
+        if found != rank {
+            return wrong("lora_B", format!("[outputs, {rank}]"), lora.b.shape());
+        }
+        match (&lora.part, spec.form) {
+            (Part::None, Form::Plain) => {}
+            (Part::Magnitude(m), Form::Dora) if m.shape().dims() == [outputs] => {}
+            (Part::Magnitude(m), Form::Dora) => {
+                return wrong("lora_magnitude_vector", format!("[{outputs}]"), m.shape());
             }
-        };
-        let b = match init {
-            Init::Random => backend.upload(&uniform(elements, outputs * spec.rank, spec.rank))?,
-            _ => backend.filled(DType::F32, outputs * spec.rank, 0.0)?,
-        };
-        let a = Parameter::new(backend.upload(&a)?, [spec.rank, inputs])?;
-        Self::new(module, a, Parameter::new(b, [outputs, spec.rank])?, spec)
+            (Part::Triplets { lambda, kept }, Form::AdaLora) => {
+                if kept.len() != spec.rank {
+                    return Err(Error::field(format!("rank_pattern: {module}"), kept.len(), "one entry a triplet"));
+                }
+                if lambda.shape().dims() != [rank, 1] {
+                    return wrong("lora_E", format!("[{rank}, 1]"), lambda.shape());
+                }
+            }
+            (_, form) => return Err(Error::field(format!("{module}: form"), format!("{form:?}"), "that of its parts")),
+        }
+        Ok(lora)
     }
 
     /// A [rank, inputs].
@@ -131,9 +174,22 @@ impl Lora {
         &self.b
     }
 
+    /// What else there is.
+    pub fn part(&self) -> &Part {
+        &self.part
+    }
+
     /// Its hyper-parameters.
     pub fn spec(&self) -> &LoraSpec {
         &self.spec
+    }
+
+    /// Rows of A now: the spec's rank, less the triplets that were cut.
+    pub fn rank(&self) -> usize {
+        match &self.part {
+            Part::Triplets { kept, .. } => kept.iter().filter(|kept| **kept).count(),
+            _ => self.spec.rank,
+        }
     }
 
     /// [outputs, inputs] of the matrix that B·A is.
@@ -141,21 +197,39 @@ impl Lora {
         [self.b.shape().rows(), self.a.shape().width()]
     }
 
-    /// Numbers trained.
-    pub fn elements(&self) -> usize {
-        self.a.shape().elements() + self.b.shape().elements()
+    /// All of it by the ends of its names in a PEFT folder: A, B, and m or E.
+    pub fn parameters(&self) -> Vec<(&'static str, &Parameter)> {
+        let rest = match &self.part {
+            Part::None => None,
+            Part::Magnitude(rest) | Part::Triplets { lambda: rest, .. } => Some(rest),
+        };
+        self.spec.form.ends().into_iter().zip([&self.a, &self.b].into_iter().chain(rest)).collect()
     }
 
-    /// The update as the tape takes it, with dropout from (seed, stream) where one is given.
-    pub(crate) fn on_tape(&self, dropout: Option<(u64, u64)>) -> LinearAdapter {
+    /// Numbers trained.
+    pub fn elements(&self) -> usize {
+        self.parameters().iter().map(|(_, parameter)| parameter.shape().elements()).sum()
+    }
+
+    /// The update beside `base` as the tape takes it, with dropout from (seed, stream) where one is given.
+    pub(crate) fn on_tape(&self, tape: &Tape, base: &Base, dropout: Option<(u64, u64)>) -> Result<LinearAdapter> {
         let probability = self.spec.dropout as f32;
-        LinearAdapter {
+        let (per_rank, row_scale) = match &self.part {
+            Part::None => (None, None),
+            Part::Magnitude(m) => {
+                let norms = update_norms(tape.backend().as_ref(), base, self)?;
+                let norms = Tensor::constant(norms, m.shape().clone())?;
+                (None, Some(tape.divide(&m.tensor(), &norms)?))
+            }
+            Part::Triplets { lambda, .. } => (Some(lambda.tensor()), None),
+        };
+        Ok(LinearAdapter {
             a: self.a.tensor(),
             b: self.b.tensor(),
             scale: self.spec.scale(),
-            per_rank: None,
-            row_scale: None,
+            per_rank,
+            row_scale,
             dropout: dropout.filter(|_| probability > 0.0).map(|(seed, stream)| Dropout { probability, seed, stream }),
-        }
+        })
     }
 }

@@ -11,9 +11,10 @@
 //! (the contract's bound for a sum of r products and one more term, with a rounding of each s·b_k), before f32
 //! underflows. Subtracting would not give W back; unmerging is exact because W is kept.
 
+use crate::lora::Part;
 use crate::{Error, Linear, Lora, Result, Weight};
-use rankfold_autograd::{Base, Tensor};
-use rankfold_backend::params::{Layout, MatMul};
+use rankfold_autograd::{Base, Parameter, Tensor};
+use rankfold_backend::params::{Layout, MatMul, Rows};
 use rankfold_backend::{Backend, Buffer, Compute, DType, View};
 
 /// What a merged layer was before.
@@ -23,13 +24,53 @@ pub(crate) struct Unmerged {
     adapter: Lora,
 }
 
-/// W + s·B·A [outputs, inputs] as `dtype`; W of 4 bits is dequantised.
+/// The layer's matrix with its update folded in, [outputs, inputs] as `dtype`; W of 4 bits is dequantised.
 ///
 /// `module` is for the message. Errors: values that are not finite in `dtype`.
 pub fn merged_weight(backend: &dyn Backend, module: &str, base: &Base, lora: &Lora, dtype: DType) -> Result<Buffer> {
+    let mut sum = updated(backend, base, lora)?;
+    if let Part::Magnitude(m) = lora.part() {
+        let inputs = lora.dims()[1];
+        for (row, factor) in row_factors(backend, &sum, lora, m)?.into_iter().enumerate() {
+            backend.scale_in_place(factor, sum.slice_mut(row * inputs, inputs)?)?;
+        }
+    }
+    let working = sum.dtype();
+    let merged = cast(backend, sum.view(), dtype)?;
+    // The squares of f32 numbers sum to a finite f64, so this sees NaN and infinities and nothing else.
+    if !backend.sum_squares(cast(backend, merged.view(), working)?.view())?.is_finite() {
+        return Err(Error::MergeOverflow { module: module.into(), dtype });
+    }
+    Ok(merged)
+}
+
+/// ‖W + s·B·A‖ of every row `[outputs]`.
+pub(crate) fn update_norms(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
+    norms(backend, &updated(backend, base, lora)?, lora)
+}
+
+fn norms(backend: &dyn Backend, sum: &Buffer, lora: &Lora) -> Result<Buffer> {
+    let [rows, width] = lora.dims();
+    let mut norms = backend.alloc(sum.dtype(), rows)?;
+    backend.row_norms(&Rows { rows, width }, sum.view(), norms.view_mut())?;
+    Ok(norms)
+}
+
+/// m/‖·‖ of every row.
+fn row_factors(backend: &dyn Backend, sum: &Buffer, lora: &Lora, m: &Parameter) -> Result<Vec<f64>> {
+    let norms = norms(backend, sum, lora)?;
+    let mut factors = backend.alloc(norms.dtype(), norms.len())?;
+    backend.divide(m.tensor().view(), norms.view(), factors.view_mut())?;
+    Ok(match factors.dtype() {
+        DType::F64 => backend.download(factors.view())?,
+        _ => backend.download::<f32>(factors.view())?.into_iter().map(f64::from).collect(),
+    })
+}
+
+/// W + s·B·A, or W + s·B·E·A, [outputs, inputs] in f32; in f64 where gradients are checked.
+fn updated(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
     let [outputs, inputs] = base.dims()?;
-    let (a, b) = (lora.a().tensor(), lora.b().tensor());
-    // f32; f64 where gradients are checked.
+    let (a, b, rank) = (lora.a().tensor(), lora.b().tensor(), lora.rank());
     let working = a.dtype();
     let mut sum = match base {
         Base::Dense(w) => cast(backend, w.view(), working)?,
@@ -40,18 +81,18 @@ pub fn merged_weight(backend: &dyn Backend, module: &str, base: &Base, lora: &Lo
         }
     };
     let mut scaled = backend.alloc(working, b.shape().elements())?;
-    backend.copy(b.view(), scaled.view_mut())?;
+    match lora.part() {
+        Part::Triplets { lambda, .. } => {
+            let p = Rows { rows: outputs, width: rank };
+            backend.scale_columns(&p, b.view(), lambda.tensor().view(), scaled.view_mut())?;
+        }
+        _ => backend.copy(b.view(), scaled.view_mut())?,
+    }
     backend.scale_in_place(f64::from(lora.spec().scale()), scaled.view_mut())?;
     let (layout, compute) = (Layout::Nn, Compute::F32);
-    let p = MatMul { m: outputs, n: inputs, k: lora.spec().rank, layout, accumulate: true, compute };
+    let p = MatMul { m: outputs, n: inputs, k: rank, layout, accumulate: true, compute };
     backend.matmul(&p, scaled.view(), a.view(), sum.view_mut())?;
-
-    let merged = cast(backend, sum.view(), dtype)?;
-    // The squares of f32 numbers sum to a finite f64, so this sees NaN and infinities and nothing else.
-    if !backend.sum_squares(cast(backend, merged.view(), working)?.view())?.is_finite() {
-        return Err(Error::MergeOverflow { module: module.into(), dtype });
-    }
-    Ok(merged)
+    Ok(sum)
 }
 
 impl Linear {

@@ -1,7 +1,8 @@
 //! `adapter_config.json`: what is taken, what is passed over, what is refused.
 
 use proptest::prelude::*;
-use rankfold_adapters::{AdapterConfig, Error, Init, LoraSpec, Names, Targets};
+use rankfold_adapters::adalora::AdaLora;
+use rankfold_adapters::{AdapterConfig, Error, Form, Init, LoraSpec, Names, Targets};
 use serde_json::{Value, json};
 
 /// A configuration with some fields on top of the method's.
@@ -27,7 +28,7 @@ fn what_is_not_there_is_pefts_default() {
 #[test]
 fn fields_that_would_change_the_mathematics_are_refused_by_name_and_value() {
     for (field, value) in [
-        ("use_dora", json!(true)),
+        ("use_bdlora", json!(true)),
         ("use_qalora", json!(true)),
         ("fan_in_fan_out", json!(true)),
         ("lora_bias", json!(true)),
@@ -102,9 +103,9 @@ fn fields_with_impossible_values_say_what_was_expected() {
 #[test]
 fn other_methods_and_other_texts_are_refused() {
     let message = |text: &str| AdapterConfig::from_json(text).unwrap_err().to_string();
-    assert_eq!(message(r#"{"peft_type": "ADALORA"}"#), "peft_type 'ADALORA' is not supported yet, expected LORA");
-    assert_eq!(message("{}"), "'peft_type' is null, expected LORA");
-    assert_eq!(message(r#"{"peft_type": 3}"#), "'peft_type' is 3, expected LORA");
+    assert_eq!(message(r#"{"peft_type": "VERA"}"#), "peft_type 'VERA' is not supported yet, expected LORA or ADALORA");
+    assert_eq!(message("{}"), "'peft_type' is null, expected LORA or ADALORA");
+    assert_eq!(message(r#"{"peft_type": 3}"#), "'peft_type' is 3, expected LORA or ADALORA");
     for text in
         ["", "[]", "{\"peft_type\": \"LORA\"", "{\"peft_type\": \"LORA\", \"lora_alpha\": NaN}", "{\"r\": 1e999}"]
     {
@@ -118,8 +119,8 @@ fn a_file_is_named_in_its_errors() {
     let path = folder.path().join("adapter_config.json");
     let message = || AdapterConfig::read(&path).unwrap_err().to_string();
     assert!(message().starts_with(&format!("{}: cannot read: ", path.display())));
-    std::fs::write(&path, r#"{"peft_type": "LORA", "use_dora": true}"#).unwrap();
-    assert_eq!(message(), format!("{}: 'use_dora' is true: not supported yet", path.display()));
+    std::fs::write(&path, r#"{"peft_type": "LORA", "use_qalora": true}"#).unwrap();
+    assert_eq!(message(), format!("{}: 'use_qalora' is true: not supported yet", path.display()));
 }
 
 #[test]
@@ -133,6 +134,24 @@ fn names() -> impl Strategy<Value = Names> {
     prop_oneof![
         prop::collection::btree_set("[a-z_.]{1,8}", 1..5).prop_map(Names::List),
         "[a-z.*|]{1,12}".prop_map(Names::Pattern),
+    ]
+}
+
+fn forms() -> impl Strategy<Value = (Form, Option<AdaLora>)> {
+    let schedule = (any::<usize>(), 0..1000usize, 0..1000usize, 1..50usize, prop::option::of(2001..9999usize));
+    let pattern = prop::collection::btree_map("[a-z]{1,8}", prop::collection::vec(any::<bool>(), 1..4), 0..4);
+    let numbers = prop::array::uniform3(0..1000u32);
+    let adalora =
+        (schedule, numbers, pattern).prop_map(|((target, tinit, tfinal, delta_t, total_step), n, pattern)| {
+            let [beta1, beta2, orthogonality] = n.map(|n| f64::from(n) / 1000.0);
+            let pattern = pattern.into_iter().collect();
+            let (target_rank, squared) = (target, false);
+            AdaLora { target_rank, tinit, tfinal, delta_t, beta1, beta2, orthogonality, squared, total_step, pattern }
+        });
+    prop_oneof![
+        Just((Form::Plain, None)),
+        Just((Form::Dora, None)),
+        adalora.prop_map(|adalora| (Form::AdaLora, Some(adalora))),
     ]
 }
 
@@ -150,10 +169,16 @@ prop_compose! {
         rank_pattern in prop::collection::hash_map("[a-z.*]{1,8}", 1..64usize, 0..4),
         alpha_pattern in prop::collection::hash_map("[a-z.*]{1,8}", -4000..4000i32, 0..4),
         [base_model, revision, task_type] in prop::array::uniform3(prop::option::of("\\PC{0,12}")),
+        (form, adalora) in forms(),
     ) -> AdapterConfig {
         let eighths = |alpha: i32| f64::from(alpha) / 8.0;
+        let rslora = rslora && form != Form::AdaLora;
+        let adalora = adalora.map(|adalora| AdaLora { target_rank: 1 + adalora.target_rank % rank, ..adalora });
+        let rank_pattern = if adalora.is_none() { rank_pattern } else { Default::default() };
         AdapterConfig {
-            spec: LoraSpec { rank, alpha: eighths(alpha), rslora, dropout: f64::from(dropout) / 1000.0 },
+            adalora,
+            spec: LoraSpec {
+                form, rslora, dropout: f64::from(dropout) / 1000.0, ..LoraSpec::new(rank, eighths(alpha)) },
             init, targets, exclude,
             rank_pattern: rank_pattern.into_iter().collect(),
             alpha_pattern: alpha_pattern.into_iter().map(|(key, alpha)| (key, eighths(alpha))).collect(),

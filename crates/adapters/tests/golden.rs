@@ -7,7 +7,16 @@ use rankfold_adapters::{AdapterConfig, AdapterFolder, Init, attach_folder, write
 use rankfold_files::Checkpoint;
 use serde_json::Value;
 
-const FOLDERS: [&str; 4] = ["lora/init", "lora/final", "rslora/init", "lora_default_init/init"];
+const FOLDERS: [&str; 8] = [
+    "lora/init",
+    "lora/final",
+    "rslora/init",
+    "lora_default_init/init",
+    "dora/init",
+    "dora/final",
+    "adalora/init",
+    "adalora/final",
+];
 
 fn config_of(folder: &str) -> Value {
     serde_json::from_slice(&std::fs::read(golden(folder).join("adapter_config.json")).unwrap()).unwrap()
@@ -46,8 +55,12 @@ fn golden_hyper_parameters_are_the_files() {
         let adapter = AdapterFolder::open(&golden(folder)).unwrap();
         attach_folder(backend.as_ref(), &mut all(&mut layers), &adapter, &architecture).unwrap();
         let config = config_of(folder);
-        let (r, alpha) = (config["r"].as_f64().unwrap(), config["lora_alpha"].as_f64().unwrap());
-        let scale = if config["use_rslora"] == true { alpha / r.sqrt() } else { alpha / r };
+        let alpha = config["lora_alpha"].as_f64().unwrap();
+        let scale = match config["init_r"].as_f64() {
+            Some(r) => alpha / (r + 1e-5),
+            None if config["use_rslora"] == true => alpha / config["r"].as_f64().unwrap().sqrt(),
+            None => alpha / config["r"].as_f64().unwrap(),
+        };
         for lora in layers.iter().filter_map(|layer| layer.adapter()) {
             assert_eq!(lora.spec().scale(), scale as f32);
         }

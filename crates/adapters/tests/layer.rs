@@ -5,7 +5,7 @@ mod common;
 use common::{layer, matrix, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
-use rankfold_adapters::{DropoutKey, Error, Forward, Init, Linear, Lora, LoraSpec, Weight, merged_weight};
+use rankfold_adapters::{DropoutKey, Error, Forward, Init, Linear, Lora, LoraSpec, Part, Weight, merged_weight};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
 use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::{Backend, Compute, DType, Format, Quantized};
@@ -19,7 +19,7 @@ fn backends() -> [Arc<dyn Backend>; 2] {
 const EVALUATION: Forward = Forward { compute: Compute::F32, dropout: None };
 
 fn spec(rank: usize) -> LoraSpec {
-    LoraSpec { rank, alpha: 3.0, rslora: false, dropout: 0.0 }
+    LoraSpec::new(rank, 3.0)
 }
 
 /// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
@@ -39,7 +39,12 @@ fn cases() -> impl Strategy<Value = ([usize; 4], Vec<f32>, Vec<f32>, Vec<f32>, V
 fn lora(backend: &dyn Backend, [outputs, inputs, rank]: [usize; 3], a: &[f32], b: &[f32]) -> Lora {
     let a = Parameter::new(backend.upload(a).unwrap(), [rank, inputs]).unwrap();
     let b = Parameter::new(backend.upload(b).unwrap(), [outputs, rank]).unwrap();
-    Lora::new("m", a, b, spec(rank)).unwrap()
+    Lora::new("m", a, b, Part::None, spec(rank)).unwrap()
+}
+
+/// A layer of zeros.
+fn blank(backend: &dyn Backend, index: u64, dims: [usize; 2]) -> Linear {
+    layer(backend, "m", index, dims, &vec![0.0; dims[0] * dims[1]])
 }
 
 fn forward(backend: &Arc<dyn Backend>, layer: &Linear, x: &[f32], mode: Forward) -> Vec<f32> {
@@ -61,8 +66,8 @@ fn gradients_of_the_adapted_layer_match_differences() {
     for (rslora, dropout) in [(false, 0.0), (true, 0.0), (false, 0.4)] {
         let bias = Some(Value::Trained(bias.clone()));
         let mut layer = Linear::new("m", 3, Weight::Frozen(Base::Dense(w.clone())), bias).unwrap();
-        let spec = LoraSpec { rank: 2, alpha: 3.0, rslora, dropout };
-        layer.set_adapter(Lora::new("m", lora_a.clone(), lora_b.clone(), spec).unwrap()).unwrap();
+        let spec = LoraSpec { rslora, dropout, ..spec(2) };
+        layer.set_adapter(Lora::new("m", lora_a.clone(), lora_b.clone(), Part::None, spec).unwrap()).unwrap();
         let trained: Vec<Parameter> = layer.parameters().into_iter().map(|(_, parameter)| parameter).collect();
         assert_eq!(trained.len(), 3, "bias, A, B; W is frozen though it was given as a variable");
         let mode = Forward { dropout: Some(DropoutKey { seed: 1, draw: 2 }), ..EVALUATION };
@@ -132,10 +137,10 @@ fn dropout_is_drawn_by_micro_batch_and_layer_and_not_in_evaluation() {
     let x = [1.0; 64];
     let run = |index, dropout| {
         let mut layer = layer(b.as_ref(), "m", index, [1, 64], &[0.0; 64]);
-        let half = LoraSpec { rank: 1, alpha: 1.0, rslora: false, dropout: 0.5 };
+        let half = LoraSpec { dropout: 0.5, ..LoraSpec::new(1, 1.0) };
         let a = Parameter::new(b.upload(&[1f32; 64]).unwrap(), [1, 64]).unwrap();
         let one = Parameter::new(b.upload(&[1f32]).unwrap(), [1, 1]).unwrap();
-        layer.set_adapter(Lora::new("m", a, one, half).unwrap()).unwrap();
+        layer.set_adapter(Lora::new("m", a, one, Part::None, half).unwrap()).unwrap();
         // Rows of one 1 each: y_t is 2 where element t·64 + t is kept, 0 where it is dropped.
         let rows: Vec<f32> = (0..64 * 64).map(|i| if i % 65 == 0 { x[i % 64] } else { 0.0 }).collect();
         forward(&b, &layer, &rows, Forward { dropout, ..EVALUATION })
@@ -154,7 +159,7 @@ fn dropout_is_drawn_by_micro_batch_and_layer_and_not_in_evaluation() {
 
 fn init(init: Init, seed: u64, layer: u64) -> [Vec<f32>; 2] {
     let b = reference();
-    let lora = Lora::init(b.as_ref(), "m", [60, 100], spec(50), init, seed, layer).unwrap();
+    let lora = Lora::init(b.as_ref(), &blank(b.as_ref(), layer, [60, 100]), spec(50), init, seed).unwrap();
     [lora.a(), lora.b()].map(|parameter| b.download(parameter.tensor().view()).unwrap())
 }
 
@@ -196,7 +201,7 @@ fn first_values_are_a_function_of_seed_and_layer() {
 fn a_rank_above_the_matrix_is_legal_and_wasteful() {
     assert!(!spec(4).is_wasteful([4, 9]) && spec(5).is_wasteful([4, 9]) && spec(5).is_wasteful([9, 4]));
     let b = reference();
-    assert!(Lora::init(b.as_ref(), "m", [4, 9], spec(12), Init::Kaiming, 0, 0).is_ok());
+    assert!(Lora::init(b.as_ref(), &blank(b.as_ref(), 0, [4, 9]), spec(12), Init::Kaiming, 0).is_ok());
 }
 
 #[test]
@@ -209,10 +214,10 @@ fn hyper_parameters_out_of_range_are_named() {
         assert!(refuse(LoraSpec { dropout, ..spec(1) }).starts_with("'lora_dropout' is "));
     }
     let backend = reference();
-    assert!(Lora::init(backend.as_ref(), "m", [3, 4], spec(0), Init::Kaiming, 0, 0).is_err());
+    assert!(Lora::init(backend.as_ref(), &blank(backend.as_ref(), 0, [3, 4]), spec(0), Init::Kaiming, 0).is_err());
     let a = Parameter::new(backend.upload(&[0f32; 8]).unwrap(), [2, 4]).unwrap();
     let b = Parameter::new(backend.upload(&[0f32; 9]).unwrap(), [3, 3]).unwrap();
-    let message = Lora::new("m", a, b, spec(2)).unwrap_err().to_string();
+    let message = Lora::new("m", a, b, Part::None, spec(2)).unwrap_err().to_string();
     assert_eq!(message, "m: 'lora_B' has shape [3, 3], expected [outputs, 2]");
 }
 

@@ -135,7 +135,7 @@ fn the_first_pattern_in_the_files_order_that_matches_counts() {
 #[test]
 fn patterns_override_rank_and_alpha_by_layer_and_unused_ones_are_told() {
     let config = AdapterConfig {
-        spec: LoraSpec { rank: 8, alpha: 16.0, rslora: true, dropout: 0.1 },
+        spec: LoraSpec { rslora: true, dropout: 0.1, ..LoraSpec::new(8, 16.0) },
         targets: Targets::Named(list(&["q_proj", "v_proj"])),
         exclude: Some(list(&["lm_head", "norm"])),
         rank_pattern: vec![("layers.0.self_attn.q_proj".into(), 2), ("o_proj".into(), 3)],

@@ -61,6 +61,17 @@ fn conflicts(o: &Options) -> Result<()> {
         ("rslora", o.rslora.is_some()),
         ("targets", o.targets.is_some()),
     ];
+    let adalora = [
+        ("adalora-prune", o.adalora_prune.is_some()),
+        ("adalora-target", o.adalora_target.is_some()),
+        ("adalora-tinit", o.adalora_tinit.is_some()),
+        ("adalora-tfinal", o.adalora_tfinal.is_some()),
+        ("adalora-delta", o.adalora_delta.is_some()),
+        ("adalora-beta1", o.adalora_beta1.is_some()),
+        ("adalora-beta2", o.adalora_beta2.is_some()),
+        ("adalora-orthogonality", o.adalora_orthogonality.is_some()),
+        ("adalora-squared", o.adalora_squared.is_some()),
+    ];
     let beside = |given: bool, what: &str, others: &[(&str, bool)], why: &str| match others.iter().find(|(_, on)| *on) {
         Some((other, _)) if given => Err(Error::Usage(format!("--{other} beside {what}: {why}"))),
         _ => Ok(()),
@@ -73,6 +84,9 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(o.tokens.is_some(), "--tokens", &rows, "the file's shape is the batch's, expected none")?;
     beside(o.init_adapter.is_some(), "--init-adapter", &[("method", o.method.is_some())], its_own)?;
     beside(o.init_adapter.is_some(), "--init-adapter", &lora, its_own)?;
+    beside(o.init_adapter.is_some(), "--init-adapter", &adalora[1..], its_own)?;
+    let no_adalora = o.init_adapter.is_none() && o.method != Some(Method::Adalora);
+    beside(no_adalora, "no --method adalora", &adalora, "it is AdaLoRA's, expected none")?;
     beside(full, "--method full", &lora, "there is no adapter, expected none")?;
     beside(full, "--method full", &starts, "there is no adapter, expected none")?;
     beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")?;
@@ -98,6 +112,8 @@ mod tests {
             ("init-adapter = 'a'\nrank = 3", ["--rank", "--init-adapter"]),
             ("init-adapter = 'a'\nmethod = 'lora'", ["--method", "--init-adapter"]),
             ("method = 'full'\nrank = 3", ["--rank", "--method full"]),
+            ("method = 'dora'\nadalora-delta = 3", ["--adalora-delta", "--method adalora"]),
+            ("init-adapter = 'a'\nadalora-delta = 3", ["--adalora-delta", "--init-adapter"]),
             ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
             ("page-folder = '/tmp'", ["--page-folder", "--memory-limit"]),
             ("page-io = 'direct'\noptimizer = 'adamw8bit'", ["--page-io", "paged optimiser"]),

@@ -15,6 +15,7 @@ mod memory;
 mod open;
 mod options;
 mod paging;
+mod ranks;
 mod report;
 mod sample;
 mod show;

@@ -6,7 +6,8 @@ use crate::error::{Error, Result};
 use crate::options::{Method, Options};
 use crate::paging;
 use crate::show::bytes;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, LoraSpec, Targets};
+use rankfold_adapters::adalora::AdaLora;
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, Targets};
 use rankfold_trainer::model::{ModelConfig, Precision};
 use rankfold_trainer::plan::{Category, Machine, Plan, Setup, Stored};
 use std::path::Path;
@@ -86,17 +87,41 @@ pub fn adapter(options: &Options, builtin: bool) -> Result<Option<AdapterConfig>
     if let Some(saved) = &options.init_adapter {
         return Ok(Some(AdapterFolder::open(saved)?.config().clone()));
     }
+    let form = match options.method {
+        Some(Method::Dora) => Form::Dora,
+        Some(Method::Adalora) => Form::AdaLora,
+        _ => Form::Plain,
+    };
     Ok(Some(AdapterConfig {
         spec: LoraSpec {
+            form,
             rank: options.rank.unwrap_or(1),
             alpha: options.alpha.unwrap_or(1.0),
             rslora: options.rslora.unwrap_or_default(),
             dropout: options.dropout.unwrap_or_default(),
         },
+        adalora: (form == Form::AdaLora).then(|| adalora(options)),
         targets: Targets::parse(options.targets.as_deref().unwrap_or_default()),
         base_model: options.model.clone().filter(|_| !builtin),
         ..AdapterConfig::default()
     }))
+}
+
+/// AdaLoRA's own hyper-parameters.
+fn adalora(o: &Options) -> AdaLora {
+    let default = AdaLora::default();
+    AdaLora {
+        target_rank: o.adalora_target.unwrap_or(default.target_rank),
+        tinit: o.adalora_tinit.unwrap_or(default.tinit),
+        tfinal: o.adalora_tfinal.unwrap_or(default.tfinal),
+        delta_t: o.adalora_delta.unwrap_or(default.delta_t),
+        beta1: o.adalora_beta1.unwrap_or(default.beta1),
+        beta2: o.adalora_beta2.unwrap_or(default.beta2),
+        orthogonality: o.adalora_orthogonality.unwrap_or(default.orthogonality),
+        squared: o.adalora_squared.unwrap_or(default.squared),
+        total_step: o.steps,
+        pattern: Vec::new(),
+    }
 }
 
 /// The plan in one line.

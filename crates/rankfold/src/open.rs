@@ -5,6 +5,7 @@ use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
 use crate::options::{Options, Quantize};
 use clap::{Args, ValueEnum};
+use rankfold_adapters::algebra::Rack;
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
 use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
@@ -153,9 +154,12 @@ pub struct ModelArgs {
     /// `builtin`, or the folder of a Hugging Face model.
     #[arg(long, value_name = "builtin|DIR", default_value = BUILTIN)]
     pub model: String,
-    /// A PEFT adapter on it.
+    /// A PEFT adapter on it; given several times, their sum.
     #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    pub adapter: Vec<PathBuf>,
+    /// What each adapter is multiplied by, in their order [default: 1 each].
+    #[arg(long = "weight", value_name = "X", allow_negative_numbers = true)]
+    weights: Vec<f64>,
     /// Format of the linear layers: what the adapter was trained on [default: nf4 for builtin, else none].
     #[arg(long, value_enum)]
     quantize: Option<Quantize>,
@@ -175,21 +179,35 @@ impl ModelArgs {
         Folder::open(&self.model)
     }
 
-    /// Read the model, with the adapter on it if one is named.
-    pub fn load(&self, folder: &Folder) -> Result<Model> {
+    /// Read the model, with the adapter on it if one is named, and that one's configuration.
+    pub fn load(&self, folder: &Folder) -> Result<(Model, Option<AdapterConfig>)> {
         let precision = folder.precision(self.quantize, self.block, self.double_quant)?;
         let mut model = folder.load(self.device.open()?, precision)?;
-        if let Some(adapter) = &self.adapter {
-            attach_saved(&mut model, adapter)?;
-        }
-        Ok(model)
+        let config = match (&*self.adapter, &*self.weights) {
+            ([], []) => None,
+            ([adapter], []) => Some(attach_saved(&mut model, &self.model, adapter)?),
+            (adapters, weights) => {
+                attach_sum(&mut model, &self.model, adapters, weights)?;
+                None
+            }
+        };
+        Ok((model, config))
     }
 
     /// For commands that do nothing without one.
     pub fn needs_adapter(&self) -> Result<()> {
-        match self.adapter {
-            Some(_) => Ok(()),
-            None => Err(Error::Usage("--adapter is missing: expected a PEFT folder".into())),
+        match self.adapter.is_empty() {
+            false => Ok(()),
+            true => Err(Error::Usage("--adapter is missing: expected a PEFT folder".into())),
+        }
+    }
+
+    /// For commands that need one whose tensors are its own.
+    pub fn needs_one_adapter(&self) -> Result<()> {
+        self.needs_adapter()?;
+        match (self.adapter.len(), self.weights.len()) {
+            (1, 0) => Ok(()),
+            _ => Err(Error::Usage("several adapters, or a --weight: expected one adapter as it is".into())),
         }
     }
 
@@ -200,12 +218,35 @@ impl ModelArgs {
 }
 
 /// Put a saved adapter onto a model; its configuration.
-pub fn attach_saved(model: &mut Model, adapter: &Path) -> Result<AdapterConfig> {
+///
+/// `name` is the model's: a base of another name is warned of.
+pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<AdapterConfig> {
     let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
     let folder = AdapterFolder::open(adapter)?;
     let attached = attach_folder(backend.as_ref(), &mut model.linears_mut(), &folder, family)?;
     warn_of(&attached);
+    let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
+    if let Some(base) = attached.config.base_model.as_ref().filter(|base| last(base) != last(name)) {
+        tracing::warn!("{}: the adapter was made for '{base}', and the model is '{name}'", adapter.display());
+    }
     Ok(attached.config)
+}
+
+/// Put the sum of saved adapters onto a model, each times its weight.
+fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]) -> Result<()> {
+    if !weights.is_empty() && weights.len() != adapters.len() {
+        let (found, expected) = (weights.len(), adapters.len());
+        return Err(Error::Usage(format!("{found} times --weight beside {expected} adapters: expected one for each")));
+    }
+    let (backend, mut rack) = (model.backend().clone(), Rack::default());
+    let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
+    for (name, adapter) in names.iter().zip(adapters) {
+        attach_saved(model, of, adapter)?;
+        rack.keep(name, &mut model.linears_mut());
+    }
+    let weights = weights.iter().copied().chain(std::iter::repeat(1.0));
+    let parts: Vec<(f64, &str)> = weights.zip(names.iter().map(String::as_str)).collect();
+    Ok(rack.put_sum(backend.as_ref(), &parts, &mut model.linears_mut())?)
 }
 
 /// Put new adapters onto a model; their configuration.

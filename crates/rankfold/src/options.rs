@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::open::{BLOCK, BUILTIN};
 use crate::size::Size;
 use clap::{Args, ValueEnum};
+use rankfold_adapters::adalora;
 use rankfold_backend::Format;
 use rankfold_trainer::optimizer::Moments;
 use rankfold_trainer::schedule::Decay;
@@ -20,8 +21,31 @@ use std::path::{Path, PathBuf};
 pub enum Method {
     /// Low-rank adapters.
     Lora,
+    /// Low-rank adapters beside weights whose rows have learned magnitudes.
+    Dora,
+    /// Low-rank adapters whose ranks share a budget.
+    Adalora,
     /// The whole model.
     Full,
+}
+
+/// What becomes of AdaLoRA's triplets that the budget does not reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prune {
+    /// They stay in memory to the end, and may come back until the last choice: PEFT's arithmetic.
+    Mask,
+    /// They go, at the last choice or when they have long been masked: less memory, faster steps.
+    Shrink,
+}
+
+impl From<Prune> for adalora::Prune {
+    fn from(prune: Prune) -> Self {
+        match prune {
+            Prune::Mask => Self::Mask,
+            Prune::Shrink => Self::Shrink,
+        }
+    }
 }
 
 /// What the linear layers of the base are stored as.
@@ -175,6 +199,42 @@ pub struct Options {
     #[arg(long, value_name = "q_proj,…|all-linear|REGEX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<String>,
+    /// AdaLoRA: what becomes of triplets out of budget [default: shrink; mask with --init-adapter].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_prune: Option<Prune>,
+    /// AdaLoRA: triplets a layer on average at the end; --rank is what each begins with [default: half of it].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_target: Option<usize>,
+    /// AdaLoRA: steps before the budget falls [default: a tenth of the steps].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_tinit: Option<usize>,
+    /// AdaLoRA: last steps, with what was chosen [default: a quarter of the steps].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_tfinal: Option<usize>,
+    /// AdaLoRA: steps from one choice to the next [default: a hundredth of the steps].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_delta: Option<usize>,
+    /// AdaLoRA: decay of the sensitivity's mean [default: 0.85].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_beta1: Option<f64>,
+    /// AdaLoRA: decay of its deviation [default: 0.85].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_beta2: Option<f64>,
+    /// AdaLoRA: weight of the orthogonality term in the loss [default: 0.5].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_orthogonality: Option<f64>,
+    /// AdaLoRA: a term of squared norms, as in the paper, instead of PEFT's norms [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adalora_squared: Option<bool>,
     /// Start from this PEFT adapter; the method and its hyper-parameters are the folder's.
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -321,6 +381,8 @@ impl Options {
         let builtin = model == BUILTIN;
         let full = self.method == Some(Method::Full);
         let own = self.init_adapter.is_none() && !full;
+        let adalora = self.method == Some(Method::Adalora);
+        let adaloras = adalora::AdaLora::default();
         let steps = self.steps.unwrap_or(200);
         let (rank, device) = (self.rank.unwrap_or(16), self.device.unwrap_or_default());
         Self {
@@ -333,6 +395,15 @@ impl Options {
             dropout: own.then_some(0.0),
             rslora: own.then_some(false),
             targets: own.then(|| "all-linear".into()),
+            adalora_prune: adalora.then_some(Prune::Shrink),
+            adalora_target: adalora.then_some((rank / 2).max(1)),
+            adalora_tinit: adalora.then_some(steps / 10),
+            adalora_tfinal: adalora.then_some(steps / 4),
+            adalora_delta: adalora.then_some((steps / 100).max(1)),
+            adalora_beta1: adalora.then_some(adaloras.beta1),
+            adalora_beta2: adalora.then_some(adaloras.beta2),
+            adalora_orthogonality: adalora.then_some(adaloras.orthogonality),
+            adalora_squared: adalora.then_some(adaloras.squared),
             steps: Some(steps),
             batch: self.tokens.is_none().then_some(8),
             seq: self.tokens.is_none().then_some(256),

@@ -1,6 +1,7 @@
 //! Numbers as people read them, and the progress of a run.
 
 use crate::error::{Error, Result};
+use crate::ranks::Rank;
 use indicatif::{HumanBytes, HumanCount, ProgressBar, ProgressStyle};
 use rankfold_trainer::metrics::EvalMetrics;
 use rankfold_trainer::run::Progress;
@@ -68,6 +69,8 @@ pub struct Bar {
     pub evals: Option<(EvalMetrics, EvalMetrics)>,
     /// The process's peak resident memory, as the last step saw it.
     pub peak_rss: Option<u64>,
+    /// AdaLoRA's ranks, as the last step left them.
+    pub ranks: Vec<Rank>,
 }
 
 impl Bar {
@@ -75,7 +78,7 @@ impl Bar {
     pub fn new(steps: usize) -> Self {
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}  {eta} left")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        Self { bar: ProgressBar::new(steps as u64).with_style(style), evals: None, peak_rss: None }
+        Self { bar: ProgressBar::new(steps as u64).with_style(style), evals: None, peak_rss: None, ranks: Vec::new() }
     }
 
     /// Leave the bar as it is.
@@ -87,6 +90,7 @@ impl Bar {
 impl Progress for Bar {
     fn step(&mut self, m: &StepMetrics) {
         self.peak_rss = m.peak_rss;
+        self.ranks = m.spent.as_ref().map_or_else(Vec::new, |spent| spent.ranks.clone());
         self.bar.set_message(format!("loss {:.3}  {:.0} tokens/s", m.loss, m.tokens_per_second));
         self.bar.set_position(m.step as u64);
         // Where standard error is no terminal the bar is hidden: a line now and then instead.

@@ -2,12 +2,14 @@
 //!
 //! A checkpoint is the product as it then was (an adapter folder, or the whole model's in f32), the optimiser's
 //! moments in `optimizer.safetensors`, as they are: `NAME.m` and `NAME.v`, where in 8 bits with `NAME.m.absmax` and
-//! `NAME.v.absmax`; and `state.json`. It is written into a temporary folder that is given its name when everything in
+//! `NAME.v.absmax`; with AdaLoRA its sensitivities in `allocator.safetensors`; and `state.json`. It is written into a temporary folder that is given its name when everything in
 //! it is on the disk, so that a name is a promise.
 
+use crate::model::Model;
 use crate::optimizer::{AdamW, Moments, Named, Slot};
-use crate::product::Product;
+use crate::product::{Kind, Product};
 use crate::{Error, Result};
+use rankfold_adapters::adalora::{Allocator, AllocatorRecord};
 use rankfold_autograd::Parameter;
 use rankfold_backend::{Backend, Buffer};
 use rankfold_files::{Checkpoint, Spec, StagedFolder, Writer, write_atomically};
@@ -16,12 +18,15 @@ use std::path::{Path, PathBuf};
 
 const STATE: &str = "state.json";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const ALLOCATOR: &str = "allocator.safetensors";
 
 #[derive(Debug, Serialize, Deserialize)]
 struct State {
     step: usize,
     #[serde(default)]
     moments: Moments,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    allocator: Option<AllocatorRecord>,
 }
 
 /// The folder of a run's checkpoints.
@@ -57,17 +62,22 @@ impl Checkpoints {
     pub fn save(
         &self,
         step: usize,
-        product: &Product,
+        product: Product,
         optimizer: &AdamW,
-        backend: &dyn Backend,
+        allocator: Option<&Allocator>,
         keep: usize,
     ) -> Result<PathBuf> {
+        let backend = product.model.backend().as_ref();
         std::fs::create_dir_all(&self.folder).map_err(Error::io(&self.folder))?;
         let path = self.folder.join(format!("step-{step:06}"));
         let staged = StagedFolder::create(&path)?;
         product.save(staged.path(), true)?;
         write_moments(&staged.path().join(OPTIMIZER), optimizer, backend)?;
-        let state = serde_json::to_vec(&State { step, moments: optimizer.moments() })
+        if let Some(allocator) = allocator {
+            write_sensitivities(&staged.path().join(ALLOCATOR), allocator, backend)?;
+        }
+        let allocator = allocator.map(Allocator::record);
+        let state = serde_json::to_vec(&State { step, moments: optimizer.moments(), allocator })
             .map_err(|e| Error::file(&path, e.to_string()))?;
         write_atomically(&staged.path().join(STATE), &state)?;
         staged.commit()?;
@@ -78,10 +88,19 @@ impl Checkpoints {
         Ok(path)
     }
 
-    /// Put the last whole checkpoint back into the parameters and the optimiser: its step, or 0 where there is none.
+    /// Put the last whole checkpoint back into the parameters, the optimiser and the allocator: its step, or 0 where
+    /// there is none. Tensors that were cut before it are other parameters afterwards.
     ///
     /// Errors: moments of another kind than the optimiser's; a file that is not whole.
-    pub fn restore(&self, product: &Product, optimizer: &mut AdamW, backend: &dyn Backend) -> Result<usize> {
+    pub fn restore(
+        &self,
+        model: &mut Model,
+        kind: Kind,
+        optimizer: &mut AdamW,
+        allocator: Option<&mut Allocator>,
+    ) -> Result<usize> {
+        let backend = model.backend().clone();
+        let backend = backend.as_ref();
         let Some((_, path)) = self.list()?.pop() else { return Ok(0) };
         let state_path = path.join(STATE);
         let state = std::fs::read(&state_path).map_err(Error::io(&state_path))?;
@@ -91,8 +110,18 @@ impl Checkpoints {
             let why = format!("the optimiser's moments are in {found}, expected {expected}, which this run's are in");
             return Err(Error::file(&state_path, why));
         }
+        match (allocator, state.allocator) {
+            (Some(allocator), Some(record)) => {
+                let within = |e| Error::file(&state_path, format!("{e}"));
+                allocator.restore(backend, record, &mut model.linears_mut()).map_err(within)?;
+                read_sensitivities(&path.join(ALLOCATOR), allocator, backend)?;
+                optimizer.begin_again(model.parameters())?;
+            }
+            (Some(_), None) => return Err(Error::file(&state_path, "it has no AdaLoRA budget, which this run has")),
+            (None, _) => {}
+        }
         let moments = Checkpoint::open(&path.join(OPTIMIZER))?;
-        let weights = Checkpoint::open(&product.weights(&path))?;
+        let weights = Checkpoint::open(&Product { model, kind }.weights(&path))?;
         for slot in &mut optimizer.slots {
             let Named { name, parameter } = &slot.named;
             let read = |file: &Checkpoint, name: &str, like: &Buffer| -> Result<Buffer> {
@@ -132,4 +161,23 @@ fn write_moments(path: &Path, optimizer: &AdamW, backend: &dyn Backend) -> Resul
         writer.write_view(&name, backend, buffer.view())?;
     }
     Ok(writer.finish()?)
+}
+
+fn write_sensitivities(path: &Path, allocator: &Allocator, backend: &dyn Backend) -> Result<()> {
+    let tensors = allocator.tensors();
+    let spec = |(name, buffer): &(String, &Buffer)| Spec::new(&**name, buffer.dtype(), [buffer.len()]);
+    let mut writer = Writer::create(path, tensors.iter().map(spec).collect())?;
+    for (name, buffer) in tensors {
+        writer.write_view(&name, backend, buffer.view())?;
+    }
+    Ok(writer.finish()?)
+}
+
+fn read_sensitivities(path: &Path, allocator: &mut Allocator, backend: &dyn Backend) -> Result<()> {
+    let file = Checkpoint::open(path)?;
+    for (name, buffer) in allocator.tensors_mut() {
+        file.expect(&name, &[buffer.dtype()], &[buffer.len()])?;
+        *buffer = file.load(&name, backend)?;
+    }
+    Ok(())
 }

@@ -1,15 +1,13 @@
-//! A model's folder into another: quantised, dequantised, merged. Tensor by tensor, so that memory stays near the
-//! largest of them (a merge holds the whole model). What the file holds beyond the config's tensors goes along.
+//! A model's folder into another: quantised, dequantised. Tensor by tensor, so that memory stays near the largest of
+//! them. What the file holds beyond the config's tensors goes along.
 
-use crate::model::{Model, ModelConfig, Quantization};
+use crate::model::{ModelConfig, Quantization};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
-use rankfold_adapters::{Linear, merged_weight};
-use rankfold_autograd::Base;
 use rankfold_backend::{Backend, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, Spec, Writer, quantized, write_atomically};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What a conversion did, for its last line.
@@ -70,7 +68,7 @@ pub fn quantize(
 
 /// `config.json` as transformers writes it beside a 4-bit checkpoint; for int4, which bitsandbytes lacks, one that
 /// makes it say that it does not know the method.
-fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Path) -> Result<()> {
+pub(crate) fn write_quantized_config(raw: &Value, how: Quantization, dtype: DType, out: &Path) -> Result<()> {
     let mut config = raw.clone();
     if let Some(object) = config.as_object_mut() {
         let bitsandbytes = json!({
@@ -130,58 +128,27 @@ pub fn dequantize(
     Ok(done)
 }
 
-/// Write a model with its adapter folded in: W + s·B·A wherever there is one, 4-bit weights as the dense values that
-/// they stand for.
-pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
-    let (config, backend) = (&model.config, model.backend().as_ref());
-    let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
-    let mut done = Converted::default();
-    let tensors = tensors(checkpoint, config)?;
-    let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
-    for tensor in &tensors {
-        let Tensor { name, dtype, .. } = tensor;
-        done.after += tensor.bytes();
-        let linear = layers.get(name);
-        match linear.map(|linear| (linear, linear.base(), linear.adapter())) {
-            Some((linear, base, Some(lora))) => {
-                let merged = merged_weight(backend, linear.path(), &base, lora, *dtype)?;
-                writer.write_view(name, backend, merged.view())?;
-                done.layers += 1;
-            }
-            Some((_, Base::Quantized(weight), None)) => {
-                write_decoded(&mut writer, backend, tensor, &weight)?;
-            }
-            _ => {
-                write_dense(&mut writer, backend, checkpoint, tensor)?;
-            }
-        }
-    }
-    writer.finish()?;
-    write_config(out, &config.raw, checkpoint.dtype("model.embed_tokens.weight")?)?;
-    Ok(done)
-}
-
 /// A tensor of the dense model that a checkpoint stands for.
-struct Tensor {
-    name: String,
-    shape: Vec<usize>,
-    dtype: DType,
+pub(crate) struct Tensor {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub dtype: DType,
     /// [outputs, inputs] of a linear layer that the config knows.
-    linear: Option<[usize; 2]>,
+    pub linear: Option<[usize; 2]>,
 }
 
 impl Tensor {
-    fn spec(&self) -> Spec {
+    pub fn spec(&self) -> Spec {
         Spec::new(&*self.name, self.dtype, &*self.shape)
     }
 
-    fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         (self.shape.iter().product::<usize>() * self.dtype.size()) as u64
     }
 }
 
 /// The config's tensors, then what else the file holds.
-fn tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Tensor>> {
+pub(crate) fn tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Tensor>> {
     let (mut tensors, mut known) = (Vec::new(), BTreeSet::new());
     for (name, shape) in config.tensors() {
         let dtype = match quantized::state(checkpoint, &name)? {
@@ -203,7 +170,7 @@ fn tensors(checkpoint: &Checkpoint, config: &ModelConfig) -> Result<Vec<Tensor>>
 }
 
 /// Write a tensor as the dense values that it stands for; the bytes that it took where it was in 4 bits.
-fn write_dense(
+pub(crate) fn write_dense(
     writer: &mut Writer,
     backend: &dyn Backend,
     checkpoint: &Checkpoint,
@@ -219,7 +186,12 @@ fn write_dense(
 }
 
 /// Write the dense values of a 4-bit weight.
-fn write_decoded(writer: &mut Writer, backend: &dyn Backend, tensor: &Tensor, weight: &Quantized) -> Result<()> {
+pub(crate) fn write_decoded(
+    writer: &mut Writer,
+    backend: &dyn Backend,
+    tensor: &Tensor,
+    weight: &Quantized,
+) -> Result<()> {
     let mut dense = backend.alloc(tensor.dtype, weight.elements())?;
     backend.dequantize_4bit(weight, dense.view_mut())?;
     Ok(writer.write_view(&tensor.name, backend, dense.view())?)

@@ -9,7 +9,7 @@
 //!   [`traffic`], what it pages;
 //! - [`plan`]: what memory a run will take, counted before it;
 //! - [`generate`]: text from a model;
-//! - [`initialize`], [`convert`]: new models, and models quantised, dequantised, merged;
+//! - [`initialize`], [`convert`], [`merge`]: new models, and models quantised, dequantised, merged;
 //! - [`error`]: everything that can be wrong.
 #![forbid(unsafe_code)]
 
@@ -19,6 +19,7 @@ pub mod data;
 pub mod error;
 pub mod generate;
 pub mod initialize;
+pub mod merge;
 pub mod metrics;
 pub mod model;
 pub mod optimizer;

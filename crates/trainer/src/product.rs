@@ -9,7 +9,7 @@ use rankfold_files::{Spec, Writer, write_atomically};
 use std::path::{Path, PathBuf};
 
 /// The model with what is saved of it.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Product<'a> {
     /// Its trained parameters are what is saved.
     pub model: &'a Model,
@@ -18,7 +18,7 @@ pub struct Product<'a> {
 }
 
 /// Which folder is written.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub enum Kind<'a> {
     /// A PEFT folder with this configuration.
     Adapter(&'a AdapterConfig),

@@ -3,11 +3,13 @@
 use crate::checkpoint::Checkpoints;
 use crate::data::Batch;
 use crate::metrics::{EvalMetrics, Metrics};
+use crate::model::Model;
 use crate::optimizer::AdamW;
-use crate::product::Product;
+use crate::product::{Kind, Product};
 use crate::step::{Batches, Recipe, StepMetrics, evaluate, gradients};
 use crate::traffic::{Gauge, Tally};
 use crate::{Error, Result};
+use rankfold_adapters::adalora::Allocator;
 use std::path::Path;
 
 /// How often what is done beside the steps.
@@ -35,8 +37,10 @@ pub trait Progress {
 
 /// Everything a run needs.
 pub struct Run<'a> {
-    /// The model, and what is saved of it.
-    pub product: Product<'a>,
+    /// The model.
+    pub model: &'a mut Model,
+    /// What is saved of it.
+    pub kind: Kind<'a>,
     /// Training batches.
     pub batches: Batches,
     /// Held-out batches; may be empty.
@@ -47,6 +51,8 @@ pub struct Run<'a> {
     pub cadence: Cadence,
     /// Moments of the trained parameters.
     pub optimizer: AdamW,
+    /// With AdaLoRA: who spends the budget.
+    pub allocator: Option<Allocator>,
     /// What was paged so far, where anything is.
     pub gauge: Option<Gauge<'a>>,
 }
@@ -57,21 +63,24 @@ impl Run<'_> {
     /// The product appears in `folder` only at the end; the checkpoint of step t is written within step t + 1, before
     /// its update. Errors: a loss that is not finite (the last checkpoint stays, and gave a finite one); anything that
     /// cannot be written (what was written stays whole).
-    pub fn to_end(mut self, folder: &Path, resume: bool, progress: &mut dyn Progress) -> Result<()> {
-        let model = self.product.model;
-        let backend = model.backend().as_ref();
+    pub fn to_end(self, folder: &Path, resume: bool, progress: &mut dyn Progress) -> Result<()> {
+        let Self { model, kind, mut batches, held_out, recipe, cadence, mut optimizer, mut allocator, gauge } = self;
+        let backend = model.backend().clone();
         let checkpoints = Checkpoints::of(folder);
-        let done = if resume { checkpoints.restore(&self.product, &mut self.optimizer, backend)? } else { 0 };
-        if done > self.cadence.steps {
-            let why = format!("its last checkpoint is of step {done}, beyond the run's {} steps", self.cadence.steps);
+        let done = match resume {
+            true => checkpoints.restore(model, kind, &mut optimizer, allocator.as_mut())?,
+            false => 0,
+        };
+        if done > cadence.steps {
+            let why = format!("its last checkpoint is of step {done}, beyond the run's {} steps", cadence.steps);
             return Err(Error::file(folder, why));
         }
         let mut metrics = Metrics::open(&folder.join("metrics.jsonl"), done)?;
-        let eval = |step: usize, metrics: &mut Metrics, progress: &mut dyn Progress| -> Result<()> {
-            if self.held_out.is_empty() {
+        let eval = |model: &Model, step: usize, metrics: &mut Metrics, progress: &mut dyn Progress| -> Result<()> {
+            if held_out.is_empty() {
                 return Ok(());
             }
-            let (eval_loss, eval_tokens) = evaluate(model, self.held_out.iter().cloned(), self.recipe.compute)?;
+            let (eval_loss, eval_tokens) = evaluate(model, held_out.iter().cloned(), recipe.compute)?;
             if !eval_loss.is_finite() {
                 return Err(Error::NotFinite { step, what: "held-out loss", value: eval_loss });
             }
@@ -83,26 +92,30 @@ impl Run<'_> {
         if done > 0 {
             progress.resumed(done);
         } else {
-            eval(0, &mut metrics, progress)?;
+            eval(model, 0, &mut metrics, progress)?;
         }
-        let Cadence { steps, eval_every, checkpoint_every, keep } = self.cadence;
+        let Cadence { steps, eval_every, checkpoint_every, keep } = cadence;
         let due = |every: usize, t: usize| every > 0 && t.is_multiple_of(every);
         for t in done + 1..=steps {
-            let mut tally = Tally::new(self.gauge);
-            let pending = tally.over(|| gradients(model, &mut self.batches, &self.recipe, &self.optimizer, t))?;
+            let mut tally = Tally::new(gauge);
+            let pending = tally.over(|| gradients(model, &mut batches, &recipe, &optimizer, t))?;
             // Only now is it known that the weights of step t − 1 give a finite loss: they are worth keeping.
             if t - 1 > done && due(checkpoint_every, t - 1) {
-                checkpoints.save(t - 1, &self.product, &self.optimizer, backend, keep)?;
+                checkpoints.save(t - 1, Product { model, kind }, &optimizer, allocator.as_ref(), keep)?;
             }
-            let mut line = tally.over(|| pending.apply(&self.recipe, &mut self.optimizer))?;
+            let spender = allocator.as_mut().map(|allocator| (allocator, &mut *model));
+            let mut line = tally.over(|| pending.apply(&recipe, &mut optimizer, spender))?;
             line.traffic = tally.sum();
             metrics.step(&line)?;
             progress.step(&line);
             if due(eval_every, t) || t == steps {
-                eval(t, &mut metrics, progress)?;
+                eval(model, t, &mut metrics, progress)?;
             }
         }
-        self.optimizer.check_finite()?;
-        self.product.save(folder, false)
+        optimizer.check_finite()?;
+        if let Some(allocator) = &mut allocator {
+            allocator.finish(backend.as_ref(), &mut model.linears_mut())?;
+        }
+        Product { model, kind }.save(folder, false)
     }
 }

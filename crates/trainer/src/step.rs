@@ -1,7 +1,8 @@
 //! One optimiser step: micro-batches forward and backward, the clip, the update.
 //!
 //! The loss is Σ over the kept targets of the whole step, its micro-batches together, divided by their number; so
-//! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts.
+//! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts. AdaLoRA adds
+//! its orthogonality term, once a step.
 
 use crate::data::{Batch, Loader};
 use crate::model::{DeviceBatch, Model};
@@ -9,10 +10,11 @@ use crate::optimizer::{AdamW, clip_scale};
 use crate::schedule::Schedule;
 use crate::traffic::Traffic;
 use crate::{Error, Result};
-use rankfold_adapters::{DropoutKey, Forward};
+use rankfold_adapters::adalora::{Allocation, Allocator, orthogonality};
+use rankfold_adapters::{AdapterConfig, DropoutKey, Forward};
 use rankfold_autograd::{Gradients, Tape};
-use rankfold_backend::Compute;
-use serde::Serialize;
+use rankfold_backend::{Compute, DType};
+use serde::{Serialize, Serializer};
 use std::time::Instant;
 
 /// Where a step's batches come from.
@@ -56,6 +58,33 @@ pub struct Recipe {
     pub checkpointing: bool,
     /// Precision of the products.
     pub compute: Compute,
+    /// AdaLoRA's second term.
+    pub orthogonality: Option<Orthogonality>,
+}
+
+/// The weight of AdaLoRA's orthogonality term in the loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Orthogonality {
+    /// What the mean over all factors is multiplied by.
+    pub weight: f64,
+    /// Whether it is of squared norms.
+    pub squared: bool,
+}
+
+impl Orthogonality {
+    /// As a configuration has it, where it is AdaLoRA's.
+    pub fn of(config: &AdapterConfig) -> Option<Self> {
+        config.adalora.as_ref().map(|adalora| Self { weight: adalora.orthogonality, squared: adalora.squared })
+    }
+
+    /// The term's value; its gradient is added to `gradients`.
+    pub fn add_to(&self, model: &Model, gradients: &mut Gradients) -> Result<f64> {
+        let tape = Tape::new(model.backend().clone());
+        let Some((root, value)) = orthogonality(&tape, model.linears(), self.squared)? else { return Ok(0.0) };
+        let seed = model.backend().filled(DType::F32, 1, self.weight)?;
+        tape.backward(&root, seed, gradients)?;
+        Ok(self.weight * value)
+    }
 }
 
 /// A line of `metrics.jsonl`.
@@ -79,6 +108,23 @@ pub struct StepMetrics {
     /// What the step paged, where anything is.
     #[serde(flatten)]
     pub traffic: Option<Traffic>,
+    /// With AdaLoRA: what its budget is spent on.
+    #[serde(flatten)]
+    pub spent: Option<Spent>,
+}
+
+/// AdaLoRA's budget after a step.
+#[derive(Clone, Debug, Serialize)]
+pub struct Spent {
+    /// Triplets that there may be.
+    pub budget: usize,
+    /// Triplets that there are, by module.
+    #[serde(serialize_with = "as_map")]
+    pub ranks: Vec<(String, usize)>,
+}
+
+fn as_map<S: Serializer>(pairs: &[(String, usize)], serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    serializer.collect_map(pairs.iter().map(|(name, rank)| (name, rank)))
 }
 
 /// A step whose loss and gradients are known and finite, and which has updated nothing yet.
@@ -122,6 +168,12 @@ pub fn gradients(
         }
         tape.backward_from_loss(&root, &mut gradients)?;
     }
+    if let Some(term) = recipe.orthogonality {
+        loss += term.add_to(model, &mut gradients)?;
+        if !loss.is_finite() {
+            return Err(Error::NotFinite { step, what: "loss", value: loss });
+        }
+    }
     let grad_norm = optimizer.grad_norm(&gradients)?;
     if !grad_norm.is_finite() {
         return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
@@ -130,14 +182,28 @@ pub fn gradients(
 }
 
 impl Pending {
-    /// Update the parameters.
-    pub fn apply(self, recipe: &Recipe, optimizer: &mut AdamW) -> Result<StepMetrics> {
+    /// Update the parameters, and with AdaLoRA spend the budget: tensors that it cuts are others afterwards.
+    pub fn apply(
+        self,
+        recipe: &Recipe,
+        optimizer: &mut AdamW,
+        allocator: Option<(&mut Allocator, &mut Model)>,
+    ) -> Result<StepMetrics> {
         let Self { step, gradients, loss, grad_norm, tokens, seconds } = self;
         let begun = Instant::now();
-        let lr = recipe.schedule.at(step);
-        optimizer.update(&gradients, lr, clip_scale(grad_norm, recipe.clip))?;
+        let (lr, scale) = (recipe.schedule.at(step), clip_scale(grad_norm, recipe.clip));
+        optimizer.update(&gradients, lr, scale)?;
+        let spend = |(allocator, model): (&mut Allocator, &mut Model)| -> Result<Spent> {
+            let backend = model.backend().clone();
+            let Allocation { budget, ranks, cuts } =
+                allocator.after_step(backend.as_ref(), step, &gradients, scale, &mut model.linears_mut())?;
+            optimizer.cut(&cuts)?;
+            Ok(Spent { budget, ranks })
+        };
+        let spent = allocator.map(spend).transpose()?;
         let tokens_per_second = tokens as f64 / (seconds + begun.elapsed().as_secs_f64());
-        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss: peak_rss(), traffic: None })
+        let peak_rss = peak_rss();
+        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss, traffic: None, spent })
     }
 }
 

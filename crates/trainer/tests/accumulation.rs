@@ -54,12 +54,20 @@ fn step(accumulate: usize) -> (f64, Vec<Trained>) {
     let model = model();
     let backend = model.backend().clone();
     let schedule = Schedule { lr: 1.0, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing: false, compute: Compute::F32 };
+    let recipe = Recipe {
+        schedule,
+        accumulate,
+        clip: 0.0,
+        seed: 0,
+        checkpointing: false,
+        compute: Compute::F32,
+        orthogonality: None,
+    };
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, weight_decay: 0.0 };
     let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, model.parameters()).unwrap();
     let mut batches = Batches::Loader(Box::new(loader(accumulate)));
     let pending = gradients(&model, &mut batches, &recipe, &optimizer, 1).unwrap();
-    let loss = pending.apply(&recipe, &mut optimizer).unwrap().loss;
+    let loss = pending.apply(&recipe, &mut optimizer, None).unwrap().loss;
     let trained = optimizer.slots.into_iter().map(|slot| Trained {
         gradient: backend.download(slot.state.tensors()[0].1.view()).unwrap(),
         values: backend.download(slot.named.parameter.tensor().view()).unwrap(),

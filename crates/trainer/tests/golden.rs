@@ -4,6 +4,7 @@
 //! and number of steps is read from them. Bounds are those that the vectors' makers ask for: the peers themselves
 //! differ by up to 2e-5 between two machines.
 
+use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
 use rankfold_adapters::{AdapterFolder, Forward, attach_folder};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::{Backend, Compute};
@@ -15,7 +16,7 @@ use rankfold_trainer::data::{Batch, tokens};
 use rankfold_trainer::model::{DeviceBatch, Model, ModelConfig, Precision};
 use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
 use rankfold_trainer::schedule::{Decay, Schedule};
-use rankfold_trainer::step::{Batches, Recipe, evaluate, gradients};
+use rankfold_trainer::step::{Batches, Orthogonality, Recipe, StepMetrics, evaluate, gradients};
 use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -86,13 +87,16 @@ fn assert_logits_and_loss(model: &Model, vectors: &Path, logits_bound: f64, with
 }
 
 /// The gradient of every trained parameter, by name, against the file's tensors of the name that `key` gives.
-fn assert_gradients(model: &Model, vectors: &Checkpoint, key: impl Fn(&str) -> String) {
+fn assert_gradients(model: &Model, vectors: &Checkpoint, term: Option<Orthogonality>, key: impl Fn(&str) -> String) {
     let device = DeviceBatch::new(model.backend().as_ref(), &batch(model)).unwrap();
     let tape = Tape::new(model.backend().clone());
     let mode = Forward::evaluation(Compute::F32);
     let (root, _) = model.loss(&tape, &device, device.kept as f64, &mode, false).unwrap();
     let mut gradients = Gradients::new(model.backend().clone());
     tape.backward_from_loss(&root, &mut gradients).unwrap();
+    if let Some(term) = term {
+        term.add_to(model, &mut gradients).unwrap();
+    }
     let named = model.parameters();
     assert!(!named.is_empty());
     for n in &named {
@@ -122,7 +126,16 @@ fn golden_gradient_of_every_weight() {
         let vectors = Checkpoint::open(&golden().join("tiny-llama-io.safetensors")).unwrap();
         let trained = model.parameters().len();
         assert_eq!(trained, vectors.names().filter(|name| name.starts_with("grad.")).count());
-        assert_gradients(&model, &vectors, |name| format!("grad.{name}"));
+        assert_gradients(&model, &vectors, None, |name| format!("grad.{name}"));
+    }
+}
+
+/// The name of an adapter tensor's gradient: that of PEFT's module in memory.
+fn peft_gradient(name: &str) -> String {
+    match name.strip_suffix(".weight") {
+        Some(module) => format!("{module}.default.weight"),
+        None if name.ends_with("lora_magnitude_vector") => format!("{name}.default.weight"),
+        None => format!("{name}.default"),
     }
 }
 
@@ -144,23 +157,39 @@ fn follow_on(backend: Arc<dyn Backend>, case: &str) {
     let adapter = AdapterFolder::open(&folder.join("init")).unwrap();
     let family = model.config.architecture.model_type();
     attach_folder(backend.as_ref(), &mut model.linears_mut(), &adapter, family).unwrap();
+    let term = Orthogonality::of(adapter.config());
     let vectors = Checkpoint::open(&folder.join("grads_step0.safetensors")).unwrap();
     assert_eq!(vectors.names().count(), model.parameters().len());
-    assert_gradients(&model, &vectors, |name| name.replace(".weight", ".default.weight"));
+    assert_gradients(&model, &vectors, term, peft_gradient);
 
     let trajectory: Value =
         serde_json::from_str(&std::fs::read_to_string(folder.join("trajectory.json")).unwrap()).unwrap();
     let steps = trajectory["steps"].as_u64().unwrap() as usize;
     let schedule = Schedule { lr: trajectory["lr"].as_f64().unwrap(), decay: Decay::Constant, warmup: 0, steps };
-    let recipe =
-        Recipe { schedule, accumulate: 1, clip: 0.0, seed: 0, checkpointing: case == "rslora", compute: Compute::F32 };
-    let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
+    let recipe = Recipe {
+        schedule,
+        accumulate: 1,
+        clip: 0.0,
+        seed: 0,
+        checkpointing: case == "rslora",
+        compute: Compute::F32,
+        orthogonality: term,
+    };
+    let allocator =
+        |adalora: &AdaLora| Allocator::new(backend.as_ref(), adalora, Prune::Mask, steps, model.linears()).unwrap();
+    let mut allocator = adapter.config().adalora.as_ref().map(allocator);
+    let mut optimizer = AdamW::new(backend.clone(), Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let mut batches = Batches::Fixed(batch(&model));
     for (t, expected) in trajectory["losses"].as_array().unwrap().iter().enumerate() {
         let pending = gradients(&model, &mut batches, &recipe, &optimizer, t + 1).unwrap();
-        let loss = pending.apply(&recipe, &mut optimizer).unwrap().loss;
+        let spender = allocator.as_mut().map(|allocator| (allocator, &mut model));
+        let StepMetrics { loss, spent, .. } = pending.apply(&recipe, &mut optimizer, spender).unwrap();
         let off = (loss - expected.as_f64().unwrap()).abs();
         assert!(off < LOSS_AND_GRADIENTS, "{case} on {name}: the loss before step {} is off by {off:e}", t + 1);
+        for (path, rank) in spent.into_iter().flat_map(|spent| spent.ranks) {
+            let key = format!("base_model.model.{path}.lora_E.default");
+            assert_eq!(trajectory["nonzero_E"][t][&key], rank, "{case} on {name}: {path} after step {}", t + 1);
+        }
     }
     assert_eq!(trajectory["losses"].as_array().unwrap().len(), steps);
     assert_logits_and_loss(&model, &folder.join("final_io.safetensors"), TRAINED_LOGITS, false);
@@ -190,4 +219,15 @@ fn golden_qlora_nf4_dq_trajectory() {
 #[test]
 fn golden_qlora_nf4_trajectory() {
     follow("qlora_nf4");
+}
+
+#[test]
+fn golden_dora_trajectory() {
+    follow("dora");
+}
+
+/// With the ranks of every module at every step.
+#[test]
+fn golden_adalora_trajectory() {
+    follow("adalora");
 }

@@ -29,9 +29,7 @@ fn cpu(threads: usize) -> Arc<dyn Backend> {
     Arc::new(CpuBackend::new(Some(threads)))
 }
 
-fn product(model: &Model) -> Product<'_> {
-    Product { model, kind: Kind::Full { tokenizer: None, dtype: DType::F32 } }
-}
+const KIND: Kind = Kind::Full { tokenizer: None, dtype: DType::F32 };
 
 impl Training {
     fn new(backend: Arc<dyn Backend>, moments: Moments) -> Self {
@@ -47,24 +45,23 @@ impl Training {
     /// Steps up to `last`: their losses.
     fn go_on(&mut self, last: u64) -> Vec<f64> {
         let schedule = Schedule { lr: 1e-3, decay: Decay::Constant, warmup: 0, steps: 100 };
-        let compute = Compute::F32;
-        let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing: false, compute };
+        let (checkpointing, compute, orthogonality) = (false, Compute::F32, None);
+        let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality };
         let first = self.optimizer.step + 1;
         let step = |t: u64| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t as usize).unwrap();
-            pending.apply(&recipe, &mut self.optimizer).unwrap().loss
+            pending.apply(&recipe, &mut self.optimizer, None).unwrap().loss
         };
         (first..=last).map(step).collect()
     }
 
     fn save(&self, folder: &Path) {
-        let (step, backend) = (self.optimizer.step as usize, self.model.backend().as_ref());
-        Checkpoints::of(folder).save(step, &product(&self.model), &self.optimizer, backend, 1).unwrap();
+        let product = Product { model: &self.model, kind: KIND };
+        Checkpoints::of(folder).save(self.optimizer.step as usize, product, &self.optimizer, None, 1).unwrap();
     }
 
     fn restore(&mut self, folder: &Path) -> Result<usize, rankfold_trainer::Error> {
-        let backend = self.model.backend().as_ref();
-        Checkpoints::of(folder).restore(&product(&self.model), &mut self.optimizer, backend)
+        Checkpoints::of(folder).restore(&mut self.model, KIND, &mut self.optimizer, None)
     }
 
     /// The bits of every value and every moment.

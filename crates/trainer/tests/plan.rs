@@ -36,7 +36,7 @@ fn llama_65b() -> ModelConfig {
 }
 
 fn adapter(rank: usize) -> AdapterConfig {
-    let spec = LoraSpec { rank, alpha: 16.0, rslora: false, dropout: 0.0 };
+    let spec = LoraSpec::new(rank, 16.0);
     AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }
 }
 
@@ -369,7 +369,7 @@ fn held(setup: &Setup) -> u64 {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 1 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute };
+    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute, orthogonality: None };
     gradients(&model, &mut Batches::Fixed(batch), &recipe, &optimizer, 1).unwrap();
     cpu.memory().scratch as u64
 }

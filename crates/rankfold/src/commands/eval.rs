@@ -34,7 +34,7 @@ impl Eval {
         count("seq", Some(self.seq))?;
         count("batch", Some(self.batch))?;
         let folder = self.model.folder()?;
-        let model = self.model.load(&folder)?;
+        let (model, _) = self.model.load(&folder)?;
         let compute = self.model.compute();
         if let Some(path) = &self.tokens {
             let (loss, targets) = finite(evaluate(&model, [tokens::read(path, folder.config.vocab)?], compute)?)?;

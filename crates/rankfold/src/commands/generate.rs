@@ -38,7 +38,7 @@ impl Generate {
         }
         let folder = self.model.folder()?;
         let tokenizer = folder.tokenizer()?;
-        let model = self.model.load(&folder)?;
+        let (model, _) = self.model.load(&folder)?;
         let mut prompt = tokenizer.encode(&self.prompt, true)?;
         if prompt.is_empty() {
             prompt.push(tokenizer.end_of_text());

@@ -10,9 +10,11 @@ use rankfold_backend::DType;
 use rankfold_files::{Spec, Writer};
 use rankfold_trainer::data::tokens;
 use rankfold_trainer::model::DeviceBatch;
+use rankfold_trainer::step::Orthogonality;
 use std::path::PathBuf;
 
-/// Write the gradient of the loss by each of an adapter's tensors, under its PEFT name, and the loss.
+/// Write the gradient of the loss by each of an adapter's tensors, under its PEFT name, and the loss: what training
+/// descends, AdaLoRA's orthogonality term with it.
 #[derive(Debug, Args)]
 pub struct Grads {
     #[command(flatten)]
@@ -28,18 +30,21 @@ pub struct Grads {
 impl Grads {
     pub fn run(self) -> Result<()> {
         super::parent_exists("--out", &self.out)?;
-        self.model.needs_adapter()?;
+        self.model.needs_one_adapter()?;
         let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
-        let model = self.model.load(&folder)?;
+        let (model, config) = self.model.load(&folder)?;
         let backend = model.backend().clone();
         let tape = Tape::new(backend.clone());
         let device = DeviceBatch::new(backend.as_ref(), &batch)?;
         // No dropout: a gradient to compare is that of a function.
         let mode = Forward::evaluation(self.model.compute());
-        let (root, loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
+        let (root, mut loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
         let mut gradients = Gradients::new(backend.clone());
         tape.backward_from_loss(&root, &mut gradients)?;
+        if let Some(term) = config.as_ref().and_then(Orthogonality::of) {
+            loss += term.add_to(&model, &mut gradients)?;
+        }
 
         let named = model.parameters();
         let mut specs = vec![Spec::new("loss", DType::F32, [1])];

@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::show::{bytes, count, printable, say};
 use clap::Args;
-use rankfold_adapters::{AdapterFolder, LoraSpec};
+use rankfold_adapters::{AdapterFolder, Form, LoraSpec};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::model::ModelConfig;
 use std::path::PathBuf;
@@ -21,8 +21,13 @@ impl Inspect {
         let adapter = self.path.join("adapter_model.safetensors");
         let checkpoint = Checkpoint::open(if adapter.exists() { &adapter } else { &self.path })?;
         if adapter.exists() {
-            let LoraSpec { rank, alpha, rslora, dropout } = AdapterFolder::open(&self.path)?.config().spec;
-            let kind = if rslora { "rsLoRA" } else { "LoRA" };
+            let LoraSpec { rank, alpha, rslora, dropout, form } = AdapterFolder::open(&self.path)?.config().spec;
+            let kind = match form {
+                Form::Dora => "DoRA",
+                Form::AdaLora => "AdaLoRA",
+                Form::Plain if rslora => "rsLoRA",
+                Form::Plain => "LoRA",
+            };
             say!("a PEFT adapter: {kind}, rank {rank}, alpha {alpha}, dropout {dropout}")?;
         } else if self.path.join("config.json").exists() {
             let c = ModelConfig::open(&self.path)?;

@@ -29,7 +29,7 @@ impl Logits {
         super::parent_exists("--out", &self.out)?;
         let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
-        let model = self.model.load(&folder)?;
+        let (model, _) = self.model.load(&folder)?;
         let (backend, compute) = (model.backend().clone(), self.model.compute());
         let logits = model.logits(&DeviceBatch::new(backend.as_ref(), &batch)?, compute)?;
         let (loss, _) = evaluate(&model, [batch.clone()], compute)?;

@@ -7,21 +7,23 @@ use crate::error::Result;
 use crate::folder;
 use crate::memory::{self, Subject};
 use crate::open::Folder;
-use crate::options::{Method, Options};
+use crate::options::{Method, Options, Prune};
 use crate::paging::{self, Paged};
+use crate::ranks::RankMap;
 use crate::report;
 use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
 use crate::size::Size;
 use clap::Args;
 use rankfold_adapters::AdapterConfig;
+use rankfold_adapters::adalora::Allocator;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
 use rankfold_trainer::optimizer::{AdamW, Hyper};
-use rankfold_trainer::product::{Kind, Product};
+use rankfold_trainer::product::Kind;
 use rankfold_trainer::run::{Cadence, Run};
 use rankfold_trainer::schedule;
-use rankfold_trainer::step::{Batches, Recipe};
+use rankfold_trainer::step::{Batches, Orthogonality, Recipe};
 use rankfold_trainer::traffic::Gauge;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -117,7 +119,7 @@ impl Job {
     }
 
     fn run(self, options: &Options, out: &Path, resume: bool) -> Result<()> {
-        let Self { model, folder, tokenizer, adapter, batches, held_out, paged } = self;
+        let Self { mut model, folder, tokenizer, adapter, batches, held_out, paged } = self;
         let compute = options.compute.unwrap_or_default().into();
         let prompt = sample_prompt(&folder, tokenizer.as_ref(), options);
         if let (Some(prompt), false) = (&prompt, resume) {
@@ -137,6 +139,7 @@ impl Job {
             seed: options.seed.unwrap_or_default(),
             checkpointing: options.checkpointing.unwrap_or_default(),
             compute,
+            orthogonality: adapter.as_ref().and_then(Orthogonality::of),
         };
         let cadence = Cadence {
             steps,
@@ -155,10 +158,10 @@ impl Job {
             Some(config) => Kind::Adapter(config),
             None => Kind::Full { tokenizer: tokenizer.as_ref(), dtype: folder.dtype()? },
         };
-        let product = Product { model: &model, kind };
+        let allocator = adapter.as_ref().map(|config| allocator(options, config, &model)).transpose()?.flatten();
         let gauge = paged.as_ref().map(|paged| || paged.traffic());
         let gauge = gauge.as_ref().map(|gauge| gauge as Gauge);
-        let run = Run { product, batches, held_out, recipe, cadence, optimizer, gauge };
+        let run = Run { model: &mut model, kind, batches, held_out, recipe, cadence, optimizer, allocator, gauge };
         let (mut bar, begun) = (Bar::new(steps), Instant::now());
         run.to_end(out, resume, &mut bar)?;
         bar.finish();
@@ -169,6 +172,10 @@ impl Job {
         if let Some((first, last)) = bar.evals {
             let (from, to) = (first.eval_loss, last.eval_loss);
             eprintln!("held-out loss {from:.4} before, {to:.4} after: {:+.4} nat a token", to - from);
+        }
+        if !bar.ranks.is_empty() {
+            let kept: usize = bar.ranks.iter().map(|(_, rank)| rank).sum();
+            eprintln!("{kept} triplets kept:\n{}", RankMap::of(&bar.ranks).lines().join("\n"));
         }
         let memory = bar.peak_rss.map_or(String::new(), |rss| format!(", {} of memory at the most", bytes(rss)));
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
@@ -227,9 +234,17 @@ fn precision(options: &Options, folder: &Folder) -> Result<Precision> {
 /// Put adapters on the model, new or from a folder.
 fn attach(options: &Options, fresh: &AdapterConfig, model: &mut Model) -> Result<AdapterConfig> {
     match &options.init_adapter {
-        Some(saved) => crate::open::attach_saved(model, saved),
+        Some(saved) => crate::open::attach_saved(model, options.model.as_deref().unwrap_or_default(), saved),
         None => crate::open::attach_fresh(model, fresh, options.seed.unwrap_or_default()),
     }
+}
+
+/// Who spends the budget, with AdaLoRA.
+fn allocator(options: &Options, config: &AdapterConfig, model: &Model) -> Result<Option<Allocator>> {
+    let Some(adalora) = &config.adalora else { return Ok(None) };
+    let prune = options.adalora_prune.unwrap_or(Prune::Mask).into();
+    let (backend, steps) = (model.backend().as_ref(), options.steps.unwrap_or_default());
+    Ok(Some(Allocator::new(backend, adalora, prune, steps, model.linears())?))
 }
 
 /// Say what will be done, before it is.

@@ -33,6 +33,11 @@ impl Lines {
         self.steps.iter().chain(&self.evaluations).filter_map(|line| line["step"].as_u64()).max().unwrap_or(0)
     }
 
+    /// The line of the last step.
+    pub fn last_step(&self) -> Option<&Value> {
+        self.steps.last()
+    }
+
     /// A figure of the steps that have it: (step, figure).
     pub fn steps(&self, field: &str) -> Vec<(f64, f64)> {
         self.steps_by(|line| line[field].as_f64())

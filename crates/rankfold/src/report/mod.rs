@@ -5,6 +5,7 @@
 
 mod lines;
 mod panels;
+mod triplets;
 
 use crate::error::{Error, Result};
 use crate::show::bytes;

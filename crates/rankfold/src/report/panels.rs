@@ -1,6 +1,7 @@
 //! What a report draws, over the steps of a run.
 
 use super::lines::Lines;
+use super::triplets;
 use rankfold_audit::page::escape;
 use rankfold_audit::svg::{Frame, line_key, percent, ticks, ticks_between};
 
@@ -15,7 +16,7 @@ pub struct Panel {
 }
 
 /// All panels, in their order; each of those lines that have what it draws.
-pub const PANELS: [fn(&Lines) -> Option<Panel>; 4] = [loss, memory, paged, stall];
+pub const PANELS: [fn(&Lines) -> Option<Panel>; 6] = [loss, triplets::budget, triplets::map, memory, paged, stall];
 
 /// The most points of a line: more would be drawn on each other.
 const MOST_POINTS: usize = 1000;
@@ -23,9 +24,9 @@ const MOST_POINTS: usize = 1000;
 const MOST_MARKS: usize = 30;
 
 /// A line of a plot.
-struct Series {
-    name: &'static str,
-    points: Vec<(f64, f64)>,
+pub(super) struct Series {
+    pub name: &'static str,
+    pub points: Vec<(f64, f64)>,
 }
 
 /// The training loss of every step, and the held-out loss where it was measured.
@@ -101,21 +102,21 @@ fn in_mib(points: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
 }
 
 /// A plot over steps.
-struct Plot {
-    id: &'static str,
-    title: &'static str,
-    y_name: &'static str,
-    from_zero: bool,
+pub(super) struct Plot {
+    pub id: &'static str,
+    pub title: &'static str,
+    pub y_name: &'static str,
+    pub from_zero: bool,
     /// A dashed level.
-    limit: Option<f64>,
+    pub limit: Option<f64>,
     /// How a tick of the vertical axis is written.
-    label: fn(f64) -> String,
-    caption: &'static str,
+    pub label: fn(f64) -> String,
+    pub caption: &'static str,
 }
 
 impl Plot {
     /// None where the lines have none of it.
-    fn panel(self, lines: &Lines, mut series: Vec<Series>) -> Option<Panel> {
+    pub fn panel(self, lines: &Lines, mut series: Vec<Series>) -> Option<Panel> {
         series.retain(|series| !series.points.is_empty());
         let all = || series.iter().flat_map(|series| &series.points).map(|(_, y)| *y).chain(self.limit);
         let (least, most) = (all().fold(f64::INFINITY, f64::min), all().fold(f64::NEG_INFINITY, f64::max));
@@ -161,7 +162,7 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
 }
 
 /// Without needless zeros.
-fn number(x: f64) -> String {
+pub(super) fn number(x: f64) -> String {
     let text = format!("{x:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

@@ -32,6 +32,22 @@ fn paths(page: &str) -> Vec<Vec<(f64, f64)>> {
     drawn.map(|path| path[1..].split('L').map(point).collect()).collect()
 }
 
+#[test]
+fn a_run_of_adalora_shows_its_budget_and_its_map() {
+    let line = |step: u64, q: u64| {
+        let ranks = format!("{{\"model.layers.0.q_proj\":{q},\"model.layers.1.q_proj\":4}}");
+        format!("{{\"step\":{step},\"loss\":2.0,\"budget\":{},\"ranks\":{ranks}}}\n", 9 - step)
+    };
+    let page = html("a", &Lines::parse(&(line(1, 4) + &line(2, 3)), None).unwrap());
+    assert!(
+        page.contains("<tr><th>0</th><td style=\"background:color-mix(in srgb,var(--first) 33%,var(--card))\">3</td>")
+    );
+    assert!(page.contains("var(--first) 45%,var(--card))\">4</td>"));
+    let paths = paths(&page);
+    assert_eq!(paths.len(), 3, "the loss, the budget, and what is kept");
+    assert!(!html("a", &lines(3, false)).contains("Triplets"));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
 

@@ -5,6 +5,7 @@
 mod state;
 
 use crate::{Error, Result};
+use rankfold_adapters::adalora::Cut;
 use rankfold_autograd::{Gradients, Parameter};
 use rankfold_backend::{Backend, params};
 use std::sync::Arc;
@@ -77,6 +78,23 @@ impl AdamW {
             })
             .collect::<Result<_>>()?;
         Ok(Self { backend, hyper, moments, step: 0, slots })
+    }
+
+    /// The same optimiser before its first step, of other parameters.
+    pub fn begin_again(&mut self, parameters: Vec<Named>) -> Result<()> {
+        *self = Self::new(self.backend.clone(), self.moments, self.hyper, parameters)?;
+        Ok(())
+    }
+
+    /// Go on with the tensors that others became, and with what is left of their moments.
+    pub fn cut(&mut self, cuts: &[Cut]) -> Result<()> {
+        for Cut { before, after, gather } in cuts {
+            for Slot { named, state } in self.slots.iter_mut().filter(|slot| slot.named.parameter.id() == *before) {
+                *state = state.cut(self.backend.as_ref(), self.moments, gather)?;
+                named.parameter = after.clone();
+            }
+        }
+        Ok(())
     }
 
     /// What the moments are kept in.

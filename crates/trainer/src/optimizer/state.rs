@@ -4,8 +4,9 @@
 //! codes, and every block of 256 elements has a scale for each: 2 bytes and 1/32 an element, for 8. A tensor of less
 //! than 4096 elements has little to gain and keeps 32 bits, as with bitsandbytes.
 
+use rankfold_adapters::adalora::Gather;
 use rankfold_backend::params::{AdamW, MOMENT_BLOCK, Moment};
-use rankfold_backend::{Backend, Buffer, DType, Result, View, ViewMut};
+use rankfold_backend::{Backend, Buffer, DType, DynamicMap, Result, View, ViewMut};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::Range;
@@ -62,6 +63,14 @@ impl Coded {
         // 0 is what an absmax of 0 says, whatever the codes.
         let codes = backend.filled(DType::U8, elements, 0.0)?;
         Ok(Self { codes, absmax: backend.filled(DType::F32, elements.div_ceil(MOMENT_BLOCK), 0.0)? })
+    }
+
+    /// The codes of a moment in f32.
+    fn of(backend: &dyn Backend, moment: &Buffer, map: DynamicMap) -> Result<Self> {
+        let mut coded = Self::zero(backend, moment.len())?;
+        let (codes, absmax) = (coded.codes.view_mut(), coded.absmax.view_mut());
+        backend.quantize_8bit(map, MOMENT_BLOCK, moment.view(), codes, absmax)?;
+        Ok(coded)
     }
 
     /// Elements `range`, which begins with a block.
@@ -121,6 +130,32 @@ impl State {
                 vec![("m", &mut m.codes), ("m.absmax", &mut m.absmax), ("v", &mut v.codes), ("v.absmax", &mut v.absmax)]
             }
         }
+    }
+
+    /// The moments of the elements that `gather` leaves; coded, where they are large enough, from the decoded ones.
+    pub(super) fn cut(&self, backend: &dyn Backend, moments: Moments, gather: &Gather) -> crate::Result<Self> {
+        let (m, v) = match self {
+            Self::F32 { m, v } => (gather.of_buffer(backend, m)?, gather.of_buffer(backend, v)?),
+            Self::Blockwise8 { m, v } => {
+                let left = |coded: &Coded, map| -> crate::Result<Buffer> {
+                    let mut decoded = backend.alloc(DType::F32, coded.codes.len())?;
+                    let (codes, absmax) = (coded.codes.view(), coded.absmax.view());
+                    backend.dequantize_8bit(map, MOMENT_BLOCK, codes, absmax, decoded.view_mut())?;
+                    Ok(gather.of_buffer(backend, &decoded)?)
+                };
+                (left(m, DynamicMap::Signed)?, left(v, DynamicMap::Unsigned)?)
+            }
+        };
+        if !moments.are_coded(m.len()) {
+            return Ok(Self::F32 { m, v });
+        }
+        let [m, coded] = [Coded::of(backend, &m, DynamicMap::Signed)?, Coded::of(backend, &v, DynamicMap::Unsigned)?];
+        // As the contract has it of `adamw_8bit`: a second moment that is not 0 is never encoded as 0.
+        let mut codes = backend.download::<u8>(coded.codes.view())?;
+        for (code, value) in codes.iter_mut().zip(backend.download::<f32>(v.view())?) {
+            *code = if value == 0.0 { *code } else { (*code).max(1) };
+        }
+        Ok(Self::Blockwise8 { m, v: Coded { codes: backend.upload(&codes)?, ..coded } })
     }
 
     /// A step of elements `range`, which begins with a block of [`MOMENT_BLOCK`], of `grad` and `value`.

@@ -9,6 +9,7 @@ use super::{Category, Phase, Setup};
 use crate::model::{DeviceBatch, Model};
 use crate::optimizer::{AdamW, Hyper, PIECE};
 use crate::{Error, Result};
+use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
 use rankfold_adapters::{Attached, DropoutKey, Forward, attach_blank};
 use rankfold_autograd::{Base, Gradients, Tape};
 use rankfold_backend::{Backend, Buffer};
@@ -31,6 +32,7 @@ fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Repl
     ledger.begin(Phase::Load);
     let (model, attached) = load(setup, &backend, ledger)?;
     let optimizer = optimizer(setup, &model, ledger)?;
+    let allocator = allocator(setup, &model, ledger)?;
     let evaluate = || -> Result<()> {
         for rows in setup.evaluated() {
             ledger.begin(Phase::Evaluation);
@@ -45,7 +47,7 @@ fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Repl
     step(setup, &model, &optimizer, ledger)?;
     evaluate()?;
     let record = ledger.close();
-    drop((model, optimizer));
+    drop((model, optimizer, allocator));
     Ok(Replayed { record, attached })
 }
 
@@ -103,6 +105,19 @@ fn optimizer(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<AdamW> {
         ledger.label(piece(buffer)?, Category::Optimizer);
     }
     Ok(optimizer)
+}
+
+/// AdaLoRA's sensitivities, which are as much memory as the optimiser's moments in f32.
+fn allocator(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<Option<Allocator>> {
+    let Some(adalora) = setup.adapter.and_then(|adapter| adapter.adalora.as_ref()) else { return Ok(None) };
+    // As long as any that there is a step for between its phases.
+    let steps = adalora.tinit.saturating_add(adalora.tfinal).saturating_add(1);
+    let adalora = AdaLora { total_step: None, ..adalora.clone() };
+    let allocator = Allocator::new(model.backend().as_ref(), &adalora, Prune::Mask, steps, model.linears())?;
+    for (_, buffer) in allocator.tensors() {
+        ledger.label(piece(buffer)?, Category::Optimizer);
+    }
+    Ok(Some(allocator))
 }
 
 fn batch(rows: usize, seq: usize, ledger: &Ledger, backend: &dyn Backend) -> Result<DeviceBatch> {

@@ -44,7 +44,7 @@ fn checkpoint(config: &ModelConfig, folder: &Path) -> Checkpoint {
 }
 
 fn adapter(rank: usize, dropout: f64) -> AdapterConfig {
-    let spec = LoraSpec { rank, alpha: 1.0, rslora: false, dropout };
+    let spec = LoraSpec { dropout, ..LoraSpec::new(rank, 1.0) };
     AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }
 }
 
@@ -75,7 +75,7 @@ fn real(setup: &Setup) -> [u64; 3] {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute };
+    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute, orthogonality: None };
     let eval = |model: &Model| {
         evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
     };
@@ -83,7 +83,7 @@ fn real(setup: &Setup) -> [u64; 3] {
     for step in 1..=2 {
         let mut batches = Batches::Fixed(batch(setup.rows));
         let pending = gradients(&model, &mut batches, &recipe, &optimizer, step).unwrap();
-        pending.apply(&recipe, &mut optimizer).unwrap();
+        pending.apply(&recipe, &mut optimizer, None).unwrap();
     }
     eval(&model);
     let figures = cpu.memory();

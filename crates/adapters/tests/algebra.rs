@@ -1,0 +1,142 @@
+//! Sums of adapters, and several on one base.
+
+mod common;
+
+use common::{layer, matrix, reference};
+use proptest::prelude::*;
+use rankfold_adapters::algebra::{Rack, weighted_sum};
+use rankfold_adapters::{Error, Form, Init, Linear, Lora, LoraSpec, Part, merged_weight};
+use rankfold_autograd::{Base, Parameter, Tensor};
+use rankfold_backend::{Backend, DType};
+
+const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
+
+/// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
+fn grid(len: usize) -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec((-2048i16..=2048).prop_map(|i| f32::from(i) / 1024.0), len)
+}
+
+#[derive(Clone, Debug)]
+struct Term {
+    weight: f64,
+    rank: usize,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    /// AdaLoRA's, where it is one.
+    e: Option<Vec<f32>>,
+}
+
+impl Term {
+    fn lora(&self, backend: &dyn Backend, [outputs, inputs]: [usize; 2]) -> Lora {
+        let of = |values: &[f32], dims: [usize; 2]| Parameter::new(backend.upload(values).unwrap(), dims).unwrap();
+        let (a, b) = (of(&self.a, [self.rank, inputs]), of(&self.b, [outputs, self.rank]));
+        let (part, form) = match &self.e {
+            Some(e) => {
+                let (lambda, kept) = (of(e, [self.rank, 1]), vec![true; self.rank]);
+                (Part::Triplets { lambda, kept }, Form::AdaLora)
+            }
+            None => (Part::None, Form::Plain),
+        };
+        Lora::new("m", a, b, part, LoraSpec { form, ..LoraSpec::new(self.rank, 3.0) }).unwrap()
+    }
+}
+
+fn cases() -> impl Strategy<Value = ([usize; 2], Vec<f32>, Vec<Term>)> {
+    (1..6usize, 1..6usize).prop_flat_map(|(outputs, inputs)| {
+        let part = (1..5usize, -200..200i32, any::<bool>()).prop_flat_map(move |(rank, weight, adalora)| {
+            let e = grid(rank).prop_map(move |e| adalora.then_some(e));
+            (grid(rank * inputs), grid(outputs * rank), e).prop_map(move |(a, b, e)| Term {
+                weight: f64::from(weight) / 100.0,
+                rank,
+                a,
+                b,
+                e,
+            })
+        });
+        (Just([outputs, inputs]), grid(outputs * inputs), prop::collection::vec(part, 1..4))
+    })
+}
+
+proptest! {
+    /// With R = Σ r and M = |w| + Σ_i |w_i s_i| Σ_k |b e a|, all of R products: an element of B is off by one rounding of
+    /// what f64 has, and the merged sum by (R + 4)·u·M, as `merge` has it: together (R + 5)·u·M, and 2⁻⁵⁰ M for f64's.
+    #[test]
+    fn a_merged_sum_is_the_sum_of_the_updates(([outputs, inputs], w, parts) in cases()) {
+        let backend = reference();
+        let backend = backend.as_ref();
+        let loras: Vec<Lora> = parts.iter().map(|part| part.lora(backend, [outputs, inputs])).collect();
+        let weighted: Vec<(f64, &Lora)> = parts.iter().map(|part| part.weight).zip(&loras).collect();
+        let sum = weighted_sum(backend, "m", &weighted).unwrap();
+        let rank: usize = parts.iter().map(|part| part.rank).sum();
+        prop_assert_eq!((sum.rank(), sum.spec().scale()), (rank, 1.0));
+
+        let base = Base::Dense(Tensor::constant(backend.upload(&w).unwrap(), [outputs, inputs]).unwrap());
+        let merged = merged_weight(backend, "m", &base, &sum, DType::F32).unwrap();
+        for (i, merged) in backend.download::<f32>(merged.view()).unwrap().into_iter().enumerate() {
+            let (row, column) = (i / inputs, i % inputs);
+            let (mut value, mut size) = (f64::from(w[i]), f64::from(w[i].abs()));
+            for (part, lora) in parts.iter().zip(&loras) {
+                for k in 0..part.rank {
+                    let e = part.e.as_ref().map_or(1.0, |e| f64::from(e[k]));
+                    let product = f64::from(part.b[row * part.rank + k]) * f64::from(part.a[k * inputs + column]);
+                    let term = part.weight * f64::from(lora.spec().scale()) * e * product;
+                    value += term;
+                    size += term.abs();
+                }
+            }
+            let bound = ((rank as f64 + 5.0) * UNIT + 2f64.powi(-50)) * size;
+            prop_assert!((f64::from(merged) - value).abs() <= bound, "{merged} {value} {bound:e}");
+        }
+    }
+
+    #[test]
+    fn adapters_are_switched_and_none_is_changed(seeds in prop::collection::vec(any::<u64>(), 1..4)) {
+        let backend = reference();
+        let backend = backend.as_ref();
+        let mut layer = layer(backend, "m", 0, [3, 4], &[0.25; 12]);
+        let base = matrix(backend, &layer);
+        let mut rack = Rack::default();
+        let mut merged = Vec::new();
+        for seed in &seeds {
+            let lora = Lora::init(backend, &layer, LoraSpec::new(2, 4.0), Init::Random, *seed).unwrap();
+            layer.set_adapter(lora).unwrap();
+            rack.keep(&seed.to_string(), &mut [&mut layer]);
+            prop_assert!(layer.adapter().is_none());
+        }
+        let as_merged = |rack: &Rack, seed: &u64, layer: &mut Linear| {
+            rack.put(&seed.to_string(), &mut [layer]).unwrap();
+            layer.merge(backend).unwrap();
+            let values = matrix(backend, layer);
+            layer.unmerge();
+            values
+        };
+        for seed in &seeds {
+            merged.push(as_merged(&rack, seed, &mut layer));
+        }
+        for (seed, merged) in seeds.iter().zip(&merged).rev() {
+            prop_assert_eq!(&as_merged(&rack, seed, &mut layer), merged);
+            prop_assert_ne!(merged, &base);
+        }
+        layer.take_adapter();
+        prop_assert_eq!(matrix(backend, &layer), base);
+    }
+}
+
+#[test]
+fn what_is_no_sum_is_refused() {
+    let backend = reference();
+    let backend = backend.as_ref();
+    let mut target = layer(backend, "m", 0, [3, 4], &[0.25; 12]);
+    let dora = LoraSpec { form: Form::Dora, ..LoraSpec::new(2, 4.0) };
+    let dora = Lora::init(backend, &target, dora, Init::Kaiming, 0).unwrap();
+    let lora = Lora::init(backend, &target, LoraSpec::new(2, 4.0), Init::Kaiming, 0).unwrap();
+    let message = |parts: &[(f64, &Lora)]| weighted_sum(backend, "m", parts).unwrap_err().to_string();
+    assert!(message(&[(1.0, &lora), (1.0, &dora)]).starts_with("m: a DoRA"));
+    assert_eq!(message(&[(f64::NAN, &lora)]), "'weight' is NaN, expected a finite number");
+    assert!(message(&[]).contains("expected one or more"));
+    let other = layer(backend, "m", 0, [3, 5], &[0.25; 15]);
+    let other = Lora::init(backend, &other, LoraSpec::new(2, 4.0), Init::Kaiming, 0).unwrap();
+    assert!(message(&[(1.0, &lora), (1.0, &other)]).contains("expected [2, 4]"));
+    let missing = Rack::default().put("a", &mut [&mut target]);
+    assert!(matches!(missing, Err(Error::Field { value, .. }) if value == "a"));
+}

@@ -1,0 +1,140 @@
+//! A model's folder with an adapter folded in: as dense weights, or in the 4 bits that it had.
+//!
+//! In 4 bits a layer's weight is dequantised, the update is added, and the sum is quantised again, in the same format
+//! and blocks. That is another error on top of the base's own; what it is, relative to the sum and to what the adapter
+//! changed, is measured layer by layer. A layer without an update keeps its codes.
+
+use crate::convert::{Converted, Tensor, tensors, write_decoded, write_dense, write_quantized_config};
+use crate::model::{Model, Quantization};
+use crate::product::write_config;
+use crate::{Error, Result};
+use rankfold_adapters::{Linear, Lora, merged_weight};
+use rankfold_autograd::Base;
+use rankfold_backend::{Backend, Buffer, DType, Quantized, Scales};
+use rankfold_files::{Checkpoint, Writer, quantized};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Write a model with its adapter folded in: W + s·B·A wherever there is one, 4-bit weights as the dense values that
+/// they stand for.
+pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
+    let (config, backend) = (&model.config, model.backend().as_ref());
+    let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
+    let mut done = Converted::default();
+    let tensors = tensors(checkpoint, config)?;
+    let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
+    for tensor in &tensors {
+        let Tensor { name, dtype, .. } = tensor;
+        done.after += tensor.bytes();
+        let linear = layers.get(name);
+        match linear.map(|linear| (linear, linear.base(), linear.adapter())) {
+            Some((linear, base, Some(lora))) => {
+                let merged = merged_weight(backend, linear.path(), &base, lora, *dtype)?;
+                writer.write_view(name, backend, merged.view())?;
+                done.layers += 1;
+            }
+            Some((_, Base::Quantized(weight), None)) => {
+                write_decoded(&mut writer, backend, tensor, &weight)?;
+            }
+            _ => {
+                write_dense(&mut writer, backend, checkpoint, tensor)?;
+            }
+        }
+    }
+    writer.finish()?;
+    write_config(out, &config.raw, checkpoint.dtype("model.embed_tokens.weight")?)?;
+    Ok(done)
+}
+
+/// What quantising again does to a merged layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Requantised {
+    /// The layer's name.
+    pub path: String,
+    /// ‖Q(W') − W'‖_F / ‖W'‖_F.
+    pub error: f64,
+    /// ‖Q(W') − W'‖_F / ‖W' − W‖_F: above 1 the new error is more than what the adapter changed.
+    pub of_update: f64,
+}
+
+/// Write a model of 4-bit layers with its adapter folded in and quantised again, in bitsandbytes' layout.
+///
+/// Errors: a layer that is not in 4 bits; layers in several formats; a sum that is not finite.
+pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<(Converted, Vec<Requantised>)> {
+    let (config, backend) = (&model.config, model.backend().as_ref());
+    let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
+    let how = format(model, checkpoint)?;
+    let Quantization { format, block, double } = how;
+    let tensors = tensors(checkpoint, config)?;
+    let mut specs = Vec::new();
+    for tensor in &tensors {
+        match tensor.linear {
+            Some(shape) => specs.extend(quantized::specs(&tensor.name, shape, format, block, double)),
+            None => specs.push(tensor.spec()),
+        }
+    }
+    let mut writer = Writer::create(&out.join("model.safetensors"), specs)?;
+    let (mut done, mut errors) = (Converted::default(), Vec::new());
+    for tensor in &tensors {
+        let Some(linear) = tensor.linear.and_then(|_| layers.get(&tensor.name)) else {
+            write_dense(&mut writer, backend, checkpoint, tensor)?;
+            continue;
+        };
+        let Base::Quantized(weight) = linear.base() else { continue };
+        match linear.adapter() {
+            None => quantized::write(&mut writer, &tensor.name, backend, &weight, tensor.dtype)?,
+            Some(lora) => {
+                let (merged, report) = requantise(backend, linear, &weight, lora, how)?;
+                quantized::write(&mut writer, &tensor.name, backend, &merged, tensor.dtype)?;
+                errors.push(report);
+                done.layers += 1;
+            }
+        }
+    }
+    writer.finish()?;
+    write_quantized_config(&config.raw, how, checkpoint.dtype("model.embed_tokens.weight")?, out)?;
+    Ok((done, errors))
+}
+
+/// The one way in which all layers are in 4 bits.
+fn format(model: &Model, checkpoint: &Checkpoint) -> Result<Quantization> {
+    let mut all = None;
+    for linear in model.linears() {
+        let wrong = |what: &str| Err(Error::file(checkpoint.path(), format!("{} {what}", linear.path())));
+        let Base::Quantized(weight) = linear.base() else {
+            return wrong("is not in 4 bits: expected all layers to be");
+        };
+        let double = matches!(weight.scales, Scales::Nested { .. });
+        let how = Quantization { format: weight.format, block: weight.block, double };
+        if *all.get_or_insert(how) != how {
+            return wrong("is in another 4-bit format than the layers before it: expected one for all");
+        }
+    }
+    all.ok_or_else(|| Error::file(checkpoint.path(), "the model has no linear layer"))
+}
+
+fn requantise(
+    backend: &dyn Backend,
+    linear: &Linear,
+    weight: &Quantized,
+    lora: &Lora,
+    Quantization { format, block, double }: Quantization,
+) -> Result<(Quantized, Requantised)> {
+    let path = linear.path().to_owned();
+    let sum = merged_weight(backend, &path, &linear.base(), lora, DType::F32)?;
+    let again = Quantized::quantize(backend, sum.view(), weight.shape, format, block, double)?;
+    let decoded = |q: &Quantized| -> Result<Buffer> {
+        let mut dense = backend.alloc(DType::F32, q.elements())?;
+        backend.dequantize_4bit(q, dense.view_mut())?;
+        Ok(dense)
+    };
+    let distance = |mut x: Buffer| -> Result<f64> {
+        backend.scale_in_place(-1.0, x.view_mut())?;
+        backend.add_in_place(sum.view(), x.view_mut())?;
+        Ok(backend.sum_squares(x.view())?.sqrt())
+    };
+    let (error, update) = (distance(decoded(&again)?)?, distance(decoded(weight)?)?);
+    let norm = backend.sum_squares(sum.view())?.sqrt();
+    let over = |of: f64| if error == 0.0 { 0.0 } else { error / of };
+    Ok((again, Requantised { path, error: over(norm), of_update: over(update) }))
+}
