@@ -101,7 +101,7 @@ pub(crate) fn rms_norm_grad(
             isa.run(Backward { width, saved: Saved { x, dy, inv_rms, ..saved }, accumulate, dx, dgain });
         });
         if let Some(dgain) = dgain {
-            for x in parts.chunks(width) {
+            for x in parts.chunks(width.max(1)) {
                 isa.run(AddInPlace { x, out: dgain });
             }
         }
