@@ -1,9 +1,11 @@
 //! An adapter onto a model: the layers that the configuration names get their updates, all of them or none.
 
 use crate::patterns::Specs;
+use crate::saved::trained_bias;
+use crate::start::check_start;
 use crate::targets::{select, unmatched};
-use crate::{AdapterConfig, AdapterFolder, Form, Linear, Lora, LoraSpec, Part, Result, Targets};
-use rankfold_autograd::Parameter;
+use crate::{AdapterConfig, AdapterFolder, Error, Form, Init, Linear, Lora, LoraSpec, Part, Result, Targets};
+use rankfold_autograd::{Base, Parameter};
 use rankfold_backend::params::elements;
 use rankfold_backend::{Backend, DType};
 
@@ -43,8 +45,11 @@ impl Attached {
 /// `layers` are all linear layers of the model, the head among them; `architecture` is the `model_type` of its
 /// `config.json`, for targets that are not given.
 ///
-/// Errors: targets that match nothing; hyper-parameters out of range; a base that is trained. No layer is then
-/// changed.
+/// A start that takes something out of the base leaves W − s·B₀·A₀ there; LoftQ's is
+/// [`attach_loftq`](crate::attach_loftq)'s.
+///
+/// Errors: targets that match nothing; hyper-parameters out of range; a base that is trained, or that the start cannot
+/// decompose. No layer is then changed. And a remainder of the base that its element type cannot hold.
 pub fn attach_new(
     backend: &dyn Backend,
     layers: &mut [&mut Linear],
@@ -55,7 +60,8 @@ pub fn attach_new(
     config.check()?;
     let plan = Plan::new(layers, config, architecture)?;
     let loras = plan.build(layers, |layer, spec| Lora::init(backend, layer, spec, config.init, seed))?;
-    plan.carry_out(layers, loras)
+    let biases = plan.biases(backend, layers, None)?;
+    plan.carry_out(backend, layers, loras, biases)
 }
 
 /// Attach updates of unspecified value, for what counts memory and computes nothing.
@@ -70,6 +76,7 @@ pub fn attach_blank(
     config.check()?;
     let plan = Plan::new(layers, config, architecture)?;
     let loras = plan.build(layers, |layer, spec| {
+        check_start(layer, spec, config.init)?;
         let parameter = |dims: &[usize]| -> Result<Parameter> {
             Ok(Parameter::new(backend.alloc(DType::F32, elements(dims))?, dims.to_vec())?)
         };
@@ -81,9 +88,16 @@ pub fn attach_blank(
             Form::Dora => Part::Magnitude(parameter(&[layer.outputs()])?),
             Form::AdaLora => Part::Triplets { lambda: parameter(&[rank, 1])?, kept },
         };
-        Lora::new(layer.path(), a, b, part, spec)
+        let lora = Lora::new(layer.path(), a, b, part, spec)?;
+        if !config.init.takes_from_the_base() {
+            return Ok(lora);
+        }
+        let plain = LoraSpec { form: Form::Plain, ..spec };
+        let (a, b) = (parameter(&[rank, layer.inputs()])?, parameter(&[layer.outputs(), rank])?);
+        Ok(lora.started(Lora::new(layer.path(), a, b, Part::None, plain)?))
     })?;
-    plan.carry_out(layers, loras)
+    let biases = plan.biases(backend, layers, None)?;
+    plan.carry_out(backend, layers, loras, biases)
 }
 
 /// Attach the updates of a folder.
@@ -95,21 +109,37 @@ pub fn attach_folder(
     folder: &AdapterFolder,
     architecture: &str,
 ) -> Result<Attached> {
-    let plan = Plan::new(layers, folder.config(), architecture)?;
-    let loras = plan.build(layers, |layer, spec| folder.lora(backend, layer, spec))?;
-    folder.check_no_more(&plan.paths())?;
-    plan.carry_out(layers, loras)
+    let config = folder.config();
+    let plan = Plan::new(layers, config, architecture)?;
+    let loras = plan.build(layers, |layer, spec| {
+        if matches!((config.init, layer.base()), (Init::Loftq { .. }, Base::Dense(_))) {
+            return Err(Error::field("init_lora_weights", config.init, "with it, the base in 4 bits that LoftQ made"));
+        }
+        folder.lora(backend, layer, spec)
+    })?;
+    let biases = plan.biases(backend, layers, Some(folder))?;
+    folder.check_no_more(&plan.paths(), &biases.iter().map(|bias| &*bias.name).collect::<Vec<_>>())?;
+    plan.carry_out(backend, layers, loras, biases)
 }
 
 /// What is to be attached where.
-struct Plan {
+pub(crate) struct Plan {
     /// Places in the list of layers, one a module of `attached`.
     places: Vec<usize>,
     attached: Attached,
 }
 
+/// A bias that is to be trained.
+pub(crate) struct TrainedBias {
+    /// Its layer's place in the list of layers.
+    place: usize,
+    /// Its name in a PEFT folder.
+    name: String,
+    value: Parameter,
+}
+
 impl Plan {
-    fn new(layers: &[&mut Linear], config: &AdapterConfig, architecture: &str) -> Result<Self> {
+    pub(crate) fn new(layers: &[&mut Linear], config: &AdapterConfig, architecture: &str) -> Result<Self> {
         let layers: Vec<&Linear> = layers.iter().map(|layer| &**layer).collect();
         let names = config.targets.named(&layers, architecture)?;
         let places = select(&layers, &names, config.exclude.as_ref())?;
@@ -140,10 +170,34 @@ impl Plan {
         self.attached.modules.iter().map(|module| module.path.as_str()).collect()
     }
 
+    /// The modules, each with its place in the list of layers.
+    pub(crate) fn modules(&self) -> impl Iterator<Item = (usize, &AttachedModule)> {
+        self.places.iter().copied().zip(&self.attached.modules)
+    }
+
+    /// The biases that are to be trained, from the values that they have or, with a folder, from its.
+    pub(crate) fn biases(
+        &self,
+        backend: &dyn Backend,
+        layers: &[&mut Linear],
+        folder: Option<&AdapterFolder>,
+    ) -> Result<Vec<TrainedBias>> {
+        let mut biases = Vec::new();
+        for (place, layer) in layers.iter().enumerate() {
+            let is_adapted = self.places.contains(&place);
+            if !self.attached.config.bias.means(is_adapted) {
+                continue;
+            }
+            if let Some(value) = trained_bias(backend, layer, is_adapted, folder)? {
+                biases.push(TrainedBias { place, name: layer.bias_name(is_adapted), value });
+            }
+        }
+        Ok(biases)
+    }
+
     /// The updates, each of them one that its layer will take.
     fn build(&self, layers: &[&mut Linear], lora: impl Fn(&Linear, LoraSpec) -> Result<Lora>) -> Result<Vec<Lora>> {
-        let modules = self.places.iter().zip(&self.attached.modules);
-        let checked = modules.map(|(&place, module)| {
+        let checked = self.modules().map(|(place, module)| {
             let lora = lora(layers[place], module.spec)?;
             layers[place].check_adapter(&lora)?;
             Ok(lora)
@@ -151,10 +205,20 @@ impl Plan {
         checked.collect()
     }
 
-    fn carry_out(mut self, layers: &mut [&mut Linear], loras: Vec<Lora>) -> Result<Attached> {
+    pub(crate) fn carry_out(
+        mut self,
+        backend: &dyn Backend,
+        layers: &mut [&mut Linear],
+        loras: Vec<Lora>,
+        biases: Vec<TrainedBias>,
+    ) -> Result<Attached> {
         for ((&place, module), lora) in self.places.iter().zip(&mut self.attached.modules).zip(loras) {
             module.parameters = lora.elements();
             layers[place].set_adapter(lora)?;
+            layers[place].take_out(backend)?;
+        }
+        for TrainedBias { place, value, .. } in biases {
+            layers[place].train_bias(value);
         }
         Ok(self.attached)
     }

@@ -5,7 +5,7 @@
 //! its order.
 
 use crate::adalora::AdaLora;
-use crate::{Error, Form, Init, LoraSpec, Names, Result, Targets};
+use crate::{Bias, Error, Form, Init, LoraSpec, Names, Result, Targets};
 use serde_json::{Map, Value, json};
 use std::fs;
 use std::path::Path;
@@ -46,6 +46,10 @@ pub struct AdapterConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Alphas by pattern, in the file's order.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Which biases are trained.
+    pub bias: Bias,
+    /// Modules that are trained whole, as `target_modules` names them.
+    pub modules_to_save: Vec<String>,
     /// The base that the adapter was made for.
     pub base_model: Option<String>,
     /// The base's version.
@@ -65,6 +69,8 @@ impl Default for AdapterConfig {
             exclude: None,
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            bias: Bias::None,
+            modules_to_save: Vec::new(),
             base_model: None,
             revision: None,
             task_type: Some("CAUSAL_LM".into()),
@@ -98,7 +104,9 @@ impl AdapterConfig {
             Some(Value::String(method)) => return Err(Error::Method { found: method.clone() }),
             other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), "LORA or ADALORA")),
         }
-        for (field, value) in &fields {
+        // `init_lora_weights` first: it says how `loftq_config` is to be read.
+        let (init, others): (Vec<_>, Vec<_>) = fields.iter().partition(|(field, _)| *field == "init_lora_weights");
+        for (field, value) in init.into_iter().chain(others) {
             config.take(field, value)?;
         }
         config.check()?;
@@ -124,9 +132,20 @@ impl AdapterConfig {
                 self.init = match value {
                     Value::Bool(true) => Init::Kaiming,
                     Value::Bool(false) => Init::Random,
-                    Value::String(name) if name.eq_ignore_ascii_case("gaussian") => Init::Gaussian,
+                    Value::String(name) => match name.to_ascii_lowercase().as_str() {
+                        "gaussian" => Init::Gaussian,
+                        "pissa" => Init::Pissa,
+                        "olora" => Init::Olora,
+                        // How often, `loftq_config` says.
+                        "loftq" => Init::Loftq { iterations: 1 },
+                        _ => return Err(unsupported()),
+                    },
                     _ => return Err(unsupported()),
                 };
+            }
+            // Where the start is LoftQ's; beside another it would say nothing, and is refused.
+            "loftq_config" if matches!(self.init, Init::Loftq { .. }) => {
+                self.init = Init::Loftq { iterations: turns(value)? };
             }
             "target_modules" => self.targets = Targets::from_json(value)?,
             "exclude_modules" if !is_empty(value) => self.exclude = Some(Names::from_json(field, value)?),
@@ -135,7 +154,16 @@ impl AdapterConfig {
             "base_model_name_or_path" => self.base_model = text(field, value)?,
             "revision" => self.revision = text(field, value)?,
             "task_type" => self.task_type = text(field, value)?,
-            "bias" if value == "none" => {}
+            "bias" => {
+                let bias = value.as_str().and_then(Bias::of);
+                self.bias = bias.ok_or_else(|| Error::field(field, value, "none, all or lora_only"))?;
+            }
+            "modules_to_save" if !is_empty(value) => {
+                let names = value
+                    .as_array()
+                    .and_then(|list| list.iter().map(|name| name.as_str().map(str::to_owned)).collect());
+                self.modules_to_save = names.ok_or_else(|| Error::field(field, value, "a list of names"))?;
+            }
             _ if IGNORED.contains(&field) || is_empty(value) => {}
             _ => return Err(unsupported()),
         }
@@ -147,6 +175,18 @@ impl AdapterConfig {
         self.spec.check()?;
         if let Some(adalora) = &self.adalora {
             adalora.check(self.spec.rank)?;
+        }
+        if self.init.changes_the_base() {
+            if self.adalora.is_some() {
+                return Err(Error::field("init_lora_weights", self.init, "a start that AdaLoRA has"));
+            }
+            let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha).chain([self.spec.alpha]);
+            if let Some(alpha) = alphas.into_iter().find(|alpha| *alpha <= 0.0) {
+                return Err(Error::field("lora_alpha", alpha, "a positive number with this start"));
+            }
+        }
+        if self.init == (Init::Loftq { iterations: 0 }) {
+            return Err(Error::field("loftq_config: loftq_iter", 0, "1 or more"));
         }
         for (key, rank) in &self.rank_pattern {
             if *rank == 0 {
@@ -169,7 +209,7 @@ impl AdapterConfig {
             "arrow_config": null,
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model,
-            "bias": "none",
+            "bias": self.bias.name(),
             "corda_config": null,
             "ensure_weight_tying": false,
             "eva_config": null,
@@ -179,20 +219,26 @@ impl AdapterConfig {
             "init_lora_weights": match self.init {
                 Init::Kaiming => json!(true),
                 Init::Random => json!(false),
-                Init::Gaussian => json!("gaussian"),
+                init => json!(init.to_string()),
             },
             "kasa_config": null,
             "layer_replication": null,
             "layers_pattern": null,
             "layers_to_transform": null,
-            "loftq_config": {},
+            "loftq_config": match self.init {
+                Init::Loftq { iterations } => json!({"loftq_bits": 4, "loftq_iter": iterations}),
+                _ => json!({}),
+            },
             "lora_alpha": json_number(self.spec.alpha),
             "lora_bias": false,
             "lora_dropout": self.spec.dropout,
             "lora_ga_config": null,
             "megatron_config": null,
             "megatron_core": "megatron.core",
-            "modules_to_save": null,
+            "modules_to_save": match self.modules_to_save.as_slice() {
+                [] => Value::Null,
+                names => json!(names),
+            },
             "monteclora_config": null,
             "peft_type": LORA,
             "peft_version": "0.21.2",
@@ -228,6 +274,17 @@ pub(crate) fn rank(field: &str, value: &Value) -> Result<usize> {
 
 pub(crate) fn number(field: &str, value: &Value) -> Result<f64> {
     value.as_f64().ok_or_else(|| Error::field(field, value, "a number"))
+}
+
+/// `loftq_iter` of a `loftq_config`.
+fn turns(config: &Value) -> Result<usize> {
+    let wrong =
+        |field: &str, value: &Value, expected| Err(Error::field(format!("loftq_config: {field}"), value, expected));
+    match (&config["loftq_bits"], &config["loftq_iter"]) {
+        (bits, _) if !bits.is_null() && bits != 4 => wrong("loftq_bits", bits, "4"),
+        (_, Value::Null) => Ok(1),
+        (_, turns) => rank("loftq_config: loftq_iter", turns),
+    }
 }
 
 fn text(field: &str, value: &Value) -> Result<Option<String>> {

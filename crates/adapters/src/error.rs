@@ -60,12 +60,18 @@ pub enum Error {
     /// An update that cannot be a term of a sum.
     #[error("{module}: a DoRA scales the base's rows: it cannot be summed with others, expected LoRA or AdaLoRA")]
     NoSum { module: String },
+    /// A matrix that cannot be decomposed.
+    #[error("{module}: the singular values of its matrix were not found")]
+    Decomposition { module: String },
     /// A merged weight that its element type cannot hold.
     #[error("{module}: merging gives values that are not finite in {dtype}")]
     MergeOverflow { module: String, dtype: DType },
     /// A tensor that the configuration promises.
     #[error("{path}: no tensor '{tensor}', expected one because the configuration targets {module}")]
     MissingTensor { path: PathBuf, tensor: String, module: String },
+    /// An entry that names nothing which can be trained whole.
+    #[error("'modules_to_save' has '{name}', expected one of {known}")]
+    NoModule { name: String, known: String },
     /// A tensor that the configuration does not explain.
     #[error("{path}: tensor '{tensor}' belongs to no layer that the configuration targets in this model")]
     ExtraTensor { path: PathBuf, tensor: String },

@@ -2,29 +2,36 @@
 //!
 //! The tensors of a layer are `base_model.model.PATH.lora_A.weight` [rank, inputs] and `….lora_B.weight`
 //! [outputs, rank], with DoRA `….lora_magnitude_vector` [outputs]; with AdaLoRA `….lora_A`, `….lora_B` and `….lora_E`
-//! [rank, 1] of the triplets that are left. They are in f32, or in bf16 or f16, which reading widens. The folder is
-//! believed where it agrees with the model and with itself: every targeted layer has its tensors, no tensor is left
-//! over, ranks are the configuration's, and every number is finite.
+//! [rank, 1] of the triplets that are left. Beside them stands what else is trained ([`saved`](crate::saved)). They are
+//! in f32, or in bf16 or f16, which reading widens. The folder is believed where it agrees with the model and with
+//! itself: every targeted layer has its tensors, no tensor is left over, ranks are the configuration's, and every number
+//! is finite.
 
 use crate::adalora::AdaLora;
 use crate::config::CONFIG_FILE;
 use crate::linear::peft_name;
+use crate::start::{doubled, first_values, taken_out};
 use crate::{AdapterConfig, Error, Form, Linear, Lora, LoraSpec, Part, Result};
 use rankfold_autograd::Parameter;
 use rankfold_backend::{Backend, DType};
 use rankfold_files::{Checkpoint, Spec, Writer, write_atomically};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
 /// The name of the file of tensors in an adapter's folder.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 
+/// The name of the file of A₀ and B₀ in the folder of an adapter that is to be trained on.
+pub const START_FILE: &str = "start.safetensors";
+
 /// An adapter on disk: its configuration, and its tensors by name.
 #[derive(Debug)]
 pub struct AdapterFolder {
     config: AdapterConfig,
     tensors: Checkpoint,
+    /// A₀ and B₀ under the names of A and B, where they were kept.
+    start: Option<Checkpoint>,
 }
 
 impl AdapterFolder {
@@ -33,7 +40,10 @@ impl AdapterFolder {
     /// Errors: a file that is missing or broken; a configuration that is not supported.
     pub fn open(folder: &Path) -> Result<Self> {
         let config = AdapterConfig::read(&folder.join(CONFIG_FILE))?;
-        Ok(Self { config, tensors: Checkpoint::open(&folder.join(TENSORS_FILE))? })
+        let tensors = Checkpoint::open(&folder.join(TENSORS_FILE))?;
+        let start = folder.join(START_FILE);
+        let start = start.exists().then(|| Checkpoint::open(&start)).transpose()?;
+        Ok(Self { config, tensors, start })
     }
 
     /// Its configuration.
@@ -41,13 +51,18 @@ impl AdapterFolder {
         &self.config
     }
 
-    /// The update of one layer.
+    /// The update of one layer. What it began by taking out of the base is A₀ and B₀ as they were kept, or else as the
+    /// base that the layer has gives them again.
     ///
     /// Errors: a tensor that is missing, has another rank than `spec`, another shape than the layer, another type
     /// than f32, bf16 or f16, or holds a number that is not finite.
     pub fn lora(&self, backend: &dyn Backend, layer: &Linear, spec: LoraSpec) -> Result<Lora> {
         let (outputs, inputs) = (layer.outputs(), layer.inputs());
-        let read = |end: &str, expected: &[usize], rank| self.parameter(backend, layer, end, expected, rank);
+        let read = |end: &str, expected: &[usize], rank| -> Result<Parameter> {
+            let (path, name) = (layer.path(), peft_name(layer.path(), end));
+            let values = values(&self.tensors, path, &name, expected, rank)?;
+            Ok(Parameter::new(backend.upload(&values)?, expected)?)
+        };
         let (rank, kept) = match (&self.config.adalora, spec.form) {
             (Some(adalora), Form::AdaLora) => {
                 let kept = adalora.kept(layer.path(), spec.rank)?;
@@ -63,54 +78,90 @@ impl AdapterFolder {
             Form::Dora => Part::Magnitude(read(rest, &[outputs], None)?),
             Form::AdaLora => Part::Triplets { lambda: read(rest, &[rank, 1], Some(0))?, kept },
         };
-        Lora::new(layer.path(), a, b, part, spec)
+        let lora = Lora::new(layer.path(), a, b, part, spec)?;
+        if !self.config.init.takes_from_the_base() {
+            return Ok(lora);
+        }
+        let [a0, b0] = match &self.start {
+            None => first_values(backend, layer, spec, self.config.init)?,
+            Some(kept) => {
+                let read = |end: &str, expected: &[usize]| {
+                    values(kept, layer.path(), &peft_name(layer.path(), end), expected, None)
+                };
+                [read(in_a, &[rank, inputs])?, read(in_b, &[outputs, rank])?]
+            }
+        };
+        Ok(lora.started(taken_out(backend, layer, [&a0, &b0], spec, self.config.init)?))
     }
 
-    /// One of a layer's tensors, whose rank is its dimension of number `rank`.
-    fn parameter(
+    /// A tensor of `module`, in f32.
+    ///
+    /// Errors: those of [`AdapterFolder::lora`].
+    pub(crate) fn tensor(
         &self,
         backend: &dyn Backend,
-        layer: &Linear,
-        end: &str,
+        module: &str,
+        name: &str,
         expected: &[usize],
-        rank: Option<usize>,
     ) -> Result<Parameter> {
-        let (tensor, module) = (peft_name(layer.path(), end), layer.path().to_string());
-        let path = self.tensors.path();
-        let Some(info) = self.tensors.get(&tensor) else {
-            return Err(Error::MissingTensor { path: path.into(), tensor, module });
-        };
-        let found = info.shape.clone();
-        let differs = |at: usize| found.get(at) != expected.get(at);
-        if found.len() != expected.len() || (0..expected.len()).any(|at| Some(at) != rank && differs(at)) {
-            return Err(Error::OtherBase { path: path.into(), tensor, module, found, expected: expected.to_vec() });
-        }
-        if let Some(rank) = rank.filter(|&rank| differs(rank)) {
-            let (found, expected) = (found[rank], expected[rank]);
-            return Err(Error::OtherRank { path: path.into(), tensor, found, expected });
-        }
-        let values = self.tensors.read_f32(&tensor)?;
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            return Err(Error::NonFinite { path: path.into(), tensor, index, value: values[index] });
-        }
+        let values = values(&self.tensors, module, name, expected, None)?;
         Ok(Parameter::new(backend.upload(&values)?, expected)?)
     }
 
-    /// That no tensor is there but those of the layers at `paths`.
-    pub fn check_no_more(&self, paths: &[&str]) -> Result<()> {
+    /// That no tensor is there but those of the layers at `paths`, those of these names, and modules that are saved.
+    pub fn check_no_more(&self, paths: &[&str], names: &[&str]) -> Result<()> {
         let ends = self.config.spec.form.ends();
         let of = |path: &&str| ends.iter().filter(|end| !end.is_empty()).map(|end| peft_name(path, end)).collect();
         let known: BTreeSet<String> = paths.iter().flat_map(|path| -> Vec<String> { of(path) }).collect();
-        match self.tensors.names().find(|name| !known.contains(*name)) {
+        let is_module = |name: &str| {
+            let path = name.strip_prefix("base_model.model.").and_then(|name| name.strip_suffix(".weight"));
+            path.is_some_and(|path| self.config.saves(path))
+        };
+        let is_known = |name: &str| known.contains(name) || names.contains(&name) || is_module(name);
+        match self.tensors.names().find(|name| !is_known(name)) {
             Some(name) => Err(Error::ExtraTensor { path: self.tensors.path().into(), tensor: name.into() }),
             None => Ok(()),
         }
     }
 }
 
-/// Write the adapters of `layers`, those that have one and have not merged it, as a PEFT folder, made where it is missing.
+/// The values of a tensor of `module`, whose rank is its dimension of number `rank`.
+fn values(file: &Checkpoint, module: &str, tensor: &str, expected: &[usize], rank: Option<usize>) -> Result<Vec<f32>> {
+    let (path, tensor, module) = (file.path(), tensor.to_owned(), module.to_owned());
+    let Some(info) = file.get(&tensor) else {
+        return Err(Error::MissingTensor { path: path.into(), tensor, module });
+    };
+    let found = info.shape.clone();
+    let differs = |at: usize| found.get(at) != expected.get(at);
+    if found.len() != expected.len() || (0..expected.len()).any(|at| Some(at) != rank && differs(at)) {
+        return Err(Error::OtherBase { path: path.into(), tensor, module, found, expected: expected.to_vec() });
+    }
+    if let Some(rank) = rank.filter(|&rank| differs(rank)) {
+        let (found, expected) = (found[rank], expected[rank]);
+        return Err(Error::OtherRank { path: path.into(), tensor, found, expected });
+    }
+    let values = file.read_f32(&tensor)?;
+    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+        return Err(Error::NonFinite { path: path.into(), tensor, index, value: values[index] });
+    }
+    Ok(values)
+}
+
+/// What a folder is written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be used beside the base that others have: as a plain update of twice the rank where it began by taking
+    /// something out of the base.
+    Exchange,
+    /// To be trained on: as it is, with A₀ and B₀ in a file of their own.
+    Resume,
+}
+
+/// Write the adapters of `layers`, those that have one and have not merged it, and what is trained beside them, as a
+/// PEFT folder, made where it is missing. `modules` are those that are trained whole, by the names of
+/// [`peft_name`].
 ///
-/// Each of the two files appears whole or not at all, the configuration last: it is [`Attached::config`], which
+/// Each of the files appears whole or not at all, the configuration last: it is [`Attached::config`], which
 /// names the layers that have one, with the pattern of the triplets that these have left.
 ///
 /// [`Attached::config`]: crate::Attached::config
@@ -119,27 +170,46 @@ pub fn write_folder<'a>(
     folder: &Path,
     config: &AdapterConfig,
     layers: impl IntoIterator<Item = &'a Linear>,
+    modules: Vec<(String, Parameter)>,
+    purpose: Purpose,
 ) -> Result<()> {
-    let (mut tensors, mut pattern) = (Vec::new(), Vec::new());
+    let (mut tensors, mut started, mut pattern) = (modules, Vec::new(), Vec::new());
     for layer in layers {
-        let Some(lora) = layer.adapter() else { continue };
-        for (end, parameter) in lora.parameters() {
-            tensors.push((peft_name(layer.path(), end), parameter.clone()));
+        let mut own = layer.parameters();
+        if let Some((lora, start)) = layer.adapter().and_then(|lora| Some((lora, lora.start()?))) {
+            let named = |(end, parameter): (&str, &Parameter)| (peft_name(layer.path(), end), parameter.clone());
+            if purpose == Purpose::Resume {
+                started.extend(start.parameters().into_iter().map(named));
+            } else {
+                let [end_a, end_b, _] = lora.spec().form.ends();
+                let [a, b] = doubled(backend, lora, start)?;
+                let whole = BTreeMap::from([(end_a, &a), (end_b, &b)].map(named));
+                own.iter_mut().for_each(|(name, value)| *value = whole.get(name).unwrap_or(value).clone());
+            }
         }
-        if let Part::Triplets { kept, .. } = lora.part() {
+        tensors.extend(own);
+        if let Some(Part::Triplets { kept, .. }) = layer.adapter().map(Lora::part) {
             pattern.push((layer.path().to_owned(), kept.clone()));
         }
     }
     fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
-    let spec = |(name, value): &(String, Parameter)| Spec::new(name, DType::F32, value.shape().dims());
-    let mut writer = Writer::create(&folder.join(TENSORS_FILE), tensors.iter().map(spec).collect())?;
-    for (name, value) in &tensors {
-        writer.write_view(name, backend, value.tensor().view())?;
+    write_tensors(backend, &folder.join(TENSORS_FILE), &tensors)?;
+    if !started.is_empty() {
+        write_tensors(backend, &folder.join(START_FILE), &started)?;
     }
-    writer.finish()?;
     let is_cut = pattern.iter().flat_map(|(_, kept)| kept).any(|kept| !kept);
     let adalora =
         config.adalora.clone().map(|adalora| AdaLora { pattern: if is_cut { pattern } else { Vec::new() }, ..adalora });
     let config = AdapterConfig { adalora, ..config.clone() };
+    let config = if purpose == Purpose::Exchange { config.exchanged() } else { config };
     Ok(write_atomically(&folder.join(CONFIG_FILE), config.to_json().as_bytes())?)
+}
+
+fn write_tensors(backend: &dyn Backend, path: &Path, tensors: &[(String, Parameter)]) -> Result<()> {
+    let spec = |(name, value): &(String, Parameter)| Spec::new(name, DType::F32, value.shape().dims());
+    let mut writer = Writer::create(path, tensors.iter().map(spec).collect())?;
+    for (name, value) in tensors {
+        writer.write_view(name, backend, value.tensor().view())?;
+    }
+    Ok(writer.finish()?)
 }

@@ -6,12 +6,14 @@
 //!
 //! In reading order:
 //! - [`lora`], [`init`]: the update in its three forms (LoRA, DoRA, AdaLoRA), and its first values;
+//! - [`start`], [`loftq`](mod@loftq), `decompose`: first values that come from the base, and change it;
 //! - [`linear`]: the layer;
 //! - [`streams`]: which random numbers are whose;
 //! - [`adalora`]: AdaLoRA's budget of triplets, and who gets it;
 //! - [`merge`]: the update folded into the base, and out again;
 //! - [`algebra`]: weighted sums of adapters, and several on one base;
 //! - [`targets`], [`patterns`]: which layers, and which rank and alpha each;
+//! - [`saved`]: biases and whole modules that are trained beside the updates;
 //! - [`config`], [`folder`]: `adapter_config.json` and `adapter_model.safetensors`, both ways;
 //! - [`attach`]: all of it applied to a model's layers;
 //! - [`Error`]: everything that can be wrong.
@@ -21,22 +23,28 @@ pub mod adalora;
 pub mod algebra;
 pub mod attach;
 pub mod config;
+mod decompose;
 mod error;
 pub mod folder;
 pub mod init;
 pub mod linear;
+pub mod loftq;
 pub mod lora;
 pub mod merge;
 pub mod patterns;
+pub mod saved;
+pub mod start;
 pub mod streams;
 pub mod targets;
 
 pub use attach::{Attached, AttachedModule, attach_blank, attach_folder, attach_new};
 pub use config::AdapterConfig;
 pub use error::{Error, Result};
-pub use folder::{AdapterFolder, write_folder};
+pub use folder::{AdapterFolder, Purpose, write_folder};
 pub use init::Init;
 pub use linear::{DropoutKey, Forward, Linear, Weight};
+pub use loftq::attach_loftq;
 pub use lora::{Form, Lora, LoraSpec, Part};
 pub use merge::merged_weight;
+pub use saved::{Bias, train_modules};
 pub use targets::{Names, Targets};

@@ -127,6 +127,16 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// Train the bias, from this value.
+    pub(crate) fn train_bias(&mut self, bias: Parameter) {
+        self.bias = Some(Value::Trained(bias));
+    }
+
+    /// The bias's name in a PEFT folder, of a layer that is adapted or not.
+    pub(crate) fn bias_name(&self, is_adapted: bool) -> String {
+        peft_name(&self.path, if is_adapted { "base_layer.bias" } else { "bias" })
+    }
+
     /// The update, where one is attached and not merged.
     pub fn adapter(&self) -> Option<&Lora> {
         self.adapter.as_ref()
@@ -176,7 +186,8 @@ impl Linear {
         Ok(tape.linear(x, &base, bias.as_ref(), adapter.as_ref(), mode.compute)?)
     }
 
-    /// What is trained, by the names that files give it: an adapter's are PEFT's, the base's the model's own.
+    /// What is trained, by the names that files give it: an adapter's, and a bias's beside it, are PEFT's, the base's
+    /// the model's own.
     ///
     /// A weight shared with another layer (a tied head) is in both layers' lists.
     pub fn parameters(&self) -> Vec<(String, Parameter)> {
@@ -185,7 +196,11 @@ impl Linear {
             parameters.push((format!("{}.weight", self.path), weight.clone()));
         }
         if let Some(Value::Trained(bias)) = &self.bias {
-            parameters.push((format!("{}.bias", self.path), bias.clone()));
+            let name = match &self.weight {
+                Weight::Trained(_) => format!("{}.bias", self.path),
+                Weight::Frozen(_) => self.bias_name(self.adapter.is_some()),
+            };
+            parameters.push((name, bias.clone()));
         }
         if let Some(lora) = &self.adapter {
             let named = |(end, parameter): (&str, &Parameter)| (peft_name(&self.path, end), parameter.clone());
@@ -193,6 +208,11 @@ impl Linear {
         }
         parameters
     }
+}
+
+/// Whether a name in a PEFT folder is that of a B.
+pub fn is_b(name: &str) -> bool {
+    name.ends_with(".lora_B.weight") || name.ends_with(".lora_B")
 }
 
 /// The name of a module's adapter tensor in a PEFT folder.

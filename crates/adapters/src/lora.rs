@@ -122,6 +122,7 @@ pub struct Lora {
     b: Parameter,
     part: Part,
     spec: LoraSpec,
+    start: Option<Box<Self>>,
 }
 
 impl Lora {
@@ -131,7 +132,7 @@ impl Lora {
     /// rank (`module` is for the message).
     pub fn new(module: &str, a: Parameter, b: Parameter, part: Part, spec: LoraSpec) -> Result<Self> {
         spec.check()?;
-        let lora = Self { a, b, part, spec };
+        let lora = Self { a, b, part, spec, start: None };
         let rank = lora.rank();
         let wrong = |tensor, expected: String, found: &Shape| {
             Err(Error::Shape { module: module.into(), tensor, expected, found: found.clone() })
@@ -182,6 +183,16 @@ impl Lora {
     /// Its hyper-parameters.
     pub fn spec(&self) -> &LoraSpec {
         &self.spec
+    }
+
+    /// The same, begun by taking −`start` out of the base.
+    pub(crate) fn started(self, start: Self) -> Self {
+        Self { start: Some(Box::new(start)), ..self }
+    }
+
+    /// −s·B₀·A₀, where it began by taking that out of the base.
+    pub fn start(&self) -> Option<&Self> {
+        self.start.as_deref()
     }
 
     /// Rows of A now: the spec's rank, less the triplets that were cut.

@@ -46,11 +46,15 @@ pub fn merged_weight(backend: &dyn Backend, module: &str, base: &Base, lora: &Lo
 
 /// ‖W + s·B·A‖ of every row `[outputs]`.
 pub(crate) fn update_norms(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
-    norms(backend, &updated(backend, base, lora)?, lora)
+    norms(backend, &updated(backend, base, lora)?, lora.dims())
 }
 
-fn norms(backend: &dyn Backend, sum: &Buffer, lora: &Lora) -> Result<Buffer> {
-    let [rows, width] = lora.dims();
+/// ‖W‖ of every row `[outputs]`.
+pub(crate) fn base_norms(backend: &dyn Backend, base: &Base) -> Result<Buffer> {
+    norms(backend, &values(backend, base, DType::F32)?, base.dims()?)
+}
+
+fn norms(backend: &dyn Backend, sum: &Buffer, [rows, width]: [usize; 2]) -> Result<Buffer> {
     let mut norms = backend.alloc(sum.dtype(), rows)?;
     backend.row_norms(&Rows { rows, width }, sum.view(), norms.view_mut())?;
     Ok(norms)
@@ -58,7 +62,7 @@ fn norms(backend: &dyn Backend, sum: &Buffer, lora: &Lora) -> Result<Buffer> {
 
 /// m/‖·‖ of every row.
 fn row_factors(backend: &dyn Backend, sum: &Buffer, lora: &Lora, m: &Parameter) -> Result<Vec<f64>> {
-    let norms = norms(backend, sum, lora)?;
+    let norms = norms(backend, sum, lora.dims())?;
     let mut factors = backend.alloc(norms.dtype(), norms.len())?;
     backend.divide(m.tensor().view(), norms.view(), factors.view_mut())?;
     Ok(match factors.dtype() {
@@ -72,14 +76,7 @@ fn updated(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
     let [outputs, inputs] = base.dims()?;
     let (a, b, rank) = (lora.a().tensor(), lora.b().tensor(), lora.rank());
     let working = a.dtype();
-    let mut sum = match base {
-        Base::Dense(w) => cast(backend, w.view(), working)?,
-        Base::Quantized(quantized) => {
-            let mut w = backend.alloc(DType::F32, outputs * inputs)?;
-            backend.dequantize_4bit(quantized, w.view_mut())?;
-            w
-        }
-    };
+    let mut sum = values(backend, base, working)?;
     let mut scaled = backend.alloc(working, b.shape().elements())?;
     match lora.part() {
         Part::Triplets { lambda, .. } => {
@@ -93,6 +90,18 @@ fn updated(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
     let p = MatMul { m: outputs, n: inputs, k: rank, layout, accumulate: true, compute };
     backend.matmul(&p, scaled.view(), a.view(), sum.view_mut())?;
     Ok(sum)
+}
+
+/// W in `dtype`, which for 4 bits is f32.
+fn values(backend: &dyn Backend, base: &Base, dtype: DType) -> Result<Buffer> {
+    match base {
+        Base::Dense(w) => cast(backend, w.view(), dtype),
+        Base::Quantized(quantized) => {
+            let mut w = backend.alloc(DType::F32, quantized.elements())?;
+            backend.dequantize_4bit(quantized, w.view_mut())?;
+            Ok(w)
+        }
+    }
 }
 
 impl Linear {

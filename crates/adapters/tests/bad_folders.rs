@@ -4,7 +4,7 @@ mod common;
 
 use common::{all, layers, reference, write_adapter};
 use half::bf16;
-use rankfold_adapters::{AdapterFolder, Attached, Error, Linear, attach_folder, write_folder};
+use rankfold_adapters::{AdapterFolder, Attached, Error, Linear, Purpose, attach_folder, write_folder};
 use rankfold_backend::DType;
 use rankfold_files::{Spec, Writer};
 use std::path::Path;
@@ -150,11 +150,14 @@ fn a_folder_that_cannot_be_made_or_written_is_named() {
     let (model, attached) = attach(folder.path());
     let attached = attached.unwrap();
     let inside_a_file = folder.path().join("adapter_config.json/x");
-    let message = write_folder(backend.as_ref(), &inside_a_file, &attached.config, &model).unwrap_err().to_string();
+    let message =
+        write_folder(backend.as_ref(), &inside_a_file, &attached.config, &model, Vec::new(), Purpose::Exchange)
+            .unwrap_err()
+            .to_string();
     assert!(message.starts_with(&format!("{}: cannot create the folder: ", inside_a_file.display())), "{message}");
 
     let made = folder.path().join("a/b");
-    write_folder(backend.as_ref(), &made, &attached.config, &model).unwrap();
+    write_folder(backend.as_ref(), &made, &attached.config, &model, Vec::new(), Purpose::Exchange).unwrap();
     let mut names: Vec<_> = std::fs::read_dir(&made).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     names.sort();
     assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors"], "and no temporary");

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use rankfold_adapters::adalora::AdaLora;
-use rankfold_adapters::{AdapterConfig, Error, Form, Init, LoraSpec, Names, Targets};
+use rankfold_adapters::{AdapterConfig, Bias, Error, Form, Init, LoraSpec, Names, Targets};
 use serde_json::{Value, json};
 
 /// A configuration with some fields on top of the method's.
@@ -33,9 +33,6 @@ fn fields_that_would_change_the_mathematics_are_refused_by_name_and_value() {
         ("fan_in_fan_out", json!(true)),
         ("lora_bias", json!(true)),
         ("ensure_weight_tying", json!(true)),
-        ("bias", json!("all")),
-        ("bias", json!("lora_only")),
-        ("modules_to_save", json!(["lm_head"])),
         ("layer_replication", json!([[0, 4], [2, 5]])),
         ("layers_to_transform", json!([0])),
         ("layers_to_transform", json!(0)),
@@ -49,8 +46,8 @@ fn fields_that_would_change_the_mathematics_are_refused_by_name_and_value() {
         ("arrow_config", json!({"top_k": 3})),
         ("kasa_config", json!({"a": 1})),
         ("use_bdlora", json!({"nblocks": 2})),
-        ("init_lora_weights", json!("pissa")),
-        ("init_lora_weights", json!("olora")),
+        ("init_lora_weights", json!("pissa_niter_4")),
+        ("init_lora_weights", json!("corda")),
         ("init_lora_weights", json!(null)),
         ("a_field_of_next_year", json!(0.5)),
         ("a_field_of_next_year", json!(0)),
@@ -87,11 +84,30 @@ fn fields_with_impossible_values_say_what_was_expected() {
         ("target_modules", json!(["q_proj", 7]), "a list of names or a regular expression"),
         ("exclude_modules", json!([7]), "a list of names or a regular expression"),
         ("rank_pattern", json!(["q_proj"]), "an object of names and numbers"),
+        ("bias", json!("some"), "none, all or lora_only"),
+        ("bias", json!(true), "none, all or lora_only"),
+        ("modules_to_save", json!("lm_head"), "a list of names"),
+        ("modules_to_save", json!([1]), "a list of names"),
         ("task_type", json!(1), "a text or null"),
     ] {
         let shown = if field == "lora_dropout" { "1".into() } else { value.to_string() };
         assert_eq!(refusal(json!({ field: value })), format!("'{field}' is {shown}, expected {expected}"));
     }
+    for (turns, found) in
+        [(json!({"loftq_iter": 0}), "loftq_iter' is 0"), (json!({"loftq_bits": 8}), "loftq_bits' is 8")]
+    {
+        let message = refusal(json!({ "loftq_config": turns, "init_lora_weights": "loftq" }));
+        assert!(message.starts_with(&format!("'loftq_config: {found}, expected ")), "{message}");
+    }
+    for alpha in [json!({ "lora_alpha": 0 }), json!({ "alpha_pattern": {"q_proj": -1} })] {
+        for init in ["pissa", "olora", "loftq"] {
+            let mut fields = alpha.clone();
+            fields["init_lora_weights"] = init.into();
+            assert!(refusal(fields).ends_with("expected a positive number with this start"));
+        }
+    }
+    let message = refusal(json!({ "peft_type": "ADALORA", "init_lora_weights": "pissa" }));
+    assert_eq!(message, "'init_lora_weights' is pissa, expected a start that AdaLoRA has");
     let message = refusal(json!({ "rank_pattern": {"q_proj": 0} }));
     assert_eq!(message, "'rank_pattern: q_proj' is 0, expected 1 or more");
     let message = refusal(json!({ "rank_pattern": {"q_proj": [true]} }));
@@ -155,13 +171,22 @@ fn forms() -> impl Strategy<Value = (Form, Option<AdaLora>)> {
     ]
 }
 
+fn inits() -> impl Strategy<Value = Init> {
+    prop_oneof![
+        prop::sample::select(vec![Init::Kaiming, Init::Gaussian, Init::Random, Init::Pissa, Init::Olora]),
+        (1..9usize).prop_map(|iterations| Init::Loftq { iterations }),
+    ]
+}
+
 prop_compose! {
     fn configs()(
         rank in 1..100_000usize,
         alpha in -4000..4000i32,
         dropout in 0..1000u32,
         rslora: bool,
-        init in prop::sample::select(vec![Init::Kaiming, Init::Gaussian, Init::Random]),
+        init in inits(),
+        bias in prop::sample::select(vec![Bias::None, Bias::All, Bias::LoraOnly]),
+        modules_to_save in prop::collection::vec("[a-z_.]{1,8}", 0..3),
         targets in prop_oneof![
             Just(Targets::Default), Just(Targets::AllLinear), names().prop_map(Targets::Named),
         ],
@@ -171,7 +196,9 @@ prop_compose! {
         [base_model, revision, task_type] in prop::array::uniform3(prop::option::of("\\PC{0,12}")),
         (form, adalora) in forms(),
     ) -> AdapterConfig {
-        let eighths = |alpha: i32| f64::from(alpha) / 8.0;
+        let init = if adalora.is_some() && init.changes_the_base() { Init::Kaiming } else { init };
+        // A start out of the base asks for positive ones.
+        let eighths = |alpha: i32| f64::from(if init.changes_the_base() { alpha.abs() + 1 } else { alpha }) / 8.0;
         let rslora = rslora && form != Form::AdaLora;
         let adalora = adalora.map(|adalora| AdaLora { target_rank: 1 + adalora.target_rank % rank, ..adalora });
         let rank_pattern = if adalora.is_none() { rank_pattern } else { Default::default() };
@@ -179,7 +206,7 @@ prop_compose! {
             adalora,
             spec: LoraSpec {
                 form, rslora, dropout: f64::from(dropout) / 1000.0, ..LoraSpec::new(rank, eighths(alpha)) },
-            init, targets, exclude,
+            init, targets, exclude, bias, modules_to_save,
             rank_pattern: rank_pattern.into_iter().collect(),
             alpha_pattern: alpha_pattern.into_iter().map(|(key, alpha)| (key, eighths(alpha))).collect(),
             base_model, revision, task_type,

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{all, golden, golden_layers, matrix, reference};
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Init, attach_folder, write_folder};
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Init, Purpose, attach_folder, write_folder};
 use rankfold_files::Checkpoint;
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ fn golden_folders_are_read_and_written_byte_for_byte() {
         assert!(attached.unused.is_empty() && !attached.modules.is_empty());
 
         let out = tempfile::tempdir().unwrap();
-        write_folder(backend.as_ref(), out.path(), &attached.config, &layers).unwrap();
+        write_folder(backend.as_ref(), out.path(), &attached.config, &layers, Vec::new(), Purpose::Exchange).unwrap();
         let bytes = |path: &std::path::Path| std::fs::read(path.join("adapter_model.safetensors")).unwrap();
         assert_eq!(bytes(out.path()), bytes(&golden(folder)), "{folder}");
 

@@ -1,7 +1,7 @@
 //! What no run may be told: numbers out of range, and options that contradict each other, wherever each was given.
 
 use crate::error::{Error, Result};
-use crate::options::{Method, Options, Quantize};
+use crate::options::{Method, Options, Quantize, Start};
 
 /// The most of a count: beyond it, a typing error is likelier than a machine that could do it.
 const MOST: usize = 1 << 20;
@@ -20,6 +20,7 @@ fn ranges(o: &Options) -> Result<()> {
         ("seq", o.seq),
         ("accumulate", o.accumulate),
         ("keep", o.keep),
+        ("loftq-iter", o.loftq_iter),
     ];
     for (name, value) in counts {
         count(name, value)?;
@@ -29,6 +30,7 @@ fn ranges(o: &Options) -> Result<()> {
         _ => Ok(()),
     };
     number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
+    number("lora-plus", o.lora_plus, |x| x > 0.0 && x.is_finite(), "a positive number")?;
     number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
     number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
     number("beta2", o.beta2, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
@@ -60,7 +62,19 @@ fn conflicts(o: &Options) -> Result<()> {
         ("dropout", o.dropout.is_some()),
         ("rslora", o.rslora.is_some()),
         ("targets", o.targets.is_some()),
+        ("rank-pattern", o.rank_pattern.is_some()),
+        ("alpha-pattern", o.alpha_pattern.is_some()),
+        ("init", o.init.is_some()),
+        ("loftq-iter", o.loftq_iter.is_some()),
+        ("bias", o.bias.is_some()),
+        ("modules-to-save", o.modules_to_save.is_some()),
     ];
+    let no_adaloras = [
+        ("rank-pattern", o.rank_pattern.is_some()),
+        ("alpha-pattern", o.alpha_pattern.is_some()),
+        ("init", o.init.is_some_and(|init| init != Start::Kaiming)),
+    ];
+    let plus = [("lora-plus", o.lora_plus.is_some())];
     let adalora = [
         ("adalora-prune", o.adalora_prune.is_some()),
         ("adalora-target", o.adalora_target.is_some()),
@@ -79,6 +93,9 @@ fn conflicts(o: &Options) -> Result<()> {
     let full = o.method == Some(Method::Full);
     let quantized = [("quantize", o.quantize.is_some_and(|format| format != Quantize::None))];
     let starts = [("init-adapter", o.init_adapter.is_some())];
+    let double = [("double-quant", o.double_quant == Some(true))];
+    let not_nf4 = [("quantize", o.quantize.is_some_and(|format| format != Quantize::Nf4))];
+    let (loftq, dense) = (o.init == Some(Start::Loftq), matches!(o.init, Some(Start::Pissa | Start::Olora)));
     let its_own = "the folder has its own, expected none";
     beside(o.tokens.is_some(), "--tokens", &text, "one batch is the whole data, expected one of the two")?;
     beside(o.tokens.is_some(), "--tokens", &rows, "the file's shape is the batch's, expected none")?;
@@ -87,6 +104,13 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(o.init_adapter.is_some(), "--init-adapter", &adalora[1..], its_own)?;
     let no_adalora = o.init_adapter.is_none() && o.method != Some(Method::Adalora);
     beside(no_adalora, "no --method adalora", &adalora, "it is AdaLoRA's, expected none")?;
+    let adaloras = o.method == Some(Method::Adalora);
+    beside(adaloras, "--method adalora", &no_adaloras, "AdaLoRA gives ranks and begins by itself, expected none")?;
+    beside(!loftq, "no --init loftq", &[("loftq-iter", o.loftq_iter.is_some())], "it is LoftQ's, expected none")?;
+    beside(loftq, "--init loftq", &not_nf4, "LoftQ makes its base in nf4, expected nf4")?;
+    beside(loftq, "--init loftq", &double, "LoftQ's scales are plain, expected none")?;
+    beside(dense, "--init pissa or olora", &quantized, "they begin as a part of a dense base, expected none")?;
+    beside(full, "--method full", &plus, "there is no adapter, expected none")?;
     beside(full, "--method full", &lora, "there is no adapter, expected none")?;
     beside(full, "--method full", &starts, "there is no adapter, expected none")?;
     beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")?;
@@ -117,6 +141,15 @@ mod tests {
             ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
             ("page-folder = '/tmp'", ["--page-folder", "--memory-limit"]),
             ("page-io = 'direct'\noptimizer = 'adamw8bit'", ["--page-io", "paged optimiser"]),
+            ("init-adapter = 'a'\ninit = 'pissa'", ["--init", "--init-adapter"]),
+            ("init-adapter = 'a'\nmodules-to-save = 'lm_head'", ["--modules-to-save", "--init-adapter"]),
+            ("method = 'adalora'\ninit = 'pissa'", ["--init", "--method adalora"]),
+            ("method = 'adalora'\nrank-pattern = 'q_proj=3'", ["--rank-pattern", "--method adalora"]),
+            ("init = 'pissa'\nquantize = 'nf4'", ["--quantize", "--init pissa"]),
+            ("init = 'loftq'\nquantize = 'fp4'", ["--quantize", "nf4"]),
+            ("init = 'loftq'\ndouble-quant = true", ["--double-quant", "--init loftq"]),
+            ("init = 'gaussian'\nloftq-iter = 3", ["--loftq-iter", "--init loftq"]),
+            ("method = 'full'\nlora-plus = 4.0", ["--lora-plus", "--method full"]),
         ] {
             let why = refused(toml);
             assert!(words.iter().all(|word| why.contains(word)), "{toml}: {why}");
@@ -130,9 +163,16 @@ mod tests {
 
     #[test]
     fn numbers_out_of_range_are_refused() {
-        for toml in
-            ["rank = 0", "batch = 1000000000000", "seq = 1", "lr = -1.0", "beta2 = 1.0", "steps = 2\nwarmup = 3"]
-        {
+        for toml in [
+            "rank = 0",
+            "lora-plus = 0.0",
+            "init = 'loftq'\nloftq-iter = 0",
+            "batch = 1000000000000",
+            "seq = 1",
+            "lr = -1.0",
+            "beta2 = 1.0",
+            "steps = 2\nwarmup = 3",
+        ] {
             refused(toml);
         }
     }

@@ -4,8 +4,11 @@ use crate::error::{Error, Result};
 use crate::options::Options;
 use std::path::{Path, PathBuf};
 
+/// The folder of the base that a run made, where its adapter belongs to no other.
+pub const BASE: &str = "base";
+
 /// What a run writes at its folder's top; nothing else is ever removed.
-const OWN: [&str; 10] = [
+const OWN: [&str; 11] = [
     "metrics.jsonl",
     "report.html",
     "adapter_config.json",
@@ -15,6 +18,7 @@ const OWN: [&str; 10] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "checkpoints",
+    BASE,
     // Last: a removal that was interrupted can be gone on with, as the folder still says that it is a run's.
     "run.toml",
 ];

@@ -3,14 +3,15 @@
 use crate::builtin;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::options::{Method, Options};
+use crate::options::{Biases, Method, Options, Start};
 use crate::paging;
 use crate::show::bytes;
 use rankfold_adapters::adalora::AdaLora;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, Targets};
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Bias, Form, Init, LoraSpec, Targets};
 use rankfold_trainer::model::{ModelConfig, Precision};
 use rankfold_trainer::plan::{Category, Machine, Plan, Setup, Stored};
 use std::path::Path;
+use std::str::FromStr;
 
 /// The program with its libraries and threads. This and the figures below were measured (Linux, x86-64, glibc): what
 /// the system says of a run beyond its counted buffers.
@@ -102,9 +103,41 @@ pub fn adapter(options: &Options, builtin: bool) -> Result<Option<AdapterConfig>
         },
         adalora: (form == Form::AdaLora).then(|| adalora(options)),
         targets: Targets::parse(options.targets.as_deref().unwrap_or_default()),
+        rank_pattern: pattern("rank-pattern", options.rank_pattern.as_deref())?,
+        alpha_pattern: pattern("alpha-pattern", options.alpha_pattern.as_deref())?,
+        init: match options.init {
+            None | Some(Start::Kaiming) => Init::Kaiming,
+            Some(Start::Gaussian) => Init::Gaussian,
+            Some(Start::Pissa) => Init::Pissa,
+            Some(Start::Olora) => Init::Olora,
+            Some(Start::Loftq) => Init::Loftq { iterations: options.loftq_iter.unwrap_or(1) },
+        },
+        bias: match options.bias {
+            None | Some(Biases::None) => Bias::None,
+            Some(Biases::All) => Bias::All,
+            Some(Biases::LoraOnly) => Bias::LoraOnly,
+        },
+        modules_to_save: list(options.modules_to_save.as_deref()).map(str::to_owned).collect(),
         base_model: options.model.clone().filter(|_| !builtin),
         ..AdapterConfig::default()
     }))
+}
+
+/// The parts of a text with commas.
+fn list(text: Option<&str>) -> impl Iterator<Item = &str> {
+    text.unwrap_or_default().split(',').map(str::trim).filter(|part| !part.is_empty())
+}
+
+/// 'KEY=NUMBER,…' of `flag`, in its order.
+fn pattern<T: FromStr>(flag: &str, text: Option<&str>) -> Result<Vec<(String, T)>> {
+    let pair = |part: &str| {
+        let pair = part.rsplit_once('=').and_then(|(key, value)| Some((key.trim(), value.trim().parse().ok()?)));
+        match pair.filter(|(key, _)| !key.is_empty()) {
+            Some((key, value)) => Ok((key.to_owned(), value)),
+            None => Err(Error::Usage(format!("--{flag} '{part}': expected NAME=NUMBER, with commas between"))),
+        }
+    };
+    list(text).map(pair).collect()
 }
 
 /// AdaLoRA's own hyper-parameters.

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::options::{Options, Quantize};
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, attach_folder, attach_new};
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, Init, attach_folder, attach_loftq, attach_new};
 use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
@@ -224,6 +224,7 @@ pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<Ada
     let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
     let folder = AdapterFolder::open(adapter)?;
     let attached = attach_folder(backend.as_ref(), &mut model.linears_mut(), &folder, family)?;
+    model.train_modules(&attached.config, Some(&folder))?;
     warn_of(&attached);
     let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
     if let Some(base) = attached.config.base_model.as_ref().filter(|base| last(base) != last(name)) {
@@ -241,7 +242,11 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     let (backend, mut rack) = (model.backend().clone(), Rack::default());
     let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
     for (name, adapter) in names.iter().zip(adapters) {
-        attach_saved(model, of, adapter)?;
+        let config = attach_saved(model, of, adapter)?;
+        if config.init.changes_the_base() || config.trains_the_base() {
+            let why = "it changes or trains parts of the base itself, expected adapters that are nothing but updates";
+            return Err(Error::Path { path: adapter.clone(), why: format!("no sum can be made with it: {why}") });
+        }
         rack.keep(name, &mut model.linears_mut());
     }
     let weights = weights.iter().copied().chain(std::iter::repeat(1.0));
@@ -249,10 +254,22 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     Ok(rack.put_sum(backend.as_ref(), &parts, &mut model.linears_mut())?)
 }
 
-/// Put new adapters onto a model; their configuration.
-pub fn attach_fresh(model: &mut Model, config: &AdapterConfig, seed: u64) -> Result<AdapterConfig> {
+/// Put new adapters onto a model; their configuration. With LoftQ the model was quantised from `checkpoint`.
+pub fn attach_fresh(
+    model: &mut Model,
+    config: &AdapterConfig,
+    checkpoint: &Checkpoint,
+    seed: u64,
+) -> Result<AdapterConfig> {
     let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
-    let attached = attach_new(backend.as_ref(), &mut model.linears_mut(), config, family, seed)?;
+    let attached = match config.init {
+        Init::Loftq { .. } => {
+            let dense = |path: &str| Ok(checkpoint.read_f32(&format!("{path}.weight"))?);
+            attach_loftq(backend.as_ref(), &mut model.linears_mut(), config, family, &dense)?
+        }
+        _ => attach_new(backend.as_ref(), &mut model.linears_mut(), config, family, seed)?,
+    };
+    model.train_modules(&attached.config, None)?;
     warn_of(&attached);
     Ok(attached.config)
 }

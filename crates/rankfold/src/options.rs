@@ -29,6 +29,35 @@ pub enum Method {
     Full,
 }
 
+/// Where adapters begin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Start {
+    /// A uniform, B zero; AdaLoRA's own.
+    Kaiming,
+    /// A normal, B zero.
+    Gaussian,
+    /// The largest singular triples of the base, which loses them.
+    Pissa,
+    /// The first columns of the base's Q and rows of its R, which it loses.
+    Olora,
+    /// What nf4 lost of the base.
+    Loftq,
+}
+
+/// Biases that are trained beside adapters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Biases {
+    /// None.
+    None,
+    /// Those of every linear layer.
+    All,
+    /// Those of the adapted layers.
+    LoraOnly,
+}
+
 /// What becomes of AdaLoRA's triplets that the budget does not reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -166,7 +195,7 @@ pub struct Options {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub method: Option<Method>,
-    /// Format of the frozen linear layers [default: nf4 for builtin, else none].
+    /// Format of the frozen linear layers [default: nf4 for builtin and with loftq, else none].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantize>,
@@ -182,7 +211,7 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rank: Option<usize>,
-    /// The adapters are scaled by alpha / rank [default: 2 · rank].
+    /// The adapters are scaled by alpha / rank [default: 2 · rank; rank where they begin as a part of the base].
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
@@ -199,6 +228,34 @@ pub struct Options {
     #[arg(long, value_name = "q_proj,…|all-linear|REGEX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<String>,
+    /// Ranks of some layers, by regular expressions for ends of paths: 'q_proj=4,down_proj=32'.
+    #[arg(long, value_name = "NAME=N,…")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank_pattern: Option<String>,
+    /// Alphas of some layers, likewise.
+    #[arg(long, value_name = "NAME=X,…")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub alpha_pattern: Option<String>,
+    /// Where the adapters begin: pissa and olora on a dense base, loftq on one that it quantises [default: kaiming].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<Start>,
+    /// LoftQ: turns of quantising and decomposing [default: 1].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loftq_iter: Option<usize>,
+    /// LoRA+: the learning rate of every B over that of all else [default: 1].
+    #[arg(long, value_name = "RATIO")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_plus: Option<f64>,
+    /// Biases to train beside the adapters [default: none].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias: Option<Biases>,
+    /// Modules to train whole beside the adapters: the embedding, the head, norms [default: none].
+    #[arg(long, value_name = "lm_head,embed_tokens,…")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub modules_to_save: Option<String>,
     /// AdaLoRA: what becomes of triplets out of budget [default: shrink; mask with --init-adapter].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -385,16 +442,29 @@ impl Options {
         let adaloras = adalora::AdaLora::default();
         let steps = self.steps.unwrap_or(200);
         let (rank, device) = (self.rank.unwrap_or(16), self.device.unwrap_or_default());
+        // A start out of the base says what the base is in, and is scaled by 1.
+        let (quantize, double, alpha) = match self.init {
+            Some(Start::Pissa | Start::Olora) => (Quantize::None, false, rank as f64),
+            Some(Start::Loftq) => (Quantize::Nf4, false, rank as f64),
+            _ => (Quantize::of(builtin && !full), builtin && !full, 2.0 * rank as f64),
+        };
         Self {
-            quantize: Some(Quantize::of(builtin && !full)),
-            double_quant: Some(builtin && !full),
+            quantize: Some(quantize),
+            double_quant: Some(double),
             block: Some(BLOCK),
             method: self.init_adapter.is_none().then_some(Method::Lora),
             rank: own.then_some(rank),
-            alpha: own.then_some(2.0 * rank as f64),
+            alpha: own.then_some(alpha),
             dropout: own.then_some(0.0),
             rslora: own.then_some(false),
             targets: own.then(|| "all-linear".into()),
+            rank_pattern: None,
+            alpha_pattern: None,
+            init: own.then_some(Start::Kaiming),
+            loftq_iter: (self.init == Some(Start::Loftq)).then_some(1),
+            lora_plus: (!full).then_some(1.0),
+            bias: own.then_some(Biases::None),
+            modules_to_save: None,
             adalora_prune: adalora.then_some(Prune::Shrink),
             adalora_target: adalora.then_some((rank / 2).max(1)),
             adalora_tinit: adalora.then_some(steps / 10),

@@ -1,9 +1,10 @@
 //! A run's checkpoints: `checkpoints/step-000010/`, each whole or not there.
 //!
-//! A checkpoint is the product as it then was (an adapter folder, or the whole model's in f32), the optimiser's
-//! moments in `optimizer.safetensors`, as they are: `NAME.m` and `NAME.v`, where in 8 bits with `NAME.m.absmax` and
-//! `NAME.v.absmax`; with AdaLoRA its sensitivities in `allocator.safetensors`; and `state.json`. It is written into a temporary folder that is given its name when everything in
-//! it is on the disk, so that a name is a promise.
+//! A checkpoint is the product as it then was (an adapter folder, with what the adapter took out of its base in
+//! `start.safetensors`, or the whole model's in f32), the optimiser's moments in `optimizer.safetensors`, as they are:
+//! `NAME.m` and `NAME.v`, where in 8 bits with `NAME.m.absmax` and `NAME.v.absmax`; with AdaLoRA its sensitivities in
+//! `allocator.safetensors`; and `state.json`. It is written into a temporary folder that is given its name when
+//! everything in it is on the disk, so that a name is a promise.
 
 use crate::model::Model;
 use crate::optimizer::{AdamW, Moments, Named, Slot};

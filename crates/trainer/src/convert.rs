@@ -1,14 +1,16 @@
 //! A model's folder into another: quantised, dequantised. Tensor by tensor, so that memory stays near the largest of
 //! them. What the file holds beyond the config's tensors goes along.
 
-use crate::model::{ModelConfig, Quantization};
+use crate::model::{Model, ModelConfig, Quantization};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
+use rankfold_autograd::Base;
 use rankfold_backend::{Backend, DType, Format, Quantized};
 use rankfold_files::{Checkpoint, Spec, Writer, quantized, write_atomically};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 /// What a conversion did, for its last line.
 #[derive(Clone, Copy, Debug, Default)]
@@ -36,6 +38,38 @@ pub fn quantize(
         return Err(Error::file(checkpoint.path(), format!("'{name}' is in 4 bits already: expected a dense model")));
     }
     let Quantization { format, block, double } = how;
+    write_quantized(checkpoint, config, how, out, backend, &|name, shape| {
+        let dense = checkpoint.load(name, backend)?;
+        let weight = Quantized::quantize(backend, dense.view(), shape, format, block, double)
+            .map_err(|e| Error::file(checkpoint.file(name), format!("'{name}': {e}")))?;
+        Ok(Arc::new(weight))
+    })
+}
+
+/// Write `checkpoint` with the 4-bit weights that a model has in place of its own: the base that LoftQ made.
+///
+/// Errors: a linear layer that is not in 4 bits.
+pub fn write_base(model: &Model, checkpoint: &Checkpoint, how: Quantization, out: &Path) -> Result<Converted> {
+    let layers: BTreeMap<String, Base> = model.linears().map(|l| (format!("{}.weight", l.path()), l.base())).collect();
+    write_quantized(checkpoint, &model.config, how, out, model.backend().as_ref(), &|name, _| match layers.get(name) {
+        Some(Base::Quantized(weight)) => Ok(weight.clone()),
+        _ => Err(Error::file(checkpoint.file(name), format!("'{name}' is dense in the model, expected 4 bits"))),
+    })
+}
+
+/// A linear layer's weight in 4 bits, by its name and shape.
+type WeightOf<'a> = dyn Fn(&str, [usize; 2]) -> Result<Arc<Quantized>> + 'a;
+
+/// Write `checkpoint` with `weight` of every linear layer, by its name and shape, in place of its own.
+fn write_quantized(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    how: Quantization,
+    out: &Path,
+    backend: &dyn Backend,
+    weight: &WeightOf,
+) -> Result<Converted> {
+    let Quantization { format, block, double } = how;
     let mut done = Converted::default();
     let tensors = tensors(checkpoint, config)?;
     let mut specs = Vec::new();
@@ -54,9 +88,7 @@ pub fn quantize(
             writer.copy(&name, checkpoint)?;
             continue;
         };
-        let dense = checkpoint.load(&name, backend)?;
-        let weight = Quantized::quantize(backend, dense.view(), shape, format, block, double)
-            .map_err(|e| Error::file(checkpoint.file(&name), format!("'{name}': {e}")))?;
+        let weight = weight(&name, shape)?;
         quantized::write(&mut writer, &name, backend, &weight, dtype)?;
         done.after += weight.bytes() as u64;
         done.layers += 1;

@@ -9,17 +9,18 @@ use crate::model::{Model, Quantization};
 use crate::product::write_config;
 use crate::{Error, Result};
 use rankfold_adapters::{Linear, Lora, merged_weight};
-use rankfold_autograd::Base;
+use rankfold_autograd::{Base, Parameter};
 use rankfold_backend::{Backend, Buffer, DType, Quantized, Scales};
 use rankfold_files::{Checkpoint, Writer, quantized};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Write a model with its adapter folded in: W + s·B·A wherever there is one, 4-bit weights as the dense values that
-/// they stand for.
+/// Write a model with its adapter folded in: the updated weight wherever there is one, what was trained beside it, and
+/// 4-bit weights as the dense values that they stand for.
 pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
     let (config, backend) = (&model.config, model.backend().as_ref());
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
+    let trained: BTreeMap<String, Parameter> = model.trained_of_the_base().into_iter().collect();
     let mut done = Converted::default();
     let tensors = tensors(checkpoint, config)?;
     let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
@@ -36,9 +37,7 @@ pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Conve
             Some((_, Base::Quantized(weight), None)) => {
                 write_decoded(&mut writer, backend, tensor, &weight)?;
             }
-            _ => {
-                write_dense(&mut writer, backend, checkpoint, tensor)?;
-            }
+            _ => write_beside(&mut writer, backend, checkpoint, tensor, trained.get(name))?,
         }
     }
     writer.finish()?;
@@ -63,6 +62,7 @@ pub struct Requantised {
 pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<(Converted, Vec<Requantised>)> {
     let (config, backend) = (&model.config, model.backend().as_ref());
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
+    let trained: BTreeMap<String, Parameter> = model.trained_of_the_base().into_iter().collect();
     let how = format(model, checkpoint)?;
     let Quantization { format, block, double } = how;
     let tensors = tensors(checkpoint, config)?;
@@ -77,7 +77,7 @@ pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Re
     let (mut done, mut errors) = (Converted::default(), Vec::new());
     for tensor in &tensors {
         let Some(linear) = tensor.linear.and_then(|_| layers.get(&tensor.name)) else {
-            write_dense(&mut writer, backend, checkpoint, tensor)?;
+            write_beside(&mut writer, backend, checkpoint, tensor, trained.get(&tensor.name))?;
             continue;
         };
         let Base::Quantized(weight) = linear.base() else { continue };
@@ -94,6 +94,20 @@ pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Re
     writer.finish()?;
     write_quantized_config(&config.raw, how, checkpoint.dtype("model.embed_tokens.weight")?, out)?;
     Ok((done, errors))
+}
+
+/// A tensor that is no adapted weight: as it was trained, or as the file has it.
+fn write_beside(
+    writer: &mut Writer,
+    backend: &dyn Backend,
+    checkpoint: &Checkpoint,
+    tensor: &Tensor,
+    trained: Option<&Parameter>,
+) -> Result<()> {
+    let Some(value) = trained else { return write_dense(writer, backend, checkpoint, tensor).map(drop) };
+    let mut stored = backend.alloc(tensor.dtype, value.shape().elements())?;
+    backend.cast(value.tensor().view(), stored.view_mut())?;
+    Ok(writer.write_view(&tensor.name, backend, stored.view())?)
 }
 
 /// The one way in which all layers are in 4 bits.

@@ -3,7 +3,7 @@
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::{Error, Result};
-use rankfold_adapters::AdapterConfig;
+use rankfold_adapters::{AdapterConfig, Purpose};
 use rankfold_backend::{DType, View};
 use rankfold_files::{Spec, Writer, write_atomically};
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub enum Kind<'a> {
 }
 
 impl Product<'_> {
-    /// Write it into `folder`, which exists; the weights are exact in a checkpoint.
+    /// Write it into `folder`, which exists; in a checkpoint the weights are exact, and all is there to go on from.
     pub fn save(&self, folder: &Path, checkpoint: bool) -> Result<()> {
         match &self.kind {
             Kind::Adapter(config) => Ok(rankfold_adapters::write_folder(
@@ -40,6 +40,8 @@ impl Product<'_> {
                 folder,
                 config,
                 self.model.linears(),
+                self.model.trained_modules(),
+                if checkpoint { Purpose::Resume } else { Purpose::Exchange },
             )?),
             Kind::Full { tokenizer, dtype } => {
                 self.save_model(folder, *tokenizer, if checkpoint { DType::F32 } else { *dtype })

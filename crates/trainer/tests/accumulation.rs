@@ -63,7 +63,7 @@ fn step(accumulate: usize) -> (f64, Vec<Trained>) {
         compute: Compute::F32,
         orthogonality: None,
     };
-    let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, weight_decay: 0.0 };
+    let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, ..Hyper::default() };
     let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, model.parameters()).unwrap();
     let mut batches = Batches::Loader(Box::new(loader(accumulate)));
     let pending = gradients(&model, &mut batches, &recipe, &optimizer, 1).unwrap();

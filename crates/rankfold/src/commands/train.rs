@@ -3,11 +3,11 @@
 use crate::builtin;
 use crate::check::check;
 use crate::device::DeviceArgs;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::folder;
 use crate::memory::{self, Subject};
 use crate::open::Folder;
-use crate::options::{Method, Options, Prune};
+use crate::options::{Method, Options, Prune, Start};
 use crate::paging::{self, Paged};
 use crate::ranks::RankMap;
 use crate::report;
@@ -17,6 +17,9 @@ use crate::size::Size;
 use clap::Args;
 use rankfold_adapters::AdapterConfig;
 use rankfold_adapters::adalora::Allocator;
+use rankfold_files::Checkpoint;
+use rankfold_trainer::checkpoint::Checkpoints;
+use rankfold_trainer::convert;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
 use rankfold_trainer::optimizer::{AdamW, Hyper};
@@ -69,22 +72,36 @@ impl Train {
         if let Some(out) = &self.out {
             folder::refuse_taken(out, self.resume, self.overwrite)?;
         }
+        let done = match (&self.out, self.resume) {
+            (Some(out), true) => Checkpoints::of(out).list()?.pop().map(|(_, path)| Done { out: out.clone(), path }),
+            _ => None,
+        };
         // The data and the model are opened before anything is written, so that a bad input leaves no folder.
-        let job = Job::open(&options, self.threads)?;
+        let job = Job::open(&options, self.threads, done.as_ref())?;
         let out = match self.out {
             Some(out) => out,
             None => folder::first_free(Path::new("runs"))?,
         };
         folder::claim(&out, self.resume, self.overwrite)?;
         rankfold_files::write_atomically(&out.join("run.toml"), options.to_toml()?.as_bytes())?;
+        if done.is_none() {
+            job.write_base(&options, &out)?;
+        }
         job.run(&options, &out, self.resume)
     }
+}
+
+/// What there is of a run that goes on: its folder, and its last checkpoint's.
+struct Done {
+    out: PathBuf,
+    path: PathBuf,
 }
 
 /// A run's parts, opened.
 struct Job {
     model: Model,
     folder: Folder,
+    precision: Precision,
     tokenizer: Option<Tokenizer>,
     adapter: Option<AdapterConfig>,
     batches: Batches,
@@ -93,7 +110,7 @@ struct Job {
 }
 
 impl Job {
-    fn open(options: &Options, threads: Option<usize>) -> Result<Self> {
+    fn open(options: &Options, threads: Option<usize>, done: Option<&Done>) -> Result<Self> {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;
@@ -111,15 +128,40 @@ impl Job {
         let tiers = paging::tiers(options, &plan)?;
         let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
         let (backend, paged) = device.open_on(tiers)?;
-        let mut model = folder.load(backend, precision)?;
-        let adapter = adapter.map(|fresh| attach(options, &fresh, &mut model)).transpose()?;
+        let mut model = match done.filter(|_| options.init == Some(Start::Loftq)) {
+            // The base that the run made when it began.
+            Some(Done { out, .. }) => {
+                Model::load(backend, &Checkpoint::open(&out.join(folder::BASE))?, folder.config.clone(), precision)?
+            }
+            None => folder.load(backend, precision)?,
+        };
+        let attach = |fresh: AdapterConfig| attach(options, &fresh, &folder, &mut model, done);
+        let adapter = adapter.map(attach).transpose()?;
         describe(options, &folder, precision, &model, &batches);
         eprintln!("memory: {}", memory::summary(&plan));
-        Ok(Self { model, folder, tokenizer, adapter, batches, held_out, paged })
+        Ok(Self { model, folder, precision, tokenizer, adapter, batches, held_out, paged })
+    }
+
+    /// With LoftQ: write the base that it made, as a whole model, without which the adapter is of no use.
+    fn write_base(&self, options: &Options, out: &Path) -> Result<()> {
+        let (Some(Start::Loftq), Precision::Quantized(how)) = (options.init, self.precision) else { return Ok(()) };
+        let base = out.join(folder::BASE);
+        if base.exists() {
+            std::fs::remove_dir_all(&base).map_err(Error::io(&base))?;
+        }
+        let staged = super::stage(&base)?;
+        convert::write_base(&self.model, &self.folder.checkpoint, how, staged.path())?;
+        super::copy_tokenizer(&self.folder, staged.path())?;
+        Ok(staged.commit()?)
     }
 
     fn run(self, options: &Options, out: &Path, resume: bool) -> Result<()> {
-        let Self { mut model, folder, tokenizer, adapter, batches, held_out, paged } = self;
+        let Self { mut model, folder, precision: _, tokenizer, mut adapter, batches, held_out, paged } = self;
+        let base = out.join(folder::BASE);
+        let loftq = options.init == Some(Start::Loftq);
+        if let Some(config) = adapter.as_mut().filter(|_| loftq) {
+            config.base_model = Some(base.display().to_string());
+        }
         let compute = options.compute.unwrap_or_default().into();
         let prompt = sample_prompt(&folder, tokenizer.as_ref(), options);
         if let (Some(prompt), false) = (&prompt, resume) {
@@ -150,6 +192,7 @@ impl Job {
         let hyper = Hyper {
             weight_decay: options.weight_decay.unwrap_or_default(),
             beta2: options.beta2.unwrap_or(Hyper::default().beta2),
+            lora_plus: options.lora_plus.unwrap_or(1.0),
             ..Hyper::default()
         };
         let moments = options.optimizer.unwrap_or_default().moments();
@@ -185,15 +228,13 @@ impl Job {
         let report = report::write(out, options.memory_limit.as_ref().map(Size::bytes))?;
         eprintln!("how it went: {}", report.display());
         let (what, next) = match &adapter {
-            Some(_) => (
-                "adapter",
-                format!(
-                    "rankfold generate --model {}{} --adapter {} --prompt …",
-                    options.model.as_deref().unwrap_or_default(),
-                    folder.flags(options),
-                    out.display()
-                ),
-            ),
+            Some(_) => {
+                let (model, flags) = match loftq {
+                    true => (base.display().to_string(), String::new()),
+                    false => (options.model.clone().unwrap_or_default(), folder.flags(options)),
+                };
+                ("adapter", format!("rankfold generate --model {model}{flags} --adapter {} --prompt …", out.display()))
+            }
             None => ("model", format!("rankfold generate --model {} --prompt …", out.display())),
         };
         say!("the {what} is in {}; next: {next}", out.display())?;
@@ -232,10 +273,19 @@ fn precision(options: &Options, folder: &Folder) -> Result<Precision> {
 }
 
 /// Put adapters on the model, new or from a folder.
-fn attach(options: &Options, fresh: &AdapterConfig, model: &mut Model) -> Result<AdapterConfig> {
-    match &options.init_adapter {
-        Some(saved) => crate::open::attach_saved(model, options.model.as_deref().unwrap_or_default(), saved),
-        None => crate::open::attach_fresh(model, fresh, options.seed.unwrap_or_default()),
+fn attach(
+    options: &Options,
+    fresh: &AdapterConfig,
+    folder: &Folder,
+    model: &mut Model,
+    done: Option<&Done>,
+) -> Result<AdapterConfig> {
+    let name = options.model.as_deref().unwrap_or_default();
+    match (done, &options.init_adapter) {
+        // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
+        (Some(done), _) if fresh.init.changes_the_base() => crate::open::attach_saved(model, name, &done.path),
+        (_, Some(saved)) => crate::open::attach_saved(model, name, saved),
+        _ => crate::open::attach_fresh(model, fresh, &folder.checkpoint, options.seed.unwrap_or_default()),
     }
 }
 

@@ -5,8 +5,9 @@ use super::{Cache, ModelConfig};
 use crate::data::Batch;
 use crate::optimizer::Named;
 use crate::{Error, Result};
-use rankfold_adapters::{Forward, Linear};
-use rankfold_autograd::{Base, Tape, Tensor, Value};
+use rankfold_adapters::linear::peft_name;
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Forward, Linear, Weight, train_modules};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::params::IGNORED;
 use rankfold_backend::{Backend, Buffer, Compute, DType, rope};
 use std::sync::{Arc, Mutex};
@@ -204,8 +205,56 @@ impl Model {
     pub fn parameters(&self) -> Vec<Named> {
         let named = |(name, parameter)| Named { name, parameter };
         let trained = |(name, value): (String, &Value)| Some((name, value.parameter()?.clone()));
-        let of_linears = self.linears().flat_map(|linear| linear.parameters());
-        self.values().into_iter().filter_map(trained).chain(of_linears).map(named).collect()
+        let values = match self.linears().any(|linear| matches!(linear.weight(), Weight::Trained(_))) {
+            true => self.values().into_iter().filter_map(trained).collect(),
+            false => self.trained_modules(),
+        };
+        values.into_iter().chain(self.linears().flat_map(|linear| linear.parameters())).map(named).collect()
+    }
+
+    /// The modules that are trained whole beside an adapter, under the names of its file.
+    pub(crate) fn trained_modules(&self) -> Vec<(String, Parameter)> {
+        let trained = |(name, value): (String, &Value)| {
+            let path = name.strip_suffix(".weight").unwrap_or(&name);
+            Some((peft_name(path, "weight"), value.parameter()?.clone()))
+        };
+        self.values().into_iter().filter_map(trained).collect()
+    }
+
+    /// Train the modules that a configuration's `modules_to_save` names: from the values that they have or, with a
+    /// folder, from its.
+    ///
+    /// Errors: a name that means no embedding, head or norm; the embedding or the head where they are one matrix, which
+    /// an adapter's file, that has the two apart, cannot say.
+    pub fn train_modules(&mut self, config: &AdapterConfig, folder: Option<&AdapterFolder>) -> Result<()> {
+        if let (true, Some(path)) =
+            (self.config.tied, ["model.embed_tokens", "lm_head"].iter().find(|p| config.saves(p)))
+        {
+            let expected = "none of the two: here the head is the embedding, and would be trained under one name alone";
+            return Err(Error::Setting { setting: "modules_to_save", found: (*path).into(), expected });
+        }
+        let Self { embedding, blocks, norm, head, .. } = self;
+        let mut modules = vec![("model.embed_tokens".to_owned(), embedding)];
+        for (layer, block) in blocks.iter_mut().enumerate() {
+            let Some(Block { input_norm, post_norm, qk_norm, .. }) = Arc::get_mut(block) else { continue };
+            let mut add = |name: &str, value| modules.push((format!("model.layers.{layer}.{name}"), value));
+            add("input_layernorm", input_norm);
+            add("post_attention_layernorm", post_norm);
+            if let Some([q, k]) = qk_norm {
+                add("self_attn.q_norm", q);
+                add("self_attn.k_norm", k);
+            }
+        }
+        modules.push(("model.norm".into(), norm));
+        modules.extend(head.iter_mut().map(|head| ("lm_head".into(), head)));
+        Ok(train_modules(self.backend.as_ref(), modules, config, folder)?)
+    }
+
+    /// What is trained of the base itself, under the names that the model's own files give it.
+    pub(crate) fn trained_of_the_base(&self) -> Vec<(String, Parameter)> {
+        let values = self.values().into_iter().filter_map(|(name, value)| Some((name, value.parameter()?.clone())));
+        let bias = |linear: &Linear| Some((format!("{}.bias", linear.path()), linear.bias()?.parameter()?.clone()));
+        values.chain(self.linears().filter_map(bias)).collect()
     }
 }
 

@@ -6,6 +6,7 @@ mod state;
 
 use crate::{Error, Result};
 use rankfold_adapters::adalora::Cut;
+use rankfold_adapters::linear::is_b;
 use rankfold_autograd::{Gradients, Parameter};
 use rankfold_backend::{Backend, params};
 use std::sync::Arc;
@@ -38,11 +39,13 @@ pub struct Hyper {
     pub eps: f64,
     /// Decoupled decay, of matrices alone: norms and biases have none, as is the custom.
     pub weight_decay: f64,
+    /// λ of LoRA+ (Hayou et al. 2024, §4): the rate of every B over that of all else.
+    pub lora_plus: f64,
 }
 
 impl Default for Hyper {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lora_plus: 1.0 }
     }
 }
 
@@ -128,7 +131,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step at rate `lr`, every gradient multiplied by `grad_scale` first. A parameter that no loss reached has
+    /// One step at rate `lr` (B's at that times LoRA+'s λ), every gradient multiplied by `grad_scale` first. A parameter that no loss reached has
     /// no gradient and stays.
     pub fn update(&mut self, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         self.update_by(PIECE, gradients, lr, grad_scale)
@@ -137,11 +140,12 @@ impl AdamW {
     /// The same, `piece` elements at a time: whole blocks of 8-bit moments.
     fn update_by(&mut self, piece: usize, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         self.step += 1;
-        let Hyper { beta1, beta2, eps, weight_decay } = self.hyper;
+        let Hyper { beta1, beta2, eps, weight_decay, lora_plus } = self.hyper;
         for Slot { named, state } in &mut self.slots {
             let Some(grad) = gradients.of(&named.parameter) else { continue };
             let matrix = named.parameter.shape().dims().len() > 1;
             let weight_decay = if matrix { weight_decay } else { 0.0 };
+            let lr = if is_b(&named.name) { lora_plus * lr } else { lr };
             let p = params::AdamW { lr, beta1, beta2, eps, weight_decay, step: self.step, grad_scale };
             named.parameter.update(|value| {
                 for start in (0..value.len()).step_by(piece) {
@@ -218,6 +222,32 @@ mod tests {
                 let [whole, pieces] = [PIECE, blocks * MOMENT_BLOCK].map(|piece| trained(moments, &[n, 300], piece));
                 prop_assert!(whole == pieces, "in {}", moments);
             }
+        }
+    }
+
+    /// The bits of a parameter of this name after three steps.
+    fn stepped(name: &str, lora_plus: f64, lr: f64) -> Vec<u32> {
+        let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)));
+        let parameter = Parameter::new(backend.upload(&numbers(0, 300)).unwrap(), [3, 100]).unwrap();
+        let hyper = Hyper { weight_decay: 0.01, lora_plus, ..Hyper::default() };
+        let named = Named { name: name.into(), parameter: parameter.clone() };
+        let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, vec![named]).unwrap();
+        for step in 1..4 {
+            let mut gradients = Gradients::new(backend.clone());
+            gradients.put(Variable::Parameter(parameter.id()), backend.upload(&numbers(step, 300)).unwrap());
+            optimizer.update(&gradients, lr, 1.0).unwrap();
+        }
+        backend.download::<f32>(parameter.tensor().view()).unwrap().into_iter().map(f32::to_bits).collect()
+    }
+
+    /// A power of two times the rate is exact.
+    #[test]
+    fn lora_plus_is_a_higher_rate_of_every_b_and_of_nothing_else() {
+        for (end, by) in
+            [("lora_B.weight", 8.0), ("lora_B", 8.0), ("lora_A.weight", 1.0), ("base_layer.bias", 1.0), ("weight", 1.0)]
+        {
+            let name = format!("base_model.model.m.{end}");
+            assert_eq!(stepped(&name, 8.0, 1e-3), stepped(&name, 1.0, by * 1e-3), "{name}");
         }
     }
 

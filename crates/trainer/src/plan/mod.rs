@@ -245,7 +245,7 @@ impl Plan {
         let accounts = paging::usable(accounts.collect());
         let model = setup.config.parameters() as u64;
         let adapters = replayed.attached.as_ref().map_or(0, Attached::parameters) as u64;
-        let trained = if setup.is_full() { model } else { adapters };
+        let trained = replayed.trained as u64;
         Ok(Self {
             parameters: Parameters { model, trained, frozen: model + adapters - trained },
             checkpointing: setup.checkpointing,

@@ -19,6 +19,8 @@ use std::sync::Arc;
 pub(super) struct Replayed {
     pub record: Record,
     pub attached: Option<Attached>,
+    /// Numbers that are trained.
+    pub trained: usize,
 }
 
 /// Errors: those of the run's own code; more memory than can be counted.
@@ -47,8 +49,9 @@ fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Repl
     step(setup, &model, &optimizer, ledger)?;
     evaluate()?;
     let record = ledger.close();
+    let trained = optimizer.slots.iter().map(|slot| slot.named.parameter.shape().elements()).sum();
     drop((model, optimizer, allocator));
-    Ok(Replayed { record, attached })
+    Ok(Replayed { record, attached, trained })
 }
 
 /// The model with its adapters, every buffer labelled.
@@ -57,7 +60,9 @@ fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(M
     let mut model = Model::blank(backend.clone(), (*config).clone(), *stored, *precision, *seq)?;
     let attach = |model: &mut Model, adapter| {
         let family = config.architecture.model_type();
-        attach_blank(backend.as_ref(), &mut model.linears_mut(), adapter, family)
+        let attached = attach_blank(backend.as_ref(), &mut model.linears_mut(), adapter, family)?;
+        model.train_modules(adapter, None)?;
+        Ok::<_, Error>(attached)
     };
     let attached = setup.adapter.map(|adapter| attach(&mut model, adapter)).transpose()?;
     let label = |buffer: &Buffer, category, name: &str| -> Result<()> {
@@ -87,6 +92,10 @@ fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(M
         }
         for (name, parameter) in linear.parameters() {
             label(parameter.tensor().buffer(), trained, &name)?;
+        }
+        for (name, first) in linear.adapter().and_then(|lora| lora.start()).iter().flat_map(|start| start.parameters())
+        {
+            label(first.tensor().buffer(), Category::Adapters, name)?;
         }
         if let Some(bias) = linear.bias().filter(|bias| bias.parameter().is_none()) {
             label(bias.tensor().buffer(), Category::Dense, linear.path())?;

@@ -1,0 +1,152 @@
+//! First values that are taken out of the base: PiSSA and OLoRA, and how they are exchanged.
+//!
+//! ```text
+//! PiSSA   W = U S Vᵀ,  A₀ = √(S_r/s)·V_rᵀ,  B₀ = U_r·√(S_r/s)      (Meng et al. 2024, eq. 2–4)
+//! OLoRA   W = Q R,     A₀ = R[:r],          B₀ = Q[:, :r]           (Büyükakyüz 2024, alg. 1)
+//! ```
+//!
+//! What stays frozen is W₀ = W − s·B₀·A₀, in W's element type, and h = W₀ x + s·B A x begins as W x. The base must be
+//! dense: in 4 bits W₀ would be another matrix than the one that was decomposed (LoftQ is the start for those).
+//!
+//! W₀ + s·B A = W + s·(B A − B₀ A₀), so that beside the original base the update is a plain LoRA of rank 2r:
+//! [B, −B₀]·[A; A₀], with α doubled as well (× √2 where s = α/√r). That is what is written; only what a run goes on
+//! from keeps A, B and A₀, B₀ apart. W₀ was rounded and W was not: beside the original base the update is off by that
+//! rounding, as it is with PEFT.
+
+use crate::decompose::{qr, svd};
+use crate::loftq;
+use crate::lora::{Form, Part};
+use crate::merge::merged_weight;
+use crate::{AdapterConfig, Error, Init, Linear, Lora, LoraSpec, Result, Weight};
+use rankfold_autograd::{Base, Parameter, Tensor};
+use rankfold_backend::{Backend, Buffer, DType};
+
+/// A₀ [rank, inputs] and B₀ [outputs, rank] of a layer whose base is dense.
+///
+/// α is positive ([`AdapterConfig::check`]). Errors: a base in 4 bits; a rank that the matrix does not have.
+pub(crate) fn first_values(backend: &dyn Backend, layer: &Linear, spec: LoraSpec, init: Init) -> Result<[Vec<f32>; 2]> {
+    let (w, dims, rank) = (dense(layer, init)?, [layer.outputs(), layer.inputs()], spec.rank);
+    check_start(layer, spec, init)?;
+    let mut wide = backend.alloc(DType::F32, w.shape().elements())?;
+    backend.cast(w.view(), wide.view_mut())?;
+    let w: Vec<f64> = backend.download::<f32>(wide.view())?.into_iter().map(f64::from).collect();
+    match init {
+        Init::Olora => {
+            let found = qr(&w, dims, rank);
+            Ok([narrow(&found.r), narrow(&found.q)])
+        }
+        _ => balanced(layer.path(), &w, dims, spec),
+    }
+}
+
+/// A and B with s·B A the best approximation of rank r of w, its singular values shared evenly.
+pub(crate) fn balanced(module: &str, w: &[f64], [rows, columns]: [usize; 2], spec: LoraSpec) -> Result<[Vec<f32>; 2]> {
+    check_rank(module, [rows, columns], spec)?;
+    let (found, rank) = (svd(module, w, [rows, columns], spec.rank)?, spec.rank);
+    let roots: Vec<f64> = found.s.iter().map(|s| (s / f64::from(spec.scale())).sqrt()).collect();
+    let a: Vec<f64> = found.vt.iter().enumerate().map(|(i, v)| roots[i / columns] * v).collect();
+    let b: Vec<f64> = found.u.iter().enumerate().map(|(i, u)| roots[i % rank] * u).collect();
+    Ok([narrow(&a), narrow(&b)])
+}
+
+fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|x| *x as f32).collect()
+}
+
+/// That a layer can begin so.
+///
+/// Errors: a base of another kind than the start needs; a rank that its matrix does not have.
+pub(crate) fn check_start(layer: &Linear, spec: LoraSpec, init: Init) -> Result<()> {
+    if init.changes_the_base() {
+        check_rank(layer.path(), [layer.outputs(), layer.inputs()], spec)?;
+    }
+    match init {
+        Init::Loftq { .. } => loftq::block(layer).map(drop),
+        _ if init.takes_from_the_base() => dense(layer, init).map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// The base, where it is dense.
+fn dense(layer: &Linear, init: Init) -> Result<Tensor> {
+    match layer.base() {
+        Base::Dense(w) => Ok(w),
+        Base::Quantized(_) => {
+            let field = format!("{}: init_lora_weights", layer.path());
+            Err(Error::field(field, init, "a start for a base in 4 bits"))
+        }
+    }
+}
+
+/// That a decomposition of `module`'s matrix has as many triples as the rank asks for.
+fn check_rank(module: &str, dims: [usize; 2], spec: LoraSpec) -> Result<()> {
+    match spec.is_wasteful(dims) {
+        true => Err(Error::field(format!("{module}: r"), spec.rank, "no more than the matrix has by itself")),
+        false => Ok(()),
+    }
+}
+
+/// The update −s·B₀·A₀ of a layer whose base is to lose it.
+///
+/// Errors: a base in 4 bits.
+pub(crate) fn taken_out(
+    backend: &dyn Backend,
+    layer: &Linear,
+    [a, b]: [&[f32]; 2],
+    spec: LoraSpec,
+    init: Init,
+) -> Result<Lora> {
+    dense(layer, init)?;
+    let a = Parameter::new(backend.upload(a)?, [spec.rank, layer.inputs()])?;
+    let b = Parameter::new(backend.upload(b)?, [layer.outputs(), spec.rank])?;
+    let spec = LoraSpec { alpha: -spec.alpha, form: Form::Plain, dropout: 0.0, ..spec };
+    Lora::new(layer.path(), a, b, Part::None, spec)
+}
+
+impl Linear {
+    /// W₀ in place of W, where the adapter began by taking something out of it.
+    ///
+    /// Errors: values that are not finite in the base's element type.
+    pub(crate) fn take_out(&mut self, backend: &dyn Backend) -> Result<()> {
+        let Some(start) = self.adapter.as_ref().and_then(Lora::start) else { return Ok(()) };
+        let (base, dims) = (self.base(), [self.outputs(), self.inputs()]);
+        if let Base::Dense(w) = &base {
+            let left = merged_weight(backend, self.path(), &base, start, w.dtype())?;
+            self.weight = Weight::Frozen(Base::Dense(Tensor::constant(left, dims)?));
+        }
+        Ok(())
+    }
+}
+
+/// [A; A₀] and [B, −B₀] of an update that began by taking A₀ and B₀ out of the base.
+pub(crate) fn doubled(backend: &dyn Backend, lora: &Lora, start: &Lora) -> Result<[Parameter; 2]> {
+    let ([outputs, inputs], rank) = (lora.dims(), lora.rank());
+    let mut a = backend.alloc(DType::F32, 2 * rank * inputs)?;
+    backend.copy(lora.a().tensor().view(), a.slice_mut(0, rank * inputs)?)?;
+    backend.copy(start.a().tensor().view(), a.slice_mut(rank * inputs, rank * inputs)?)?;
+    let [now, first] = [lora.b(), start.b()].map(|b| backend.download::<f32>(b.tensor().view()));
+    let (now, first) = (now?, first?);
+    let rows = now.chunks(rank).zip(first.chunks(rank));
+    let b: Vec<f32> = rows.flat_map(|(now, first)| now.iter().copied().chain(first.iter().map(|b| -b))).collect();
+    let b: Buffer = backend.upload(&b)?;
+    Ok([Parameter::new(a, [2 * rank, inputs])?, Parameter::new(b, [outputs, 2 * rank])?])
+}
+
+impl AdapterConfig {
+    /// The configuration of the same adapter beside the base that others have: of twice the rank where it began by
+    /// taking something out of the base, and with a start that does nothing to it.
+    pub fn exchanged(&self) -> Self {
+        let mut config = self.clone();
+        if self.init.takes_from_the_base() {
+            let by = if self.spec.rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+            config.spec.rank *= 2;
+            config.spec.alpha *= by;
+            config.rank_pattern.iter_mut().for_each(|(_, rank)| *rank *= 2);
+            config.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= by);
+        }
+        if self.init.changes_the_base() {
+            config.init = Init::Kaiming;
+        }
+        config
+    }
+}

@@ -1,0 +1,280 @@
+//! Starts that come from the base: what they leave of it, what the layer begins as, what others get to see.
+
+mod common;
+
+use common::{all, layer, matrix, reference};
+use proptest::prelude::*;
+use rankfold_adapters::loftq::loftq;
+use rankfold_adapters::{
+    AdapterConfig, AdapterFolder, Form, Forward, Init, Linear, LoraSpec, Names, Purpose, Targets, Weight,
+    attach_folder, attach_loftq, attach_new, write_folder,
+};
+use rankfold_autograd::{Base, Tape, Tensor};
+use rankfold_backend::{Backend, Compute, DType, Format, Quantized, philox};
+use std::path::Path;
+use std::sync::Arc;
+
+const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
+
+/// `n` numbers in [−1, 1), others for every `stream`.
+fn numbers(stream: u64, n: usize) -> Vec<f32> {
+    (0..n as u64).map(|i| philox::unit(philox::word(9, stream, i)) * 2.0 - 1.0).collect()
+}
+
+fn config(init: Init, spec: LoraSpec) -> AdapterConfig {
+    let targets = Targets::Named(Names::List(["m".to_owned()].into()));
+    AdapterConfig { spec, init, targets, ..AdapterConfig::default() }
+}
+
+/// The layer "m" with w, stored as `dtype`.
+fn stored(backend: &dyn Backend, dims: [usize; 2], w: &[f32], dtype: DType) -> Linear {
+    let mut buffer = backend.alloc(dtype, w.len()).unwrap();
+    backend.cast(backend.upload(w).unwrap().view(), buffer.view_mut()).unwrap();
+    let base = Base::Dense(Tensor::constant(buffer, dims).unwrap());
+    Linear::new("m", 0, Weight::Frozen(base), None).unwrap()
+}
+
+fn forward(backend: &Arc<dyn Backend>, layer: &Linear, x: &[f32]) -> Vec<f32> {
+    let tape = Tape::inference(backend.clone());
+    let x = Tensor::constant(backend.upload(x).unwrap(), [x.len() / layer.inputs(), layer.inputs()]).unwrap();
+    backend.download(layer.forward(&tape, &x, &Forward::evaluation(Compute::F32)).unwrap().view()).unwrap()
+}
+
+/// A layer's matrix in f64, whatever it is stored as.
+fn wide(backend: &dyn Backend, layer: &Linear) -> Vec<f64> {
+    let Base::Dense(w) = layer.base() else { panic!("expected a dense base") };
+    let mut out = backend.alloc(DType::F32, w.shape().elements()).unwrap();
+    backend.cast(w.view(), out.view_mut()).unwrap();
+    backend.download::<f32>(out.view()).unwrap().into_iter().map(f64::from).collect()
+}
+
+/// |s|·Σ_k |b_k a_k| of every element of an update.
+fn sizes(backend: &dyn Backend, lora: &rankfold_adapters::Lora) -> Vec<f64> {
+    let [a, b] = [lora.a(), lora.b()].map(|p| backend.download::<f32>(p.tensor().view()).unwrap());
+    let ([outputs, inputs], rank) = (lora.dims(), lora.rank());
+    let scale = f64::from(lora.spec().scale()).abs();
+    let product = |i: usize, k: usize| f64::from(b[i / inputs * rank + k]) * f64::from(a[k * inputs + i % inputs]);
+    (0..outputs * inputs).map(|i| scale * (0..rank).map(|k| product(i, k).abs()).sum::<f64>()).collect()
+}
+
+/// A layer that began so, moved as if it had been trained.
+fn trained(backend: &dyn Backend, layer: &mut Linear, config: &AdapterConfig, by: f32) -> AdapterConfig {
+    let attached = attach_new(backend, &mut [layer], config, "llama", 5).unwrap();
+    for (stream, (_, parameter)) in layer.adapter().unwrap().parameters().into_iter().enumerate() {
+        let step: Vec<f32> =
+            numbers(100 + stream as u64, parameter.shape().elements()).iter().map(|x| by * x).collect();
+        let step = backend.upload(&step).unwrap();
+        parameter.update(|value| Ok(backend.add_in_place(step.view(), value.view_mut())?)).unwrap();
+    }
+    attached.config
+}
+
+fn write(backend: &dyn Backend, folder: &Path, config: &AdapterConfig, layer: &Linear, purpose: Purpose) {
+    write_folder(backend, folder, config, [layer], Vec::new(), purpose).unwrap();
+}
+
+fn bits(backend: &dyn Backend, layer: &Linear) -> Vec<Vec<u32>> {
+    let of = |buffer: Vec<f32>| buffer.into_iter().map(f32::to_bits).collect();
+    let lora = layer.adapter().unwrap();
+    let parameters = lora.parameters().into_iter().chain(lora.start().into_iter().flat_map(|s| s.parameters()));
+    let values = parameters.map(|(_, p)| of(backend.download(p.tensor().view()).unwrap()));
+    values.chain([of(wide(backend, layer).into_iter().map(|w| w as f32).collect())]).collect()
+}
+
+/// [outputs, inputs, rank] with a rank that the matrix has.
+fn dims() -> impl Strategy<Value = [usize; 3]> {
+    (1..9usize, 1..9usize).prop_flat_map(|(o, i)| (Just(o), Just(i), 1..=o.min(i))).prop_map(|(o, i, r)| [o, i, r])
+}
+
+fn starts() -> impl Strategy<Value = (Init, bool, f64)> {
+    let init = prop::sample::select(vec![Init::Pissa, Init::Olora]);
+    (init, any::<bool>(), prop::sample::select(vec![0.5, 1.0, 3.0]))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// W₀ is W − s·B₀·A₀ to (r + 4)·u·M and half a unit of its type, as `merge` has it, with
+    /// M = |w| + |s|·Σ_k |b_k a_k|; half a unit is at most 2⁻⁸·|w₀| in bf16 and |w₀| ≤ M (1 + 2⁻²⁰). The layer adds
+    /// s·B₀·A₀ again and rounds once, as the layer without an adapter does: at most 2u·M (1 + 2⁻²⁰) more for each
+    /// |x_j|.
+    #[test]
+    fn a_layer_that_begins_as_a_part_of_its_base_computes_what_the_base_did(
+        [outputs, inputs, rank] in dims(), (init, rslora, alpha) in starts(), stream: u64
+    ) {
+        let backend = reference();
+        for (dtype, half) in [(DType::F32, 0.0), (DType::Bf16, 2f64.powi(-8))] {
+            let mut layer = stored(backend.as_ref(), [outputs, inputs], &numbers(stream, outputs * inputs), dtype);
+            let (x, w) = (numbers(!stream, 3 * inputs), wide(backend.as_ref(), &layer));
+            let before = forward(&backend, &layer, &x);
+            let spec = LoraSpec { rslora, ..LoraSpec::new(rank, alpha) };
+            attach_new(backend.as_ref(), &mut [&mut layer], &config(init, spec), "llama", 0).unwrap();
+            let after = forward(&backend, &layer, &x);
+            let update = sizes(backend.as_ref(), layer.adapter().unwrap());
+            for (i, (before, after)) in before.iter().zip(&after).enumerate() {
+                let (token, output) = (i / outputs, i % outputs);
+                let size: f64 = (0..inputs)
+                    .map(|j| {
+                        let at = output * inputs + j;
+                        f64::from(x[token * inputs + j].abs()) * (w[at].abs() + update[at])
+                    })
+                    .sum();
+                let bound = ((rank as f64 + 7.0) * UNIT + half) * size * (1.0 + 1e-5);
+                let off = (f64::from(*before) - f64::from(*after)).abs();
+                prop_assert!(off <= bound, "{init} in {dtype}: off by {off:e} of {bound:e}");
+            }
+            prop_assert!(layer.adapter().unwrap().start().is_some());
+        }
+    }
+
+    /// The trained layer is W₀ + s·B A with W₀ as above, the exchanged one W + s'·[B, −B₀]·[A; A₀]: the same but for
+    /// W₀'s rounding, one of each output, and s' = s·(1 + 2u), of which √2 is why; M has both updates in it.
+    #[test]
+    fn the_exchanged_folder_computes_what_the_trained_layer_does(
+        [outputs, inputs, rank] in dims(), (init, rslora, alpha) in starts(), stream: u64, by_pattern: bool
+    ) {
+        let (backend, folder) = (reference(), tempfile::tempdir().unwrap());
+        for (dtype, half) in [(DType::F32, 0.0), (DType::Bf16, 2f64.powi(-8))] {
+            let fresh = || stored(backend.as_ref(), [outputs, inputs], &numbers(stream, outputs * inputs), dtype);
+            let (mut layer, mut other) = (fresh(), fresh());
+            let spec = LoraSpec { rslora, ..LoraSpec::new(rank, alpha) };
+            let begun = match by_pattern {
+                false => config(init, spec),
+                true => AdapterConfig {
+                    rank_pattern: vec![("m".into(), rank)],
+                    alpha_pattern: vec![("m".into(), alpha)],
+                    ..config(init, LoraSpec { rank: 1, alpha: 1.0, ..spec })
+                },
+            };
+            let (x, w) = (numbers(!stream, 3 * inputs), wide(backend.as_ref(), &layer));
+            let config = trained(backend.as_ref(), &mut layer, &begun, 0.25);
+            write(backend.as_ref(), folder.path(), &config, &layer, Purpose::Exchange);
+            let opened = AdapterFolder::open(folder.path()).unwrap();
+            prop_assert_eq!((opened.config().spec.rank, opened.config().init), (2 * begun.spec.rank, Init::Kaiming));
+            attach_folder(backend.as_ref(), &mut [&mut other], &opened, "llama").unwrap();
+            let lora = other.adapter().unwrap();
+            prop_assert!(lora.start().is_none() && lora.rank() == 2 * rank);
+            let update = sizes(backend.as_ref(), lora);
+            let (mine, theirs) = (forward(&backend, &layer, &x), forward(&backend, &other, &x));
+            for (i, (mine, theirs)) in mine.iter().zip(&theirs).enumerate() {
+                let size: f64 = (0..inputs)
+                    .map(|j| {
+                        let at = i % outputs * inputs + j;
+                        f64::from(x[i / outputs * inputs + j].abs()) * (w[at].abs() + update[at])
+                    })
+                    .sum();
+                let bound = ((rank as f64 + 9.0) * UNIT + half) * size * (1.0 + 1e-5);
+                let off = (f64::from(*mine) - f64::from(*theirs)).abs();
+                prop_assert!(off <= bound, "{init} in {dtype}: off by {off:e} of {bound:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_folder_to_go_on_from_gives_the_same_bits(
+        [outputs, inputs, rank] in dims(), (init, rslora, alpha) in starts(), stream: u64, dora: bool
+    ) {
+        let (backend, folder) = (reference(), tempfile::tempdir().unwrap());
+        let fresh = || layer(backend.as_ref(), "m", 0, [outputs, inputs], &numbers(stream, outputs * inputs));
+        let (mut layer, mut other) = (fresh(), fresh());
+        let form = if dora { Form::Dora } else { Form::Plain };
+        let spec = LoraSpec { rslora, form, ..LoraSpec::new(rank, alpha) };
+        let config = trained(backend.as_ref(), &mut layer, &config(init, spec), 0.25);
+        write(backend.as_ref(), folder.path(), &config, &layer, Purpose::Resume);
+        let opened = AdapterFolder::open(folder.path()).unwrap();
+        prop_assert_eq!((opened.config().spec.rank, opened.config().init), (rank, init));
+        attach_folder(backend.as_ref(), &mut [&mut other], &opened, "llama").unwrap();
+        prop_assert_eq!(bits(backend.as_ref(), &layer), bits(backend.as_ref(), &other));
+        prop_assert_eq!(matrix(backend.as_ref(), &layer), matrix(backend.as_ref(), &other));
+    }
+
+    /// What a turn measures is of factors in f32, whose rounding adds no more than (r + 4)·u of their size to what the
+    /// best of them would leave; the first leaves less than plain quantisation by what they take away.
+    #[test]
+    fn loftq_leaves_no_more_than_plain_quantisation_and_no_more_with_more_turns(
+        [outputs, inputs, rank] in dims(), alpha in prop::sample::select(vec![1.0, 4.0]), stream: u64
+    ) {
+        let backend = reference();
+        let (dims, w) = ([outputs, inputs], numbers(stream, outputs * inputs));
+        let plain = quantized(backend.as_ref(), dims, &w, Format::Nf4, false);
+        let mut decoded = backend.alloc(DType::F32, w.len()).unwrap();
+        backend.dequantize_4bit(&plain, decoded.view_mut()).unwrap();
+        let decoded: Vec<f32> = backend.download(decoded.view()).unwrap();
+        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+        let lost = norm(&mut w.iter().zip(&decoded).map(|(w, q)| f64::from(*w) - f64::from(*q)));
+        let mut before = lost * (1.0 + (rank as f64 + 4.0) * UNIT);
+        for turns in 1..5 {
+            let spec = LoraSpec::new(rank, alpha);
+            let found = loftq(backend.as_ref(), "m", &w, dims, 32, spec, turns).unwrap();
+            prop_assert!(found.left <= before, "{turns} turns leave {:e}, before {before:e}", found.left);
+            before = found.left;
+        }
+    }
+}
+
+fn quantized(backend: &dyn Backend, dims: [usize; 2], w: &[f32], format: Format, double: bool) -> Quantized {
+    Quantized::quantize(backend, backend.upload(w).unwrap().view(), dims, format, 32, double).unwrap()
+}
+
+fn in_4_bits(backend: &dyn Backend, dims: [usize; 2], w: &[f32], format: Format, double: bool) -> Linear {
+    let base = Base::Quantized(Arc::new(quantized(backend, dims, w, format, double)));
+    Linear::new("m", 0, Weight::Frozen(base), None).unwrap()
+}
+
+#[test]
+fn loftq_replaces_the_base_by_the_one_that_its_factors_belong_to() {
+    let b = reference();
+    let (dims, w) = ([6, 32], numbers(3, 6 * 32));
+    let spec = LoraSpec::new(2, 2.0);
+    let found = loftq(b.as_ref(), "m", &w, dims, 32, spec, 3).unwrap();
+    let mut layer = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false);
+    let config = config(Init::Loftq { iterations: 3 }, spec);
+    attach_loftq(b.as_ref(), &mut [&mut layer], &config, "llama", &|_| Ok(w.clone())).unwrap();
+    let Base::Quantized(q) = layer.base() else { panic!("expected 4 bits") };
+    let codes = |q: &Quantized| b.download::<u8>(q.codes.view()).unwrap();
+    assert_eq!(codes(&q), codes(&found.q));
+    let lora = layer.adapter().unwrap();
+    let [a, up] = [lora.a(), lora.b()].map(|p| b.download::<f32>(p.tensor().view()).unwrap());
+    assert_eq!((a, up), (found.a, found.b));
+}
+
+#[test]
+fn starts_that_the_base_cannot_give_are_refused_and_change_nothing() {
+    let b = reference();
+    let (dims, w) = ([3, 32], numbers(3, 3 * 32));
+    let refuse = |mut layer: Linear, init: Init, rank: usize| {
+        let config = config(init, LoraSpec::new(rank, 1.0));
+        let message = match init {
+            Init::Loftq { .. } => {
+                attach_loftq(b.as_ref(), &mut [&mut layer], &config, "llama", &|_| Ok(w.clone())).unwrap_err()
+            }
+            _ => attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap_err(),
+        };
+        assert!(layer.adapter().is_none());
+        message.to_string()
+    };
+    let dense = || layer(b.as_ref(), "m", 0, dims, &w);
+    let loftq = Init::Loftq { iterations: 1 };
+    for init in [Init::Pissa, Init::Olora] {
+        let message = refuse(in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false), init, 2);
+        assert_eq!(message, format!("'m: init_lora_weights' is {init}, expected a start for a base in 4 bits"));
+        assert_eq!(refuse(dense(), init, 4), "'m: r' is 4, expected no more than the matrix has by itself");
+    }
+    let nf4 = "expected a base that is quantised to nf4 with plain scales";
+    assert_eq!(refuse(dense(), loftq, 2), format!("'m: base' is f32, {nf4}"));
+    assert_eq!(
+        refuse(in_4_bits(b.as_ref(), dims, &w, Format::Fp4, false), loftq, 2),
+        format!("'m: base' is fp4, {nf4}")
+    );
+    let double = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, true);
+    assert_eq!(refuse(double, loftq, 2), format!("'m: base' is nf4, double, {nf4}"));
+    let mut layers = [dense()];
+    let folder = tempfile::tempdir().unwrap();
+    let mut quantised = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false);
+    let config = config(loftq, LoraSpec::new(2, 2.0));
+    let attached = attach_loftq(b.as_ref(), &mut [&mut quantised], &config, "llama", &|_| Ok(w.clone())).unwrap();
+    write(b.as_ref(), folder.path(), &attached.config, &quantised, Purpose::Resume);
+    let opened = AdapterFolder::open(folder.path()).unwrap();
+    let message = attach_folder(b.as_ref(), &mut all(&mut layers), &opened, "llama").unwrap_err().to_string();
+    assert!(message.contains("the base in 4 bits that LoftQ made"), "{message}");
+}

@@ -1,0 +1,193 @@
+//! What LoRA's relatives add to a run: starts out of the base, LoRA+, ranks by pattern, what is trained beside.
+
+mod common;
+
+use common::{Place, refuse, succeed};
+use rankfold_files::Checkpoint;
+use std::path::Path;
+
+/// A small model with biases on q, k and v, and a batch.
+const MODEL: &str = r#"{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 96,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
+
+struct Small {
+    place: Place,
+    model: String,
+    tokens: String,
+}
+
+impl Small {
+    fn new(config: &str) -> Self {
+        let place = Place::new();
+        let [model, tokens] = place.model(config, [2, 16]);
+        Self { place, model, tokens }
+    }
+
+    /// Six steps; what differs is appended. Its folder.
+    fn train(&self, out: &str, more: &[&str]) -> String {
+        let out = self.place.text(out);
+        succeed(&[&self.args(&out)[..], more].concat());
+        out
+    }
+
+    fn args<'a>(&'a self, out: &'a str) -> [&'a str; 13] {
+        let Self { model, tokens, .. } = self;
+        let common = ["train", "--steps", "6", "--lr", "1e-3", "--checkpoint-every", "2", "--model", model];
+        let rest = ["--tokens", tokens, "--out", out];
+        std::array::from_fn(|i| if i < 9 { common[i] } else { rest[i - 9] })
+    }
+
+    /// The loss of a model on the batch.
+    fn loss(&self, args: &[&str]) -> f64 {
+        let said = succeed(&[&["eval", "--compute", "f32", "--tokens", &self.tokens], args].concat());
+        said.strip_prefix("loss ").unwrap().split(' ').next().unwrap().parse().unwrap()
+    }
+}
+
+fn tensors(folder: &str) -> Vec<u8> {
+    std::fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap()
+}
+
+fn config(folder: &str) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(Path::new(folder).join("adapter_config.json")).unwrap()).unwrap()
+}
+
+/// The losses of the steps.
+fn losses(folder: &str) -> Vec<f64> {
+    let text = std::fs::read_to_string(Path::new(folder).join("metrics.jsonl")).unwrap();
+    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
+    text.lines().filter_map(line).collect()
+}
+
+/// Take its product away from a run and let it go on from its last checkpoint, on another number of threads.
+fn finish_again(folder: &str) {
+    for product in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::remove_file(Path::new(folder).join(product)).unwrap();
+    }
+    succeed(&["train", "--out", folder, "--resume", "--threads", "3"]);
+}
+
+#[test]
+fn a_run_that_begins_as_a_part_of_its_base_goes_on_with_the_same_bits_and_is_a_plain_lora_to_others() {
+    let small = Small::new(MODEL);
+    let before = small.loss(&["--model", &small.model]);
+    for init in ["pissa", "olora"] {
+        let flags = ["--init", init, "--rank", "4", "--rank-pattern", "q_proj=2,down_proj=6"];
+        let out = small.train(init, &[&flags[..], &["--threads", "2"]].concat());
+        let alone = small.train(&format!("{init}-alone"), &[&flags[..], &["--threads", "1"]].concat());
+        assert!(tensors(&out) == tensors(&alone), "{init}: one thread gives other bits");
+        let written = config(&out);
+        assert_eq!((&written["r"], &written["init_lora_weights"]), (&8.into(), &true.into()));
+        assert_eq!((&written["lora_alpha"], &written["rank_pattern"]["q_proj"]), (&8.into(), &4.into()));
+        // Both losses are sums in f32 of a few thousand terms of at most a few units: 1e-4 is far above their rounding,
+        // and far below what a start that is off by any of its parts would give.
+        let losses = losses(&out);
+        assert!((losses[0] - before).abs() < 1e-4, "{init} begins at {}, the base at {before}", losses[0]);
+        assert!(losses[5] < losses[0]);
+        let after = small.loss(&["--model", &small.model, "--adapter", &out]);
+        assert!(after < losses[5], "{init}: the adapter on the original base is at {after}, the run at {losses:?}");
+        let whole = tensors(&out);
+        finish_again(&out);
+        assert!(whole == tensors(&out), "{init}: a resumed run has other bits");
+    }
+    let out = small.place.text("no");
+    let args = |more: &[&'static str]| [&small.args(&out)[..], more].concat();
+    refuse(&args(&["--init", "pissa", "--quantize", "nf4"]), &["--quantize", "dense"]);
+    refuse(&args(&["--init", "olora", "--rank", "33"]), &["r' is 33"]);
+    refuse(&args(&["--init", "pizza"]), &["pizza"]);
+}
+
+#[test]
+fn a_loftq_run_keeps_its_base_begins_nearer_to_the_dense_one_and_goes_on_with_the_same_bits() {
+    let small = Small::new(MODEL);
+    let out = small.train("out", &["--init", "loftq", "--loftq-iter", "3", "--rank", "8", "--seed", "3"]);
+    let base = format!("{out}/base");
+    assert_eq!(config(&out)["base_model_name_or_path"], base.as_str());
+    assert_eq!(config(&out)["init_lora_weights"], true);
+    // Of the loss before the last step the adapter is one step ahead.
+    let after = small.loss(&["--model", &base, "--adapter", &out]);
+    assert!(after < losses(&out)[5], "{after} {:?}", losses(&out));
+    assert!(succeed(&["inspect", &base]).contains("nf4"));
+    let whole = tensors(&out);
+    finish_again(&out);
+    assert!(whole == tensors(&out), "a resumed run has other bits");
+    let no = small.place.text("no");
+    refuse(&[&small.args(&no)[..], &["--init", "loftq", "--quantize", "none"]].concat(), &["--quantize", "nf4"]);
+    refuse(&[&small.args(&no)[..], &["--init", "loftq", "--model", &base]].concat(), &["base"]);
+}
+
+#[test]
+fn lora_plus_of_1_changes_nothing_and_another_is_kept_by_a_resumed_run() {
+    let small = Small::new(MODEL);
+    let plain = small.train("plain", &[]);
+    let one = small.train("one", &["--lora-plus", "1"]);
+    assert!(tensors(&plain) == tensors(&one));
+    let out = small.train("out", &["--lora-plus", "16"]);
+    let whole = tensors(&out);
+    assert!(whole != tensors(&one));
+    assert!(std::fs::read_to_string(format!("{out}/run.toml")).unwrap().contains("lora-plus = 16"));
+    finish_again(&out);
+    assert!(whole == tensors(&out), "a resumed run has other bits");
+    refuse(&["train", "--out", &out, "--resume", "--lora-plus", "4"], &["lora-plus", "16"]);
+    refuse(
+        &[&small.args(&small.place.text("no"))[..], &["--lora-plus", "-1"]].concat(),
+        &["--lora-plus -1", "positive"],
+    );
+}
+
+#[test]
+fn patterns_biases_and_saved_modules_are_written_counted_and_used() {
+    let small = Small::new(MODEL);
+    let flags = ["--rank", "4", "--rank-pattern", "q_proj=2,layers.1.mlp.down_proj=7", "--alpha-pattern", "k_proj=3.5"];
+    let beside = ["--bias", "all", "--modules-to-save", "lm_head,embed_tokens,model.norm"];
+    let out = small.train("out", &[&flags[..], &beside].concat());
+    let written = config(&out);
+    assert_eq!((&written["bias"], &written["alpha_pattern"]["k_proj"]), (&"all".into(), &3.5.into()));
+    assert_eq!(written["modules_to_save"], serde_json::json!(["lm_head", "embed_tokens", "model.norm"]));
+    let file = Checkpoint::open(&Path::new(&out).join("adapter_model.safetensors")).unwrap();
+    let shape = |name: &str| file.info(&format!("base_model.model.{name}")).unwrap().shape.clone();
+    assert_eq!(shape("model.layers.0.self_attn.q_proj.lora_A.weight"), [2, 32]);
+    assert_eq!(shape("model.layers.1.mlp.down_proj.lora_B.weight"), [32, 7]);
+    assert_eq!(shape("model.layers.1.self_attn.k_proj.base_layer.bias"), [16]);
+    assert_eq!(shape("lm_head.weight"), [96, 32]);
+    assert_eq!(shape("model.embed_tokens.weight"), [96, 32]);
+    assert_eq!(shape("model.norm.weight"), [32]);
+
+    let json = small.place.text("plan.json");
+    let plan = ["plan", "--model", &small.model, "--tokens", &small.tokens, "--json", &json];
+    succeed(&[&plan[..], &flags, &beside].concat());
+    let plan: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    let elements: usize = file.names().map(|name| file.info(name).unwrap().elements()).sum();
+    assert_eq!(plan["plan"]["parameters"]["trained"], elements);
+
+    let adapted = small.loss(&["--model", &small.model, "--adapter", &out]);
+    assert!(adapted < losses(&out)[5]);
+    let merged = small.place.text("merged");
+    succeed(&["merge", "--model", &small.model, "--adapter", &out, "--out", &merged]);
+    // f32 weights: each is off by a few roundings, as above.
+    assert!((small.loss(&["--model", &merged]) - adapted).abs() < 1e-4);
+    let whole = tensors(&out);
+    finish_again(&out);
+    assert!(whole == tensors(&out), "a resumed run has other bits");
+
+    let no = small.place.text("no");
+    let refused = |more: &[&str], words: &[&str]| refuse(&[&small.args(&no)[..], more].concat(), words);
+    refused(&["--rank-pattern", "q_proj"], &["--rank-pattern 'q_proj'", "NAME=NUMBER"]);
+    refused(&["--alpha-pattern", "=2"], &["--alpha-pattern '=2'"]);
+    refused(&["--rank-pattern", "(=2"], &["rank_pattern", "regular expression"]);
+    refused(&["--modules-to-save", "q_proj"], &["modules_to_save", "q_proj", "lm_head"]);
+    refused(&["--bias", "some"], &["some", "lora_only"]);
+}
+
+#[test]
+fn a_head_that_is_the_embedding_is_not_saved_as_one_of_the_two() {
+    let small = Small::new(&MODEL.replace("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true"));
+    let out = small.place.text("no");
+    for module in ["lm_head", "embed_tokens"] {
+        refuse(
+            &[&small.args(&out)[..], &["--modules-to-save", module]].concat(),
+            &["modules_to_save", "none of the two"],
+        );
+    }
+}
