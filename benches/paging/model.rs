@@ -35,8 +35,16 @@ pub fn make(backend: Arc<dyn Backend>, dimensions: [usize; 5], [rows, seq]: [usi
     };
     let mut batches = Batches::Fixed(batch);
     let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let (checkpointing, compute, orthogonality) = (false, Compute::F32, None);
-    let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality };
+    let recipe = Recipe {
+        schedule,
+        accumulate: 1,
+        clip: 1.0,
+        seed: 0,
+        checkpointing: false,
+        compute: Compute::F32,
+        orthogonality: None,
+        diff_penalty: None,
+    };
     let mut step = 0;
     Ok(Box::new(move || {
         step += 1;

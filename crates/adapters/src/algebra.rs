@@ -11,7 +11,7 @@
 //! is no sum of anything.
 
 use crate::lora::Part;
-use crate::{Error, Linear, Lora, LoraSpec, Result};
+use crate::{Adapter, Error, Linear, Lora, LoraSpec, Result};
 use rankfold_autograd::Parameter;
 use rankfold_backend::Backend;
 use std::collections::BTreeMap;
@@ -67,7 +67,7 @@ pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)])
 #[derive(Debug, Default)]
 pub struct Rack {
     /// By name, then by the layer's place.
-    adapters: BTreeMap<String, Vec<Option<Lora>>>,
+    adapters: BTreeMap<String, Vec<Option<Adapter>>>,
 }
 
 impl Rack {
@@ -87,10 +87,10 @@ impl Rack {
     /// Errors: no such name; other layers than those.
     pub fn put(&self, name: &str, layers: &mut [&mut Linear]) -> Result<()> {
         let adapter = self.of(name, layers.len())?;
-        for (layer, lora) in layers.iter_mut().zip(adapter) {
+        for (layer, adapter) in layers.iter_mut().zip(adapter) {
             layer.take_adapter();
-            if let Some(lora) = lora {
-                layer.set_adapter(lora.clone())?;
+            if let Some(adapter) = adapter {
+                layer.set_adapter(adapter.clone())?;
             }
         }
         Ok(())
@@ -103,8 +103,14 @@ impl Rack {
         let adapters = parts.iter().map(|(weight, name)| Ok((*weight, self.of(name, layers.len())?)));
         let adapters = adapters.collect::<Result<Vec<_>>>()?;
         for (place, layer) in layers.iter_mut().enumerate() {
-            let parts: Vec<(f64, &Lora)> =
-                adapters.iter().filter_map(|(weight, adapter)| Some((*weight, adapter[place].as_ref()?))).collect();
+            let mut parts: Vec<(f64, &Lora)> = Vec::new();
+            for (weight, adapter) in &adapters {
+                match &adapter[place] {
+                    Some(Adapter::Lora(lora)) => parts.push((*weight, lora)),
+                    Some(_) => return Err(Error::NoSum { module: layer.path().into() }),
+                    None => {}
+                }
+            }
             layer.take_adapter();
             if !parts.is_empty() {
                 let sum = weighted_sum(backend, layer.path(), &parts)?;
@@ -114,7 +120,7 @@ impl Rack {
         Ok(())
     }
 
-    fn of(&self, name: &str, layers: usize) -> Result<&[Option<Lora>]> {
+    fn of(&self, name: &str, layers: usize) -> Result<&[Option<Adapter>]> {
         match self.adapters.get(name) {
             Some(adapter) if adapter.len() == layers => Ok(adapter),
             Some(_) => Err(Error::field(format!("{name}: layers"), layers, "those that the adapter was taken from")),

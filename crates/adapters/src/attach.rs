@@ -199,7 +199,7 @@ impl Plan {
     fn build(&self, layers: &[&mut Linear], lora: impl Fn(&Linear, LoraSpec) -> Result<Lora>) -> Result<Vec<Lora>> {
         let checked = self.modules().map(|(place, module)| {
             let lora = lora(layers[place], module.spec)?;
-            layers[place].check_adapter(&lora)?;
+            layers[place].check_adapter(&lora.clone().into())?;
             Ok(lora)
         });
         checked.collect()

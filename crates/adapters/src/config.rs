@@ -5,6 +5,7 @@
 //! its order.
 
 use crate::adalora::AdaLora;
+use crate::peft::KNOWN;
 use crate::{Bias, Error, Form, Init, LoraSpec, Names, Result, Targets};
 use serde_json::{Map, Value, json};
 use std::fs;
@@ -19,7 +20,7 @@ const ADALORA: &str = "ADALORA";
 
 /// Fields that say nothing about the mathematics, whatever their value: whence the file comes, how Megatron would
 /// split a layer, and the group size of a method whose own switch is checked.
-const IGNORED: [&str; 7] = [
+pub(crate) const IGNORED: [&str; 7] = [
     "auto_mapping",
     "inference_mode",
     "megatron_config",
@@ -102,7 +103,7 @@ impl AdapterConfig {
                 config.adalora = Some(AdaLora::default());
             }
             Some(Value::String(method)) => return Err(Error::Method { found: method.clone() }),
-            other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), "LORA or ADALORA")),
+            other => return Err(Error::field("peft_type", other.unwrap_or(&Value::Null), KNOWN)),
         }
         // `init_lora_weights` first: it says how `loftq_config` is to be read.
         let (init, others): (Vec<_>, Vec<_>) = fields.iter().partition(|(field, _)| *field == "init_lora_weights");
@@ -287,7 +288,7 @@ fn turns(config: &Value) -> Result<usize> {
     }
 }
 
-fn text(field: &str, value: &Value) -> Result<Option<String>> {
+pub(crate) fn text(field: &str, value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
         Value::String(text) => Ok(Some(text.clone())),
@@ -310,7 +311,7 @@ pub(crate) fn pattern<T>(
 }
 
 /// Null, false, or a text, list or object without content.
-fn is_empty(value: &Value) -> bool {
+pub(crate) fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null => true,
         Value::Bool(flag) => !flag,

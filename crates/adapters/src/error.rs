@@ -1,5 +1,6 @@
 //! Everything that can be wrong with an adapter, its configuration or its folder.
 
+use crate::peft::KNOWN;
 use rankfold_backend::{DType, Shape};
 use std::fmt::Display;
 use std::io;
@@ -31,11 +32,14 @@ pub enum Error {
     #[error("not an adapter's configuration: {why}")]
     Json { why: String },
     /// A method that is not built.
-    #[error("peft_type '{found}' is not supported yet, expected LORA or ADALORA")]
+    #[error("peft_type '{found}' is not supported yet, expected {KNOWN}")]
     Method { found: String },
     /// A field that would change the mathematics in a way that is not built.
     #[error("'{field}' is {value}: not supported yet")]
     Unsupported { field: String, value: String },
+    /// A dimension that is not the model's.
+    #[error("'{field}' is {found}, but the model's is {expected}: an adapter for another base?")]
+    OtherModel { field: &'static str, found: usize, expected: usize },
     /// A field with an impossible value.
     #[error("'{field}' is {value}, expected {expected}")]
     Field { field: String, value: String, expected: &'static str },
@@ -58,11 +62,17 @@ pub enum Error {
     #[error("{module}: an adapter needs a frozen base, and this one is trained")]
     TrainedBase { module: String },
     /// An update that cannot be a term of a sum.
-    #[error("{module}: a DoRA scales the base's rows: it cannot be summed with others, expected LoRA or AdaLoRA")]
+    #[error("{module}: what sits on it is no term of a sum, expected LoRA or AdaLoRA")]
     NoSum { module: String },
     /// A matrix that cannot be decomposed.
     #[error("{module}: the singular values of its matrix were not found")]
     Decomposition { module: String },
+    /// A method that is no matrix beside a matrix.
+    #[error("{module}: {method} does not merge into the base's weights")]
+    NoMerge { module: String, method: &'static str },
+    /// A method that sits on the model and not on its layers.
+    #[error("{method} sits before the text and on no linear layer")]
+    NoLayers { method: &'static str },
     /// A merged weight that its element type cannot hold.
     #[error("{module}: merging gives values that are not finite in {dtype}")]
     MergeOverflow { module: String, dtype: DType },

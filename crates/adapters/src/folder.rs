@@ -11,12 +11,12 @@ use crate::adalora::AdaLora;
 use crate::config::CONFIG_FILE;
 use crate::linear::peft_name;
 use crate::start::{doubled, first_values, taken_out};
+use crate::tensors;
 use crate::{AdapterConfig, Error, Form, Linear, Lora, LoraSpec, Part, Result};
-use rankfold_autograd::Parameter;
-use rankfold_backend::{Backend, DType};
-use rankfold_files::{Checkpoint, Spec, Writer, write_atomically};
+use rankfold_autograd::{Parameter, Tensor};
+use rankfold_backend::Backend;
+use rankfold_files::Checkpoint;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 use std::path::Path;
 
 /// The name of the file of tensors in an adapter's folder.
@@ -192,24 +192,16 @@ pub fn write_folder<'a>(
             pattern.push((layer.path().to_owned(), kept.clone()));
         }
     }
-    fs::create_dir_all(folder).map_err(Error::io(folder, "create the folder"))?;
-    write_tensors(backend, &folder.join(TENSORS_FILE), &tensors)?;
+    let values = |named: Vec<(String, Parameter)>| -> Vec<(String, Tensor)> {
+        named.into_iter().map(|(name, parameter)| (name, parameter.tensor())).collect()
+    };
     if !started.is_empty() {
-        write_tensors(backend, &folder.join(START_FILE), &started)?;
+        tensors::write_file(backend, &folder.join(START_FILE), &values(started))?;
     }
     let is_cut = pattern.iter().flat_map(|(_, kept)| kept).any(|kept| !kept);
     let adalora =
         config.adalora.clone().map(|adalora| AdaLora { pattern: if is_cut { pattern } else { Vec::new() }, ..adalora });
     let config = AdapterConfig { adalora, ..config.clone() };
     let config = if purpose == Purpose::Exchange { config.exchanged() } else { config };
-    Ok(write_atomically(&folder.join(CONFIG_FILE), config.to_json().as_bytes())?)
-}
-
-fn write_tensors(backend: &dyn Backend, path: &Path, tensors: &[(String, Parameter)]) -> Result<()> {
-    let spec = |(name, value): &(String, Parameter)| Spec::new(name, DType::F32, value.shape().dims());
-    let mut writer = Writer::create(path, tensors.iter().map(spec).collect())?;
-    for (name, value) in tensors {
-        writer.write_view(name, backend, value.tensor().view())?;
-    }
-    Ok(writer.finish()?)
+    tensors::write(backend, folder, &config.to_json(), &values(tensors))
 }

@@ -1,11 +1,13 @@
 //! The linear layer: y = x Wᵀ + s·(x̃ Aᵀ) Bᵀ + bias.
 //!
 //! x [tokens, inputs], y [tokens, outputs], W [outputs, inputs], x̃ = dropout(x) while training. W and the bias are
-//! frozen or trained, each for itself; the update is there where an adapter was attached.
+//! frozen or trained, each for itself; the update is there where an adapter was attached. What another method makes of
+//! the product is in its own file.
 
+use crate::diff::Diff;
 use crate::merge::Unmerged;
 use crate::streams::{self, LAYERS};
-use crate::{Error, Lora, Result};
+use crate::{Adapter, Error, Lora, Result};
 use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::Compute;
 
@@ -50,10 +52,10 @@ pub struct Linear {
     index: u64,
     is_head: bool,
     pub(crate) weight: Weight,
-    bias: Option<Value>,
+    pub(crate) bias: Option<Value>,
     outputs: usize,
     inputs: usize,
-    pub(crate) adapter: Option<Lora>,
+    pub(crate) adapter: Option<Adapter>,
     pub(crate) unmerged: Option<Unmerged>,
 }
 
@@ -137,33 +139,55 @@ impl Linear {
         peft_name(&self.path, if is_adapted { "base_layer.bias" } else { "bias" })
     }
 
-    /// The update, where one is attached and not merged.
-    pub fn adapter(&self) -> Option<&Lora> {
+    /// What sits on it, where something is attached and not merged.
+    pub fn attached(&self) -> Option<&Adapter> {
         self.adapter.as_ref()
     }
 
-    /// Attach an update in place of the one there is, if any, merged or not.
+    /// The low-rank update, where that is what sits on it.
+    pub fn adapter(&self) -> Option<&Lora> {
+        match &self.adapter {
+            Some(Adapter::Lora(lora)) => Some(lora),
+            _ => None,
+        }
+    }
+
+    /// The sparse difference, where that is what sits on it.
+    pub(crate) fn diff(&self) -> Option<&Diff> {
+        match &self.adapter {
+            Some(Adapter::Diff(diff)) => Some(diff),
+            _ => None,
+        }
+    }
+
+    /// Attach an adapter in place of the one there is, if any, merged or not.
     ///
     /// Errors: shapes that are not the layer's; a base that is trained itself.
-    pub fn set_adapter(&mut self, lora: Lora) -> Result<()> {
-        self.check_adapter(&lora)?;
+    pub fn set_adapter(&mut self, adapter: impl Into<Adapter>) -> Result<()> {
+        let adapter = adapter.into();
+        self.check_adapter(&adapter)?;
         self.unmerge();
-        self.adapter = Some(lora);
+        self.adapter = Some(adapter);
         Ok(())
     }
 
-    /// Take the update off, merged or not.
-    pub fn take_adapter(&mut self) -> Option<Lora> {
+    /// Take off what sits on it, merged or not.
+    pub fn take_adapter(&mut self) -> Option<Adapter> {
         self.unmerge();
         self.adapter.take()
     }
 
     /// What [`Linear::set_adapter`] refuses.
-    pub(crate) fn check_adapter(&self, lora: &Lora) -> Result<()> {
-        let module = self.path.clone();
-        if matches!(self.weight, Weight::Trained(_)) {
-            return Err(Error::TrainedBase { module });
+    pub(crate) fn check_adapter(&self, adapter: &Adapter) -> Result<()> {
+        match &self.weight {
+            Weight::Trained(_) => Err(Error::TrainedBase { module: self.path.clone() }),
+            Weight::Frozen(_) => adapter.check(self),
         }
+    }
+
+    /// That an update is of this layer's shape.
+    pub(crate) fn check_lora(&self, lora: &Lora) -> Result<()> {
+        let module = self.path.clone();
         let rank = lora.rank();
         let [outputs, inputs] = lora.dims();
         if inputs != self.inputs {
@@ -179,11 +203,24 @@ impl Linear {
 
     /// x [tokens, inputs] → y [tokens, outputs].
     pub fn forward(&self, tape: &Tape, x: &Tensor, mode: &Forward) -> Result<Tensor> {
-        let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
-        let base = self.base();
-        let adapter = self.adapter.as_ref().map(|lora| lora.on_tape(tape, &base, dropout)).transpose()?;
-        let bias = self.bias.as_ref().map(Value::tensor);
-        Ok(tape.linear(x, &base, bias.as_ref(), adapter.as_ref(), mode.compute)?)
+        let (base, bias) = (self.base(), self.bias.as_ref().map(Value::tensor));
+        let bias = bias.as_ref();
+        let alone = |bias: Option<&Tensor>| tape.linear(x, &base, bias, None, mode.compute);
+        match &self.adapter {
+            None => Ok(alone(bias)?),
+            Some(Adapter::Lora(lora)) => {
+                let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
+                let update = lora.on_tape(tape, &base, dropout)?;
+                Ok(tape.linear(x, &base, bias, Some(&update), mode.compute)?)
+            }
+            Some(Adapter::Ia3(ia3)) => ia3.forward(tape, x, &base, bias, mode.compute),
+            Some(Adapter::Bias(own)) => Ok(alone(Some(&own.bias.tensor()))?),
+            Some(Adapter::Bottleneck(bottleneck)) => bottleneck.after(tape, &alone(bias)?, mode.compute),
+            Some(Adapter::Diff(diff)) => {
+                let difference = diff.product(tape, x, self.index, mode.dropout, mode.compute)?;
+                Ok(tape.add(&alone(bias)?, &difference)?)
+            }
+        }
     }
 
     /// What is trained, by the names that files give it: an adapter's, and a bias's beside it, are PEFT's, the base's
@@ -202,9 +239,9 @@ impl Linear {
             };
             parameters.push((name, bias.clone()));
         }
-        if let Some(lora) = &self.adapter {
+        if let Some(adapter) = &self.adapter {
             let named = |(end, parameter): (&str, &Parameter)| (peft_name(&self.path, end), parameter.clone());
-            parameters.extend(lora.parameters().into_iter().map(named));
+            parameters.extend(adapter.parameters().into_iter().map(named));
         }
         parameters
     }

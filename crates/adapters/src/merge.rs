@@ -12,8 +12,8 @@
 //! underflows. Subtracting would not give W back; unmerging is exact because W is kept.
 
 use crate::lora::Part;
-use crate::{Error, Linear, Lora, Result, Weight};
-use rankfold_autograd::{Base, Parameter, Tensor};
+use crate::{Adapter, Error, Linear, Lora, Result, Weight};
+use rankfold_autograd::{Base, Parameter, Tensor, Value};
 use rankfold_backend::params::{Layout, MatMul, Rows};
 use rankfold_backend::{Backend, Buffer, Compute, DType, View};
 
@@ -21,7 +21,8 @@ use rankfold_backend::{Backend, Buffer, Compute, DType, View};
 #[derive(Clone, Debug)]
 pub(crate) struct Unmerged {
     weight: Weight,
-    adapter: Lora,
+    bias: Option<Value>,
+    adapter: Adapter,
 }
 
 /// The layer's matrix with its update folded in, [outputs, inputs] as `dtype`; W of 4 bits is dequantised.
@@ -35,13 +36,7 @@ pub fn merged_weight(backend: &dyn Backend, module: &str, base: &Base, lora: &Lo
             backend.scale_in_place(factor, sum.slice_mut(row * inputs, inputs)?)?;
         }
     }
-    let working = sum.dtype();
-    let merged = cast(backend, sum.view(), dtype)?;
-    // The squares of f32 numbers sum to a finite f64, so this sees NaN and infinities and nothing else.
-    if !backend.sum_squares(cast(backend, merged.view(), working)?.view())?.is_finite() {
-        return Err(Error::MergeOverflow { module: module.into(), dtype });
-    }
-    Ok(merged)
+    finite(backend, module, sum, dtype)
 }
 
 /// ‖W + s·B·A‖ of every row `[outputs]`.
@@ -92,6 +87,38 @@ fn updated(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
     Ok(sum)
 }
 
+/// What a layer becomes when its adapter is folded in.
+#[derive(Debug)]
+pub struct Merged {
+    /// W' [outputs, inputs], in the element type asked for.
+    pub weight: Buffer,
+    /// bias' [outputs] in f32, where it is another than the layer's.
+    pub bias: Option<Buffer>,
+}
+
+/// A layer with what sits on it folded in, W' as `dtype`; nothing where nothing does.
+///
+/// Errors: an adapter that does not merge; values that are not finite in `dtype`.
+pub fn merged(backend: &dyn Backend, layer: &Linear, dtype: DType) -> Result<Option<Merged>> {
+    let (base, module) = (layer.base(), layer.path());
+    let (weight, bias) = match layer.attached() {
+        None => return Ok(None),
+        Some(Adapter::Lora(lora)) => {
+            let weight = merged_weight(backend, module, &base, lora, dtype)?;
+            return Ok(Some(Merged { weight, bias: None }));
+        }
+        Some(Adapter::Bottleneck(_)) => {
+            return Err(Error::NoMerge { module: module.into(), method: "a bottleneck" });
+        }
+        Some(Adapter::Ia3(ia3)) => ia3.merge(backend, layer, values(backend, &base, DType::F32)?)?,
+        Some(Adapter::Bias(own)) => {
+            (values(backend, &base, DType::F32)?, Some(cast(backend, own.bias.tensor().view(), DType::F32)?))
+        }
+        Some(Adapter::Diff(diff)) => (diff.merge(backend, values(backend, &base, DType::F32)?)?, None),
+    };
+    Ok(Some(Merged { weight: finite(backend, module, weight, dtype)?, bias }))
+}
+
 /// W in `dtype`, which for 4 bits is f32.
 fn values(backend: &dyn Backend, base: &Base, dtype: DType) -> Result<Buffer> {
     match base {
@@ -104,28 +131,45 @@ fn values(backend: &dyn Backend, base: &Base, dtype: DType) -> Result<Buffer> {
     }
 }
 
+/// `sum` as `dtype`, every value finite.
+fn finite(backend: &dyn Backend, module: &str, sum: Buffer, dtype: DType) -> Result<Buffer> {
+    let working = sum.dtype();
+    let merged = cast(backend, sum.view(), dtype)?;
+    // The squares of f32 numbers sum to a finite f64, so this sees NaN and infinities and nothing else.
+    if !backend.sum_squares(cast(backend, merged.view(), working)?.view())?.is_finite() {
+        return Err(Error::MergeOverflow { module: module.into(), dtype });
+    }
+    Ok(merged)
+}
+
 impl Linear {
-    /// Fold the update into the base, which is kept beside it until [`Linear::unmerge`]. Without an update, nothing.
+    /// Fold what sits on the layer into the base, which is kept beside it until [`Linear::unmerge`]. Without an
+    /// adapter, nothing.
     ///
     /// The merged base has the element type of a dense base, and f32 for one of 4 bits. Memory: another base.
     pub fn merge(&mut self, backend: &dyn Backend) -> Result<()> {
-        let Some(lora) = &self.adapter else { return Ok(()) };
         let base = self.base();
         let dtype = match &base {
             Base::Dense(tensor) => tensor.dtype(),
             Base::Quantized(_) => DType::F32,
         };
-        let merged = merged_weight(backend, &self.path, &base, lora, dtype)?;
-        let tensor = Tensor::constant(merged, base.dims()?)?;
+        let Some(Merged { weight, bias }) = merged(backend, self, dtype)? else { return Ok(()) };
+        let tensor = Tensor::constant(weight, base.dims()?)?;
+        let merged_bias = bias.map(|bias| Tensor::constant(bias, [self.outputs()])).transpose()?;
         let weight = std::mem::replace(&mut self.weight, Weight::Frozen(Base::Dense(tensor)));
-        self.unmerged = self.adapter.take().map(|adapter| Unmerged { weight, adapter });
+        let bias = self.bias.clone();
+        if let Some(merged) = merged_bias {
+            self.bias = Some(Value::Frozen(merged));
+        }
+        self.unmerged = self.adapter.take().map(|adapter| Unmerged { weight, bias, adapter });
         Ok(())
     }
 
     /// The layer as it was before [`Linear::merge`], to the last bit. Without a merge, nothing.
     pub fn unmerge(&mut self) {
-        if let Some(Unmerged { weight, adapter }) = self.unmerged.take() {
+        if let Some(Unmerged { weight, bias, adapter }) = self.unmerged.take() {
             self.weight = weight;
+            self.bias = bias;
             self.adapter = Some(adapter);
         }
     }

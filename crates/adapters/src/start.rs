@@ -108,7 +108,7 @@ impl Linear {
     ///
     /// Errors: values that are not finite in the base's element type.
     pub(crate) fn take_out(&mut self, backend: &dyn Backend) -> Result<()> {
-        let Some(start) = self.adapter.as_ref().and_then(Lora::start) else { return Ok(()) };
+        let Some(start) = self.adapter().and_then(Lora::start) else { return Ok(()) };
         let (base, dims) = (self.base(), [self.outputs(), self.inputs()]);
         if let Base::Dense(w) = &base {
             let left = merged_weight(backend, self.path(), &base, start, w.dtype())?;

@@ -5,7 +5,8 @@
 //! ```text
 //! dropout of layer i in micro-batch d    d · 2²⁰ + i     below 2⁶³
 //! first values of layer i                2⁶³ + i
-//! free for others                        from 2⁶³ + 2²⁰
+//! first values of learned tokens         2⁶³ + 2²⁰
+//! free for others                        above 2⁶³ + 2²⁰
 //! ```
 //!
 //! So a forward pass that is computed again draws what it drew before, and a resumed run what it would have drawn.
@@ -15,6 +16,9 @@ pub const LAYERS: u64 = 1 << 20;
 
 /// The lowest stream that is not dropout's.
 pub const RESERVED: u64 = 1 << 63;
+
+/// The stream of learned tokens' first values.
+pub const VIRTUAL_TOKENS: u64 = RESERVED + LAYERS;
 
 /// The stream of a layer's dropout in the run's micro-batch of number `draw`, below 2⁴³.
 pub fn dropout(draw: u64, layer: u64) -> u64 {

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use rankfold_adapters::adalora::AdaLora;
-use rankfold_adapters::{AdapterConfig, Bias, Error, Form, Init, LoraSpec, Names, Targets};
+use rankfold_adapters::{AdapterConfig, Bias, Error, Form, Init, LoraSpec, Names, PeftConfig, Targets};
 use serde_json::{Value, json};
 
 /// A configuration with some fields on top of the method's.
@@ -118,10 +118,11 @@ fn fields_with_impossible_values_say_what_was_expected() {
 
 #[test]
 fn other_methods_and_other_texts_are_refused() {
-    let message = |text: &str| AdapterConfig::from_json(text).unwrap_err().to_string();
-    assert_eq!(message(r#"{"peft_type": "VERA"}"#), "peft_type 'VERA' is not supported yet, expected LORA or ADALORA");
-    assert_eq!(message("{}"), "'peft_type' is null, expected LORA or ADALORA");
-    assert_eq!(message(r#"{"peft_type": 3}"#), "'peft_type' is 3, expected LORA or ADALORA");
+    let message = |text: &str| PeftConfig::from_json(text).unwrap_err().to_string();
+    let known = "LORA, ADALORA, IA3, PROMPT_TUNING, PREFIX_TUNING, BITFIT, BOTTLENECK or DIFF_PRUNING";
+    assert_eq!(message(r#"{"peft_type": "VERA"}"#), format!("peft_type 'VERA' is not supported yet, expected {known}"));
+    assert_eq!(message("{}"), format!("'peft_type' is null, expected {known}"));
+    assert_eq!(message(r#"{"peft_type": 3}"#), format!("'peft_type' is 3, expected {known}"));
     for text in
         ["", "[]", "{\"peft_type\": \"LORA\"", "{\"peft_type\": \"LORA\", \"lora_alpha\": NaN}", "{\"r\": 1e999}"]
     {

@@ -2,7 +2,7 @@
 
 use rankfold_autograd::gradcheck::{parameter, worst_error};
 use rankfold_autograd::{AttentionShape, Base, Gradients, LinearAdapter, Parameter, Result, Tape, Tensor};
-use rankfold_backend::params::{Activation, Dropout, IGNORED, Triplets};
+use rankfold_backend::params::{Activation, Dropout, HardConcrete, IGNORED, Triplets};
 use rankfold_backend::{Backend, Buffer, Compute, DType, Format, Quantized, rope};
 use rankfold_reference::ReferenceBackend;
 use std::slice::from_ref;
@@ -77,6 +77,70 @@ fn scaled_columns_match_differences() {
     let both = [x.clone(), f.clone()];
     check(&b, &both, |t| t.scale_columns(&t.scale_columns(&x.tensor(), &f.tensor())?, &f.tensor()));
     check(&b, &both, |t| t.add(&t.scale_columns(&x.tensor(), &f.tensor())?, &x.tensor()));
+}
+
+#[test]
+fn gates_match_differences_with_their_noise_held() {
+    let b = reference();
+    let (log_alpha, x) = (parameter(&b, 1, &[3, 4]).unwrap(), parameter(&b, 2, &[3, 4]).unwrap());
+    for noise in [None, Some((3, 5))] {
+        let p = HardConcrete { temperature: 0.7, low: -1.5, high: 1.5, noise };
+        let gated = |t: &Tape| t.gated(p, &log_alpha.tensor(), &x.tensor());
+        check(&b, &[log_alpha.clone(), x.clone()], |t| t.add(&gated(t)?, &gated(t)?));
+    }
+}
+
+#[test]
+fn rows_before_every_sequence_match_differences() {
+    let b = reference();
+    let (p, x) = (parameter(&b, 1, &[2, 3]).unwrap(), parameter(&b, 2, &[6, 3]).unwrap());
+    for batch in [1, 3] {
+        let both = |t: &Tape| t.prepend(&p.tensor(), &x.tensor(), batch);
+        check(&b, &[p.clone(), x.clone()], |t| t.silu_mul(&both(t)?, &both(t)?));
+    }
+    let y = Tape::inference(b.clone()).prepend(&p.tensor(), &x.tensor(), 3).unwrap();
+    let rows = |of: &Tensor| b.download::<f64>(of.view()).unwrap();
+    let (y, p, x) = (rows(&y), rows(&p.tensor()), rows(&x.tensor()));
+    assert!((0..3).all(|i| y[i * 12..][..6] == p && y[i * 12 + 6..][..6] == x[i * 6..][..6]));
+}
+
+#[test]
+fn parts_match_differences_and_are_the_elements_that_they_name() {
+    let b = reference();
+    let x = parameter(&b, 1, &[4, 5]).unwrap();
+    for (rows, columns) in [(1..3, 2..5), (0..4, 0..5), (2..4, 0..5), (1..1, 0..5)] {
+        let part = |t: &Tape| t.part(&x.tensor(), rows.clone(), columns.clone());
+        check(&b, from_ref(&x), |t| t.silu_mul(&part(t)?, &part(t)?));
+        let y = b.download::<f64>(part(&Tape::inference(b.clone())).unwrap().view()).unwrap();
+        let x = b.download::<f64>(x.tensor().view()).unwrap();
+        let elements = rows.flat_map(|i| columns.clone().map(move |j| i * 5 + j));
+        assert_eq!(y, elements.map(|i| x[i]).collect::<Vec<_>>());
+    }
+    assert!(Tape::inference(b.clone()).part(&x.tensor(), 0..5, 0..1).is_err());
+}
+
+/// Keys and values that every sequence sees before its own.
+#[test]
+fn attention_behind_a_prefix_matches_differences() {
+    let b = reference();
+    let one = |stream, rows: usize, width: usize| parameter(&b, stream, &[rows, width]).unwrap();
+    let (q, kv) = (one(1, 6, 4), [one(2, 6, 2), one(3, 6, 2)]);
+    let prefix = [one(4, 2, 2), one(5, 2, 2)];
+    let shape = AttentionShape {
+        batch: 2,
+        heads: 2,
+        kv_heads: 1,
+        head_dim: 2,
+        query_offset: 2,
+        window: None,
+        compute: Compute::F32,
+    };
+    let all = [vec![q.clone()], kv.to_vec(), prefix.to_vec()].concat();
+    check(&b, &all, |t| {
+        let k = t.prepend(&prefix[0].tensor(), &kv[0].tensor(), 2)?;
+        let v = t.prepend(&prefix[1].tensor(), &kv[1].tensor(), 2)?;
+        t.attention(shape, [&q.tensor(), &k, &v], None)
+    });
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::options::{Method, Options, Quantize, Start};
+use clap::ValueEnum;
 
 /// The most of a count: beyond it, a typing error is likelier than a machine that could do it.
 const MOST: usize = 1 << 20;
@@ -21,6 +22,8 @@ fn ranges(o: &Options) -> Result<()> {
         ("accumulate", o.accumulate),
         ("keep", o.keep),
         ("loftq-iter", o.loftq_iter),
+        ("bottleneck", o.bottleneck),
+        ("virtual-tokens", o.virtual_tokens),
     ];
     for (name, value) in counts {
         count(name, value)?;
@@ -33,6 +36,7 @@ fn ranges(o: &Options) -> Result<()> {
     number("lora-plus", o.lora_plus, |x| x > 0.0 && x.is_finite(), "a positive number")?;
     number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
     number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
+    number("diff-penalty", o.diff_penalty, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
     number("beta2", o.beta2, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
     match (o.warmup, o.steps) {
         (Some(warmup), Some(steps)) if warmup > steps => {
@@ -61,13 +65,20 @@ fn conflicts(o: &Options) -> Result<()> {
         ("alpha", o.alpha.is_some()),
         ("dropout", o.dropout.is_some()),
         ("rslora", o.rslora.is_some()),
-        ("targets", o.targets.is_some()),
         ("rank-pattern", o.rank_pattern.is_some()),
         ("alpha-pattern", o.alpha_pattern.is_some()),
         ("init", o.init.is_some()),
         ("loftq-iter", o.loftq_iter.is_some()),
         ("bias", o.bias.is_some()),
         ("modules-to-save", o.modules_to_save.is_some()),
+    ];
+    let targets = [("targets", o.targets.is_some())];
+    // Each with the methods that it belongs to.
+    let own: [(&str, bool, &[Method]); 4] = [
+        ("bottleneck", o.bottleneck.is_some(), &[Method::Houlsby, Method::Pfeiffer]),
+        ("virtual-tokens", o.virtual_tokens.is_some(), &[Method::Prompt, Method::Prefix]),
+        ("prefix-projection", o.prefix_projection.is_some(), &[Method::Prefix]),
+        ("diff-penalty", o.diff_penalty.is_some(), &[Method::Diff]),
     ];
     let no_adaloras = [
         ("rank-pattern", o.rank_pattern.is_some()),
@@ -101,6 +112,7 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(o.tokens.is_some(), "--tokens", &rows, "the file's shape is the batch's, expected none")?;
     beside(o.init_adapter.is_some(), "--init-adapter", &[("method", o.method.is_some())], its_own)?;
     beside(o.init_adapter.is_some(), "--init-adapter", &lora, its_own)?;
+    beside(o.init_adapter.is_some(), "--init-adapter", &targets, its_own)?;
     beside(o.init_adapter.is_some(), "--init-adapter", &adalora[1..], its_own)?;
     let no_adalora = o.init_adapter.is_none() && o.method != Some(Method::Adalora);
     beside(no_adalora, "no --method adalora", &adalora, "it is AdaLoRA's, expected none")?;
@@ -111,7 +123,16 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(loftq, "--init loftq", &double, "LoftQ's scales are plain, expected none")?;
     beside(dense, "--init pissa or olora", &quantized, "they begin as a part of a dense base, expected none")?;
     beside(full, "--method full", &plus, "there is no adapter, expected none")?;
-    beside(full, "--method full", &lora, "there is no adapter, expected none")?;
+    if let Some(method) = o.method {
+        let named = method.to_possible_value().map_or(String::new(), |value| format!("--method {}", value.get_name()));
+        beside(!method.is_low_rank(), &named, &lora, "it has no low-rank update, expected none")?;
+        beside(!method.has_targets(), &named, &targets, "its layers are not to be chosen, expected none")?;
+    }
+    for (name, given, methods) in own {
+        let stranger = o.init_adapter.is_some() || !o.method.is_some_and(|method| methods.contains(&method));
+        let what = if o.init_adapter.is_some() { "--init-adapter" } else { "a method that has no such thing" };
+        beside(stranger, what, &[(name, given)], "expected none")?;
+    }
     beside(full, "--method full", &starts, "there is no adapter, expected none")?;
     beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")?;
     let pages = [("page-folder", o.page_folder.is_some()), ("page-io", o.page_io.is_some())];
@@ -138,6 +159,11 @@ mod tests {
             ("method = 'full'\nrank = 3", ["--rank", "--method full"]),
             ("method = 'dora'\nadalora-delta = 3", ["--adalora-delta", "--method adalora"]),
             ("init-adapter = 'a'\nadalora-delta = 3", ["--adalora-delta", "--init-adapter"]),
+            ("method = 'ia3'\nrank = 3", ["--rank", "--method ia3"]),
+            ("method = 'houlsby'\ntargets = 'q_proj'", ["--targets", "--method houlsby"]),
+            ("method = 'prompt'\nprefix-projection = true", ["--prefix-projection", "a method"]),
+            ("init-adapter = 'a'\nbottleneck = 3", ["--bottleneck", "--init-adapter"]),
+            ("virtual-tokens = 3", ["--virtual-tokens", "a method"]),
             ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
             ("page-folder = '/tmp'", ["--page-folder", "--memory-limit"]),
             ("page-io = 'direct'\noptimizer = 'adamw8bit'", ["--page-io", "paged optimiser"]),
@@ -167,6 +193,9 @@ mod tests {
             "rank = 0",
             "lora-plus = 0.0",
             "init = 'loftq'\nloftq-iter = 0",
+            "diff-penalty = -1.0",
+            "bottleneck = 0",
+            "virtual-tokens = 0",
             "batch = 1000000000000",
             "seq = 1",
             "lr = -1.0",

@@ -7,7 +7,11 @@ use crate::options::{Biases, Method, Options, Start};
 use crate::paging;
 use crate::show::bytes;
 use rankfold_adapters::adalora::AdaLora;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Bias, Form, Init, LoraSpec, Targets};
+use rankfold_adapters::bottleneck::Placement;
+use rankfold_adapters::virtual_tokens::Kind;
+use rankfold_adapters::{
+    AdapterConfig, Bias, Form, Init, LoraSpec, PeftConfig, Relative, RelativeConfig, Targets, VirtualConfig,
+};
 use rankfold_trainer::model::{ModelConfig, Precision};
 use rankfold_trainer::plan::{Category, Machine, Plan, Setup, Stored};
 use std::path::Path;
@@ -32,7 +36,7 @@ pub struct Subject<'a> {
     /// What they become.
     pub precision: Precision,
     /// What is attached to it.
-    pub adapter: Option<&'a AdapterConfig>,
+    pub adapter: Option<&'a PeftConfig>,
     /// Its folder, where it has one.
     pub folder: Option<&'a Path>,
 }
@@ -80,20 +84,39 @@ fn program(options: &Options, folder: Option<&Path>) -> u64 {
     PROGRAM + tokenizer + TEXT * text + ENCODING.1.min(ENCODING.0 * text)
 }
 
-/// The adapters that the options ask for: new ones, or a folder's; `None` for `--method full`.
-pub fn adapter(options: &Options, builtin: bool) -> Result<Option<AdapterConfig>> {
-    if options.method == Some(Method::Full) {
-        return Ok(None);
-    }
+/// The adapter that the options ask for: a new one, or a folder's; `None` for `--method full`.
+pub fn adapter(options: &Options, builtin: bool) -> Result<Option<PeftConfig>> {
     if let Some(saved) = &options.init_adapter {
-        return Ok(Some(AdapterFolder::open(saved)?.config().clone()));
+        return Ok(Some(PeftConfig::open(saved)?));
     }
-    let form = match options.method {
-        Some(Method::Dora) => Form::Dora,
-        Some(Method::Adalora) => Form::AdaLora,
-        _ => Form::Plain,
+    let base_model = options.model.clone().filter(|_| !builtin);
+    let relative = |method| {
+        let targets = options.targets.as_deref().map_or(Targets::Default, Targets::parse);
+        PeftConfig::Relative(RelativeConfig { targets, base_model: base_model.clone(), ..RelativeConfig::new(method) })
     };
-    Ok(Some(AdapterConfig {
+    let bottleneck = |placement| Relative::Bottleneck { placement, bottleneck: options.bottleneck.unwrap_or_default() };
+    let learned = |kind| {
+        let config = VirtualConfig::new(kind, options.virtual_tokens.unwrap_or_default());
+        PeftConfig::Virtual(VirtualConfig { base_model: base_model.clone(), ..config })
+    };
+    Ok(Some(match options.method.unwrap_or(Method::Lora) {
+        Method::Full => return Ok(None),
+        Method::Lora => low_rank(options, Form::Plain, base_model)?,
+        Method::Dora => low_rank(options, Form::Dora, base_model)?,
+        Method::Adalora => low_rank(options, Form::AdaLora, base_model)?,
+        Method::Ia3 => relative(Relative::Ia3 { feed_forward: None }),
+        Method::Bitfit => relative(Relative::BitFit),
+        Method::Houlsby => relative(bottleneck(Placement::Houlsby)),
+        Method::Pfeiffer => relative(bottleneck(Placement::Pfeiffer)),
+        Method::Diff => relative(Relative::Diff { penalty: options.diff_penalty.unwrap_or_default() }),
+        Method::Prompt => learned(Kind::Prompt),
+        Method::Prefix => learned(Kind::Prefix { projection: options.prefix_projection.unwrap_or_default() }),
+    }))
+}
+
+/// A new low-rank update.
+fn low_rank(options: &Options, form: Form, base_model: Option<String>) -> Result<PeftConfig> {
+    Ok(PeftConfig::Lora(AdapterConfig {
         spec: LoraSpec {
             form,
             rank: options.rank.unwrap_or(1),
@@ -118,7 +141,7 @@ pub fn adapter(options: &Options, builtin: bool) -> Result<Option<AdapterConfig>
             Some(Biases::LoraOnly) => Bias::LoraOnly,
         },
         modules_to_save: list(options.modules_to_save.as_deref()).map(str::to_owned).collect(),
-        base_model: options.model.clone().filter(|_| !builtin),
+        base_model,
         ..AdapterConfig::default()
     }))
 }

@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::options::{Options, Quantize};
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Attached, Init, attach_folder, attach_loftq, attach_new};
+use rankfold_adapters::{AttachedPeft, Init, PeftConfig, Values};
 use rankfold_backend::{Backend, Compute, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
@@ -180,7 +180,7 @@ impl ModelArgs {
     }
 
     /// Read the model, with the adapter on it if one is named, and that one's configuration.
-    pub fn load(&self, folder: &Folder) -> Result<(Model, Option<AdapterConfig>)> {
+    pub fn load(&self, folder: &Folder) -> Result<(Model, Option<PeftConfig>)> {
         let precision = folder.precision(self.quantize, self.block, self.double_quant)?;
         let mut model = folder.load(self.device.open()?, precision)?;
         let config = match (&*self.adapter, &*self.weights) {
@@ -220,17 +220,13 @@ impl ModelArgs {
 /// Put a saved adapter onto a model; its configuration.
 ///
 /// `name` is the model's: a base of another name is warned of.
-pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<AdapterConfig> {
-    let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
-    let folder = AdapterFolder::open(adapter)?;
-    let attached = attach_folder(backend.as_ref(), &mut model.linears_mut(), &folder, family)?;
-    model.train_modules(&attached.config, Some(&folder))?;
-    warn_of(&attached);
+pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<PeftConfig> {
+    let config = attach(model, &PeftConfig::open(adapter)?, Values::Saved(adapter))?;
     let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
-    if let Some(base) = attached.config.base_model.as_ref().filter(|base| last(base) != last(name)) {
+    if let Some(base) = config.base_model().filter(|base| last(base) != last(name)) {
         tracing::warn!("{}: the adapter was made for '{base}', and the model is '{name}'", adapter.display());
     }
-    Ok(attached.config)
+    Ok(config)
 }
 
 /// Put the sum of saved adapters onto a model, each times its weight.
@@ -243,9 +239,9 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
     for (name, adapter) in names.iter().zip(adapters) {
         let config = attach_saved(model, of, adapter)?;
-        if config.init.changes_the_base() || config.trains_the_base() {
-            let why = "it changes or trains parts of the base itself, expected adapters that are nothing but updates";
-            return Err(Error::Path { path: adapter.clone(), why: format!("no sum can be made with it: {why}") });
+        if !config.lora().is_some_and(|lora| !lora.init.changes_the_base() && !lora.trains_the_base()) {
+            let why = "no sum can be made with it: expected LoRA or AdaLoRA that leave the base as it is";
+            return Err(Error::Path { path: adapter.clone(), why: why.into() });
         }
         rack.keep(name, &mut model.linears_mut());
     }
@@ -254,35 +250,26 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     Ok(rack.put_sum(backend.as_ref(), &parts, &mut model.linears_mut())?)
 }
 
-/// Put new adapters onto a model; their configuration. With LoftQ the model was quantised from `checkpoint`.
-pub fn attach_fresh(
-    model: &mut Model,
-    config: &AdapterConfig,
-    checkpoint: &Checkpoint,
-    seed: u64,
-) -> Result<AdapterConfig> {
-    let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
-    let attached = match config.init {
-        Init::Loftq { .. } => {
+/// Put a new adapter onto a model; its configuration. With LoftQ the model was quantised from `checkpoint`.
+pub fn attach_fresh(model: &mut Model, config: &PeftConfig, checkpoint: &Checkpoint, seed: u64) -> Result<PeftConfig> {
+    match config.lora().filter(|lora| matches!(lora.init, Init::Loftq { .. })) {
+        Some(lora) => {
             let dense = |path: &str| Ok(checkpoint.read_f32(&format!("{path}.weight"))?);
-            attach_loftq(backend.as_ref(), &mut model.linears_mut(), config, family, &dense)?
+            Ok(warned(model.attach_loftq(lora, &dense)?))
         }
-        _ => attach_new(backend.as_ref(), &mut model.linears_mut(), config, family, seed)?,
-    };
-    model.train_modules(&attached.config, None)?;
-    warn_of(&attached);
-    Ok(attached.config)
+        None => attach(model, config, Values::New(seed)),
+    }
 }
 
-fn warn_of(attached: &Attached) {
-    let wasteful: Vec<_> = attached.modules.iter().filter(|module| module.is_wasteful).collect();
-    if let [first, ..] = wasteful.as_slice() {
-        let (path, rank, count) = (&first.path, first.spec.rank, wasteful.len());
-        tracing::warn!(
-            "{path}: rank {rank} is above the smaller side of its matrix: legal, and wasteful; {count} such"
-        );
+/// Put an adapter onto a model; its configuration.
+fn attach(model: &mut Model, config: &PeftConfig, values: Values) -> Result<PeftConfig> {
+    Ok(warned(model.attach(config, values)?))
+}
+
+/// The configuration of what was attached, once what is to be said of it is said.
+fn warned(attached: AttachedPeft) -> PeftConfig {
+    for warning in &attached.warnings {
+        tracing::warn!("{warning}");
     }
-    for unused in &attached.unused {
-        tracing::warn!("{unused} means no layer of this model");
-    }
+    attached.config
 }

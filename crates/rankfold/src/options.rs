@@ -25,6 +25,20 @@ pub enum Method {
     Dora,
     /// Low-rank adapters whose ranks share a budget.
     Adalora,
+    /// Scales of keys, values and the feed-forward's inner activations.
+    Ia3,
+    /// Biases.
+    Bitfit,
+    /// Bottleneck adapters after attention and after the feed-forward.
+    Houlsby,
+    /// Bottleneck adapters after the feed-forward.
+    Pfeiffer,
+    /// Embeddings before the text.
+    Prompt,
+    /// Keys and values before the text, in every layer.
+    Prefix,
+    /// A sparse difference.
+    Diff,
     /// The whole model.
     Full,
 }
@@ -56,6 +70,18 @@ pub enum Biases {
     All,
     /// Those of the adapted layers.
     LoraOnly,
+}
+
+impl Method {
+    /// Whether it is a low-rank update, whose rank and scale are asked for.
+    pub fn is_low_rank(self) -> bool {
+        matches!(self, Self::Lora | Self::Dora | Self::Adalora)
+    }
+
+    /// Whether it goes on linear layers that are asked for.
+    pub fn has_targets(self) -> bool {
+        self.is_low_rank() || matches!(self, Self::Ia3 | Self::Bitfit | Self::Diff)
+    }
 }
 
 /// What becomes of AdaLoRA's triplets that the budget does not reach.
@@ -224,7 +250,7 @@ pub struct Options {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rslora: Option<bool>,
     /// Layers to adapt: names, comma-separated; `all-linear`; or a regular expression for whole paths
-    /// [default: all-linear].
+    /// [default: all-linear; with --method ia3 PEFT's for the architecture].
     #[arg(long, value_name = "q_proj,…|all-linear|REGEX")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub targets: Option<String>,
@@ -292,6 +318,23 @@ pub struct Options {
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adalora_squared: Option<bool>,
+    /// Houlsby, Pfeiffer: width of a bottleneck [default: 64].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bottleneck: Option<usize>,
+    /// Prompt, prefix: learned tokens before each row; rows then hold one document each [default: 20].
+    #[arg(long, value_name = "N")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub virtual_tokens: Option<usize>,
+    /// Prefix: let it come out of a small network while training [default: false].
+    #[arg(long, num_args = 0..=1, default_missing_value = "true")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prefix_projection: Option<bool>,
+    /// Diff: what it costs to change all of the weights; the expected share that is changed pays that part of it
+    /// [default: 50].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diff_penalty: Option<f64>,
     /// Start from this PEFT adapter; the method and its hyper-parameters are the folder's.
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -437,7 +480,9 @@ impl Options {
         let model = self.model.clone().unwrap_or_else(|| BUILTIN.into());
         let builtin = model == BUILTIN;
         let full = self.method == Some(Method::Full);
-        let own = self.init_adapter.is_none() && !full;
+        let method = self.method.or(self.init_adapter.is_none().then_some(Method::Lora));
+        let own = method.is_some_and(Method::is_low_rank);
+        let is = |methods: &[Method]| method.is_some_and(|method| methods.contains(&method));
         let adalora = self.method == Some(Method::Adalora);
         let adaloras = adalora::AdaLora::default();
         let steps = self.steps.unwrap_or(200);
@@ -457,7 +502,6 @@ impl Options {
             alpha: own.then_some(alpha),
             dropout: own.then_some(0.0),
             rslora: own.then_some(false),
-            targets: own.then(|| "all-linear".into()),
             rank_pattern: None,
             alpha_pattern: None,
             init: own.then_some(Start::Kaiming),
@@ -465,6 +509,11 @@ impl Options {
             lora_plus: (!full).then_some(1.0),
             bias: own.then_some(Biases::None),
             modules_to_save: None,
+            targets: (own || is(&[Method::Bitfit, Method::Diff])).then(|| "all-linear".into()),
+            bottleneck: is(&[Method::Houlsby, Method::Pfeiffer]).then_some(64),
+            virtual_tokens: is(&[Method::Prompt, Method::Prefix]).then_some(20),
+            prefix_projection: is(&[Method::Prefix]).then_some(false),
+            diff_penalty: is(&[Method::Diff]).then_some(50.0),
             adalora_prune: adalora.then_some(Prune::Shrink),
             adalora_target: adalora.then_some((rank / 2).max(1)),
             adalora_tinit: adalora.then_some(steps / 10),

@@ -5,44 +5,94 @@
 //! changed, is measured layer by layer. A layer without an update keeps its codes.
 
 use crate::convert::{Converted, Tensor, tensors, write_decoded, write_dense, write_quantized_config};
-use crate::model::{Model, Quantization};
+use crate::model::{Architecture, Model, ModelConfig, Quantization};
 use crate::product::write_config;
 use crate::{Error, Result};
-use rankfold_adapters::{Linear, Lora, merged_weight};
+use rankfold_adapters::{Adapter, Linear, Merged, merged};
 use rankfold_autograd::{Base, Parameter};
 use rankfold_backend::{Backend, Buffer, DType, Quantized, Scales};
 use rankfold_files::{Checkpoint, Writer, quantized};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Write a model with its adapter folded in: the updated weight wherever there is one, what was trained beside it, and
+/// Write a model with its adapter folded in, as [`merged`] has it wherever there is one, what was trained beside it, and
 /// 4-bit weights as the dense values that they stand for.
+///
+/// Errors: an adapter that does not merge, learned tokens among them; a bias where the architecture has no place for it.
 pub fn merge(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
-    let (config, backend) = (&model.config, model.backend().as_ref());
+    let backend = model.backend().as_ref();
+    refuse_tokens(model, checkpoint)?;
+    let config = config_with_biases(model)?;
+    let dtype = checkpoint.dtype("model.embed_tokens.weight")?;
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
     let trained: BTreeMap<String, Parameter> = model.trained_of_the_base().into_iter().collect();
     let mut done = Converted::default();
-    let tensors = tensors(checkpoint, config)?;
+    let mut tensors = tensors(checkpoint, &model.config)?;
+    let known: BTreeSet<String> = tensors.iter().map(|tensor| tensor.name.clone()).collect();
+    let new = config.tensors().into_iter().filter(|(name, _)| !known.contains(name));
+    tensors.extend(new.map(|(name, shape)| Tensor { name, shape, dtype, linear: None }));
     let mut writer = Writer::create(&out.join("model.safetensors"), tensors.iter().map(Tensor::spec).collect())?;
+    let mut biases: BTreeMap<String, Buffer> = BTreeMap::new();
     for tensor in &tensors {
         let Tensor { name, dtype, .. } = tensor;
         done.after += tensor.bytes();
-        let linear = layers.get(name);
-        match linear.map(|linear| (linear, linear.base(), linear.adapter())) {
-            Some((linear, base, Some(lora))) => {
-                let merged = merged_weight(backend, linear.path(), &base, lora, *dtype)?;
-                writer.write_view(name, backend, merged.view())?;
-                done.layers += 1;
+        if let Some(linear) = layers.get(name) {
+            match (merged(backend, linear, *dtype)?, linear.base()) {
+                (Some(Merged { weight, bias }), _) => {
+                    writer.write_view(name, backend, weight.view())?;
+                    biases.extend(bias.map(|bias| (format!("{}.bias", linear.path()), bias)));
+                    done.layers += 1;
+                }
+                (None, Base::Quantized(weight)) => write_decoded(&mut writer, backend, tensor, &weight)?,
+                (None, Base::Dense(_)) => drop(write_dense(&mut writer, backend, checkpoint, tensor)?),
             }
-            Some((_, Base::Quantized(weight), None)) => {
-                write_decoded(&mut writer, backend, tensor, &weight)?;
-            }
-            _ => write_beside(&mut writer, backend, checkpoint, tensor, trained.get(name))?,
+        } else if let Some(bias) = biases.remove(name) {
+            let mut cast = backend.alloc(*dtype, bias.len())?;
+            backend.cast(bias.view(), cast.view_mut())?;
+            writer.write_view(name, backend, cast.view())?;
+        } else if known.contains(name) {
+            write_beside(&mut writer, backend, checkpoint, tensor, trained.get(name))?;
+        } else {
+            // A bias beside those that were trained, of a layer that has none.
+            writer.write(name, &vec![0; tensor.bytes() as usize])?;
         }
     }
     writer.finish()?;
-    write_config(out, &config.raw, checkpoint.dtype("model.embed_tokens.weight")?)?;
+    write_config(out, &config.raw, dtype)?;
     Ok(done)
+}
+
+fn refuse_tokens(model: &Model, checkpoint: &Checkpoint) -> Result<()> {
+    match model.virtual_tokens() {
+        None => Ok(()),
+        Some(_) => {
+            let why = "learned tokens do not merge into weights: keep the adapter beside the model";
+            Err(Error::file(checkpoint.path(), why))
+        }
+    }
+}
+
+/// The configuration of the merged model: where a layer gets a bias that it did not have, its kind of layers has them.
+fn config_with_biases(model: &Model) -> Result<ModelConfig> {
+    let is_new = |linear: &&Linear| linear.bias().is_none() && matches!(linear.attached(), Some(Adapter::Bias(_)));
+    let (mut raw, path) = (model.config.raw.clone(), Path::new("config.json"));
+    for linear in model.linears().filter(is_new) {
+        let key = if linear.path().contains(".mlp.") { "mlp_bias" } else { "attention_bias" };
+        // As transformers has them: the others read no such key.
+        let has_place = match model.config.architecture {
+            Architecture::Llama => true,
+            Architecture::Qwen3 => key == "attention_bias",
+            Architecture::Mistral | Architecture::Qwen2 => false,
+        };
+        if !has_place {
+            let (module, family) = (linear.path(), model.config.architecture.model_type());
+            let why =
+                format!("{module} has a trained bias, and a {family} has no place for it: keep the adapter beside it");
+            return Err(Error::file(path, why));
+        }
+        raw[key] = true.into();
+    }
+    ModelConfig::parse(&raw.to_string(), path)
 }
 
 /// What quantising again does to a merged layer.
@@ -61,6 +111,7 @@ pub struct Requantised {
 /// Errors: a layer that is not in 4 bits; layers in several formats; a sum that is not finite.
 pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<(Converted, Vec<Requantised>)> {
     let (config, backend) = (&model.config, model.backend().as_ref());
+    refuse_tokens(model, checkpoint)?;
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
     let trained: BTreeMap<String, Parameter> = model.trained_of_the_base().into_iter().collect();
     let how = format(model, checkpoint)?;
@@ -81,11 +132,15 @@ pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Re
             continue;
         };
         let Base::Quantized(weight) = linear.base() else { continue };
-        match linear.adapter() {
+        match merged(backend, linear, DType::F32)? {
             None => quantized::write(&mut writer, &tensor.name, backend, &weight, tensor.dtype)?,
-            Some(lora) => {
-                let (merged, report) = requantise(backend, linear, &weight, lora, how)?;
-                quantized::write(&mut writer, &tensor.name, backend, &merged, tensor.dtype)?;
+            Some(Merged { bias: Some(_), .. }) => {
+                let why = format!("{} has a trained bias, for which a 4-bit checkpoint has no place", linear.path());
+                return Err(Error::file(checkpoint.path(), why));
+            }
+            Some(Merged { weight: sum, bias: None }) => {
+                let (again, report) = requantise(backend, linear, &weight, &sum, how)?;
+                quantized::write(&mut writer, &tensor.name, backend, &again, tensor.dtype)?;
                 errors.push(report);
                 done.layers += 1;
             }
@@ -131,11 +186,10 @@ fn requantise(
     backend: &dyn Backend,
     linear: &Linear,
     weight: &Quantized,
-    lora: &Lora,
+    sum: &Buffer,
     Quantization { format, block, double }: Quantization,
 ) -> Result<(Quantized, Requantised)> {
     let path = linear.path().to_owned();
-    let sum = merged_weight(backend, &path, &linear.base(), lora, DType::F32)?;
     let again = Quantized::quantize(backend, sum.view(), weight.shape, format, block, double)?;
     let decoded = |q: &Quantized| -> Result<Buffer> {
         let mut dense = backend.alloc(DType::F32, q.elements())?;

@@ -3,7 +3,7 @@
 use crate::data::Tokenizer;
 use crate::model::Model;
 use crate::{Error, Result};
-use rankfold_adapters::{AdapterConfig, Purpose};
+use rankfold_adapters::{PeftConfig, Purpose};
 use rankfold_backend::{DType, View};
 use rankfold_files::{Spec, Writer, write_atomically};
 use std::path::{Path, PathBuf};
@@ -20,8 +20,8 @@ pub struct Product<'a> {
 /// Which folder is written.
 #[derive(Clone, Copy, Debug)]
 pub enum Kind<'a> {
-    /// A PEFT folder with this configuration.
-    Adapter(&'a AdapterConfig),
+    /// An adapter's folder with this configuration.
+    Adapter(&'a PeftConfig),
     /// A Hugging Face folder of the whole model.
     Full {
         /// Written along.
@@ -35,14 +35,12 @@ impl Product<'_> {
     /// Write it into `folder`, which exists; in a checkpoint the weights are exact, and all is there to go on from.
     pub fn save(&self, folder: &Path, checkpoint: bool) -> Result<()> {
         match &self.kind {
-            Kind::Adapter(config) => Ok(rankfold_adapters::write_folder(
-                self.model.backend().as_ref(),
-                folder,
-                config,
-                self.model.linears(),
-                self.model.trained_modules(),
-                if checkpoint { Purpose::Resume } else { Purpose::Exchange },
-            )?),
+            Kind::Adapter(config) => {
+                let (model, backend) = (self.model, self.model.backend());
+                let purpose = if checkpoint { Purpose::Resume } else { Purpose::Exchange };
+                let (layers, modules, tokens) = (model.linears(), model.trained_modules(), model.virtual_tokens());
+                Ok(config.write(backend, folder, layers, modules, tokens, purpose)?)
+            }
             Kind::Full { tokenizer, dtype } => {
                 self.save_model(folder, *tokenizer, if checkpoint { DType::F32 } else { *dtype })
             }

@@ -5,13 +5,14 @@
 //! its orthogonality term, once a step.
 
 use crate::data::{Batch, Loader};
-use crate::model::{DeviceBatch, Model};
+use crate::model::Model;
 use crate::optimizer::{AdamW, clip_scale};
 use crate::schedule::Schedule;
 use crate::traffic::Traffic;
 use crate::{Error, Result};
 use rankfold_adapters::adalora::{Allocation, Allocator, orthogonality};
-use rankfold_adapters::{AdapterConfig, DropoutKey, Forward};
+use rankfold_adapters::diff::expected_share;
+use rankfold_adapters::{AdapterConfig, DropoutKey, Forward, PeftConfig, Relative};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::{Compute, DType};
 use serde::{Serialize, Serializer};
@@ -60,6 +61,19 @@ pub struct Recipe {
     pub compute: Compute,
     /// AdaLoRA's second term.
     pub orthogonality: Option<Orthogonality>,
+    /// Diff pruning's: what the expected share of changed elements costs.
+    pub diff_penalty: Option<f64>,
+}
+
+/// Diff pruning's penalty, where a configuration is that method's.
+pub fn diff_penalty(config: &PeftConfig) -> Option<f64> {
+    match config {
+        PeftConfig::Relative(config) => match config.method {
+            Relative::Diff { penalty } => Some(penalty),
+            _ => None,
+        },
+        _ => None,
+    }
 }
 
 /// The weight of AdaLoRA's orthogonality term in the loss.
@@ -111,6 +125,9 @@ pub struct StepMetrics {
     /// With AdaLoRA: what its budget is spent on.
     #[serde(flatten)]
     pub spent: Option<Spent>,
+    /// With diff pruning: the expected share of elements that stay as they were, before the step's update.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_sparsity: Option<f64>,
 }
 
 /// AdaLoRA's budget after a step.
@@ -134,6 +151,7 @@ pub struct Pending {
     gradients: Gradients,
     loss: f64,
     grad_norm: f64,
+    share: Option<f64>,
     tokens: usize,
     seconds: f64,
 }
@@ -151,7 +169,7 @@ pub fn gradients(
     let begun = Instant::now();
     let backend = model.backend();
     let micro_batches: Vec<Batch> = (0..recipe.accumulate).map(|micro| batches.batch(step, micro)).collect();
-    let kept: usize = micro_batches.iter().map(Batch::targets).sum();
+    let kept: usize = micro_batches.iter().map(|batch| model.targets(batch)).sum();
     let tokens = micro_batches.iter().map(|batch| batch.ids.len()).sum();
 
     let mut gradients = Gradients::new(backend.clone());
@@ -159,7 +177,7 @@ pub fn gradients(
     for (micro, batch) in micro_batches.iter().enumerate() {
         let draw = ((step - 1) * recipe.accumulate + micro) as u64;
         let mode = Forward { compute: recipe.compute, dropout: Some(DropoutKey { seed: recipe.seed, draw }) };
-        let device = DeviceBatch::new(backend.as_ref(), batch)?;
+        let device = model.batch(batch)?;
         let tape = Tape::new(backend.clone());
         let (root, value) = model.loss(&tape, &device, kept.max(1) as f64, &mode, recipe.checkpointing)?;
         loss += value;
@@ -174,11 +192,19 @@ pub fn gradients(
             return Err(Error::NotFinite { step, what: "loss", value: loss });
         }
     }
+    let share = match recipe.diff_penalty {
+        None => None,
+        Some(penalty) => {
+            let share = expected_share(backend.as_ref(), model.linears(), penalty, &mut gradients)?;
+            loss += penalty * share.unwrap_or_default();
+            share
+        }
+    };
     let grad_norm = optimizer.grad_norm(&gradients)?;
     if !grad_norm.is_finite() {
         return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
     }
-    Ok(Pending { step, gradients, loss, grad_norm, tokens, seconds: begun.elapsed().as_secs_f64() })
+    Ok(Pending { step, gradients, loss, grad_norm, share, tokens, seconds: begun.elapsed().as_secs_f64() })
 }
 
 impl Pending {
@@ -189,7 +215,7 @@ impl Pending {
         optimizer: &mut AdamW,
         allocator: Option<(&mut Allocator, &mut Model)>,
     ) -> Result<StepMetrics> {
-        let Self { step, gradients, loss, grad_norm, tokens, seconds } = self;
+        let Self { step, gradients, loss, grad_norm, share, tokens, seconds } = self;
         let begun = Instant::now();
         let (lr, scale) = (recipe.schedule.at(step), clip_scale(grad_norm, recipe.clip));
         optimizer.update(&gradients, lr, scale)?;
@@ -202,8 +228,20 @@ impl Pending {
         };
         let spent = allocator.map(spend).transpose()?;
         let tokens_per_second = tokens as f64 / (seconds + begun.elapsed().as_secs_f64());
-        let peak_rss = peak_rss();
-        Ok(StepMetrics { step, loss, lr, grad_norm, tokens, tokens_per_second, peak_rss, traffic: None, spent })
+        let (peak_rss, expected_sparsity) = (peak_rss(), share.map(|share| 1.0 - share));
+        let traffic = None;
+        Ok(StepMetrics {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            tokens,
+            tokens_per_second,
+            peak_rss,
+            traffic,
+            spent,
+            expected_sparsity,
+        })
     }
 }
 
@@ -211,10 +249,10 @@ impl Pending {
 pub fn evaluate(model: &Model, batches: impl IntoIterator<Item = Batch>, compute: Compute) -> Result<(f64, usize)> {
     let (mut sum, mut kept) = (0.0, 0);
     for batch in batches {
-        let device = DeviceBatch::new(model.backend().as_ref(), &batch)?;
+        let device = model.batch(&batch)?;
         let tape = Tape::inference(model.backend().clone());
         sum += model.loss(&tape, &device, 1.0, &Forward::evaluation(compute), false)?.1;
-        kept += batch.targets();
+        kept += device.kept;
     }
     Ok((sum / kept.max(1) as f64, kept))
 }

@@ -62,6 +62,7 @@ fn step(accumulate: usize) -> (f64, Vec<Trained>) {
         checkpointing: false,
         compute: Compute::F32,
         orthogonality: None,
+        diff_penalty: None,
     };
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, ..Hyper::default() };
     let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, model.parameters()).unwrap();

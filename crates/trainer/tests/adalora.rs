@@ -1,7 +1,7 @@
 //! AdaLoRA over whole runs: what shrinking changes and what it does not, stopping and going on, and training on.
 
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune, orthogonality};
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, Targets, attach_folder, attach_new};
+use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, PeftConfig, Targets, attach_folder, attach_new};
 use rankfold_autograd::Tape;
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
@@ -35,7 +35,7 @@ fn config(target_rank: usize) -> AdapterConfig {
 
 struct Training {
     model: Model,
-    config: AdapterConfig,
+    config: PeftConfig,
     optimizer: AdamW,
     allocator: Allocator,
     batches: Batches,
@@ -70,15 +70,24 @@ impl Training {
         let optimizer = AdamW::new(model.backend().clone(), moments, Hyper::default(), model.parameters()).unwrap();
         let adalora = config.adalora.as_ref().unwrap();
         let allocator = Allocator::new(model.backend().as_ref(), adalora, prune, STEPS, model.linears()).unwrap();
+        let config = config.into();
         Self { model, config, optimizer, allocator, batches: Batches::Fixed(batch) }
     }
 
     /// Steps up to `last`.
     fn go_on(&mut self, last: usize) -> Vec<Step> {
         let schedule = Schedule { lr: 5e-3, decay: Decay::Constant, warmup: 0, steps: STEPS };
-        let orthogonality = Orthogonality::of(&self.config);
-        let (checkpointing, compute) = (false, Compute::F32);
-        let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality };
+        let orthogonality = self.config.lora().and_then(Orthogonality::of);
+        let recipe = Recipe {
+            schedule,
+            accumulate: 1,
+            clip: 1.0,
+            seed: 0,
+            checkpointing: false,
+            compute: Compute::F32,
+            orthogonality,
+            diff_penalty: None,
+        };
         let first = self.optimizer.step as usize + 1;
         let step = |t| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t).unwrap();

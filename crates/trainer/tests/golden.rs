@@ -174,6 +174,7 @@ fn follow_on(backend: Arc<dyn Backend>, case: &str) {
         checkpointing: case == "rslora",
         compute: Compute::F32,
         orthogonality: term,
+        diff_penalty: None,
     };
     let allocator =
         |adalora: &AdaLora| Allocator::new(backend.as_ref(), adalora, Prune::Mask, steps, model.linears()).unwrap();

@@ -45,8 +45,9 @@ impl Training {
     /// Steps up to `last`: their losses.
     fn go_on(&mut self, last: u64) -> Vec<f64> {
         let schedule = Schedule { lr: 1e-3, decay: Decay::Constant, warmup: 0, steps: 100 };
-        let (checkpointing, compute, orthogonality) = (false, Compute::F32, None);
-        let recipe = Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality };
+        let (checkpointing, compute, orthogonality, diff_penalty) = (false, Compute::F32, None, None);
+        let recipe =
+            Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality, diff_penalty };
         let first = self.optimizer.step + 1;
         let step = |t: u64| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t as usize).unwrap();

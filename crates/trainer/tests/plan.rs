@@ -4,7 +4,7 @@
 //! for the kernels' working memory, which is the process's and so needs a process of its own.
 
 use proptest::prelude::*;
-use rankfold_adapters::{AdapterConfig, LoraSpec, Targets, attach_new};
+use rankfold_adapters::{AdapterConfig, LoraSpec, PeftConfig, Targets, Values};
 use rankfold_backend::{Backend, Compute, DType, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer};
@@ -35,15 +35,15 @@ fn llama_65b() -> ModelConfig {
     config([32000, 8192, 80, 64, 64, 22016])
 }
 
-fn adapter(rank: usize) -> AdapterConfig {
+fn adapter(rank: usize) -> PeftConfig {
     let spec = LoraSpec::new(rank, 16.0);
-    AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }
+    AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }.into()
 }
 
 const QLORA: Precision = Precision::Quantized(Quantization { format: Format::Nf4, block: 64, double: true });
 
 /// QLoRA on one thread, a row of 512 tokens, with checkpointing.
-fn qlora<'a>(config: &'a ModelConfig, adapter: &'a AdapterConfig) -> Setup<'a> {
+fn qlora<'a>(config: &'a ModelConfig, adapter: &'a PeftConfig) -> Setup<'a> {
     Setup {
         config,
         stored: Stored { dense: DType::F32, four_bits: None },
@@ -147,7 +147,7 @@ fn what_cannot_be_counted_is_refused() {
         assert!(refused(&Setup { rows, ..setup.clone() }).contains("batch × seq"));
     }
     let targets = Targets::parse("no_such_proj");
-    let nowhere = AdapterConfig { targets, ..adapter.clone() };
+    let nowhere = AdapterConfig { targets, ..adapter.lora().unwrap().clone() }.into();
     assert!(refused(&Setup { adapter: Some(&nowhere), ..setup.clone() }).contains("no_such_proj"));
     let four_bits = Some(Quantization { format: Format::Nf4, block: 64, double: true });
     let stored = Stored { dense: DType::Bf16, four_bits };
@@ -355,7 +355,7 @@ fn held(setup: &Setup) -> u64 {
     let file = Checkpoint::open(folder.path()).unwrap();
     let mut model = Model::load(backend.clone(), &file, setup.config.clone(), setup.precision).unwrap();
     if let Some(adapter) = setup.adapter {
-        attach_new(backend.as_ref(), &mut model.linears_mut(), adapter, "llama", 0).unwrap();
+        model.attach(adapter, Values::New(0)).unwrap();
     }
     let optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let tokens = setup.rows * setup.seq;
@@ -369,7 +369,16 @@ fn held(setup: &Setup) -> u64 {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 1 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute, orthogonality: None };
+    let recipe = Recipe {
+        schedule,
+        accumulate,
+        clip: 0.0,
+        seed: 0,
+        checkpointing,
+        compute,
+        orthogonality: None,
+        diff_penalty: None,
+    };
     gradients(&model, &mut Batches::Fixed(batch), &recipe, &optimizer, 1).unwrap();
     cpu.memory().scratch as u64
 }

@@ -44,6 +44,8 @@ impl Eval {
         let tokenizer = folder.tokenizer()?;
         let data = Data::read(&tokenizer, &sources(&self.data))?;
         let evaluation = Evaluation::new(data, self.seq, tokenizer.end_of_text())?;
+        // What is learned to stand before a document stands before a row.
+        let evaluation = if model.virtual_tokens().is_some() { evaluation.unpacked() } else { evaluation };
         let (loss, targets) = finite(evaluate(&model, evaluation.batches(self.batch), compute)?)?;
         let (tokens, characters) = evaluation.tokens_and_characters();
         let by_character = loss * tokens as f64 / characters.max(1) as f64;

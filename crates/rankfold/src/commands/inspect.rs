@@ -3,7 +3,8 @@
 use crate::error::{Error, Result};
 use crate::show::{bytes, count, printable, say};
 use clap::Args;
-use rankfold_adapters::{AdapterFolder, Form, LoraSpec};
+use rankfold_adapters::virtual_tokens::Kind;
+use rankfold_adapters::{Form, LoraSpec, PeftConfig, Relative};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::model::ModelConfig;
 use std::path::PathBuf;
@@ -21,14 +22,7 @@ impl Inspect {
         let adapter = self.path.join("adapter_model.safetensors");
         let checkpoint = Checkpoint::open(if adapter.exists() { &adapter } else { &self.path })?;
         if adapter.exists() {
-            let LoraSpec { rank, alpha, rslora, dropout, form } = AdapterFolder::open(&self.path)?.config().spec;
-            let kind = match form {
-                Form::Dora => "DoRA",
-                Form::AdaLora => "AdaLoRA",
-                Form::Plain if rslora => "rsLoRA",
-                Form::Plain => "LoRA",
-            };
-            say!("a PEFT adapter: {kind}, rank {rank}, alpha {alpha}, dropout {dropout}")?;
+            say!("{}", what(&PeftConfig::open(&self.path)?))?;
         } else if self.path.join("config.json").exists() {
             let c = ModelConfig::open(&self.path)?;
             say!(
@@ -63,5 +57,33 @@ impl Inspect {
         }
         say!("{tensors} tensors, {}, in {}", bytes(total), self.path.display())?;
         Ok(())
+    }
+}
+
+/// An adapter in one line.
+fn what(config: &PeftConfig) -> String {
+    match config {
+        PeftConfig::Lora(config) => {
+            let LoraSpec { rank, alpha, rslora, dropout, form } = config.spec;
+            let kind = match (form, rslora) {
+                (Form::AdaLora, _) => "AdaLoRA",
+                (Form::Dora, _) => "DoRA",
+                (Form::Plain, true) => "rsLoRA",
+                (Form::Plain, false) => "LoRA",
+            };
+            format!("a PEFT adapter: {kind}, rank {rank}, alpha {alpha}, dropout {dropout}")
+        }
+        PeftConfig::Relative(config) => match &config.method {
+            Relative::Ia3 { .. } => "a PEFT adapter: (IA)³".into(),
+            Relative::BitFit => "an adapter: BitFit".into(),
+            Relative::Bottleneck { placement, bottleneck } => {
+                format!("an adapter: {} bottlenecks of {bottleneck}", placement.name())
+            }
+            Relative::Diff { penalty } => format!("an adapter: diff pruning, penalty {penalty}"),
+        },
+        PeftConfig::Virtual(config) => {
+            let kind = if config.kind == Kind::Prompt { "prompt" } else { "prefix" };
+            format!("a PEFT adapter: {kind} tuning, {} learned tokens", config.tokens)
+        }
     }
 }

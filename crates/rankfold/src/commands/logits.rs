@@ -7,7 +7,6 @@ use clap::Args;
 use rankfold_backend::DType;
 use rankfold_files::{Spec, Writer};
 use rankfold_trainer::data::tokens;
-use rankfold_trainer::model::DeviceBatch;
 use rankfold_trainer::step::evaluate;
 use std::path::PathBuf;
 
@@ -31,7 +30,7 @@ impl Logits {
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
         let (model, _) = self.model.load(&folder)?;
         let (backend, compute) = (model.backend().clone(), self.model.compute());
-        let logits = model.logits(&DeviceBatch::new(backend.as_ref(), &batch)?, compute)?;
+        let logits = model.logits(&model.batch(&batch)?, compute)?;
         let (loss, _) = evaluate(&model, [batch.clone()], compute)?;
 
         let shape = [batch.rows, batch.seq, folder.config.vocab];

@@ -15,8 +15,8 @@ use crate::sample::sample_prompt;
 use crate::show::{Bar, bytes, count, say};
 use crate::size::Size;
 use clap::Args;
-use rankfold_adapters::AdapterConfig;
 use rankfold_adapters::adalora::Allocator;
+use rankfold_adapters::{PeftConfig, VirtualTokens};
 use rankfold_files::Checkpoint;
 use rankfold_trainer::checkpoint::Checkpoints;
 use rankfold_trainer::convert;
@@ -26,7 +26,7 @@ use rankfold_trainer::optimizer::{AdamW, Hyper};
 use rankfold_trainer::product::Kind;
 use rankfold_trainer::run::{Cadence, Run};
 use rankfold_trainer::schedule;
-use rankfold_trainer::step::{Batches, Orthogonality, Recipe};
+use rankfold_trainer::step::{Batches, Orthogonality, Recipe, diff_penalty};
 use rankfold_trainer::traffic::Gauge;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -103,7 +103,7 @@ struct Job {
     folder: Folder,
     precision: Precision,
     tokenizer: Option<Tokenizer>,
-    adapter: Option<AdapterConfig>,
+    adapter: Option<PeftConfig>,
     batches: Batches,
     held_out: Vec<Batch>,
     paged: Option<Paged>,
@@ -112,9 +112,10 @@ struct Job {
 impl Job {
     fn open(options: &Options, threads: Option<usize>, done: Option<&Done>) -> Result<Self> {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
-        let (batches, held_out, tokenizer) = data(options, &folder)?;
         let precision = precision(options, &folder)?;
         let adapter = memory::adapter(options, folder.builtin)?;
+        let alone = adapter.as_ref().is_some_and(|adapter| adapter.virtual_tokens().is_some());
+        let (batches, held_out, tokenizer) = data(options, &folder, alone)?;
         let subject = Subject {
             config: &folder.config,
             stored: folder.stored()?,
@@ -135,7 +136,7 @@ impl Job {
             }
             None => folder.load(backend, precision)?,
         };
-        let attach = |fresh: AdapterConfig| attach(options, &fresh, &folder, &mut model, done);
+        let attach = |fresh: PeftConfig| attach(options, &fresh, &folder, &mut model, done);
         let adapter = adapter.map(attach).transpose()?;
         describe(options, &folder, precision, &model, &batches);
         eprintln!("memory: {}", memory::summary(&plan));
@@ -159,7 +160,7 @@ impl Job {
         let Self { mut model, folder, precision: _, tokenizer, mut adapter, batches, held_out, paged } = self;
         let base = out.join(folder::BASE);
         let loftq = options.init == Some(Start::Loftq);
-        if let Some(config) = adapter.as_mut().filter(|_| loftq) {
+        if let Some(PeftConfig::Lora(config)) = adapter.as_mut().filter(|_| loftq) {
             config.base_model = Some(base.display().to_string());
         }
         let compute = options.compute.unwrap_or_default().into();
@@ -181,7 +182,8 @@ impl Job {
             seed: options.seed.unwrap_or_default(),
             checkpointing: options.checkpointing.unwrap_or_default(),
             compute,
-            orthogonality: adapter.as_ref().and_then(Orthogonality::of),
+            orthogonality: adapter.as_ref().and_then(PeftConfig::lora).and_then(Orthogonality::of),
+            diff_penalty: adapter.as_ref().and_then(diff_penalty),
         };
         let cadence = Cadence {
             steps,
@@ -242,8 +244,8 @@ impl Job {
     }
 }
 
-/// Training batches, held-out batches, and the tokenizer where there is text.
-fn data(options: &Options, folder: &Folder) -> Result<(Batches, Vec<Batch>, Option<Tokenizer>)> {
+/// Training batches, held-out batches, and the tokenizer where there is text; rows of one document each where `alone`.
+fn data(options: &Options, folder: &Folder, alone: bool) -> Result<(Batches, Vec<Batch>, Option<Tokenizer>)> {
     if let Some(path) = &options.tokens {
         return Ok((Batches::Fixed(tokens::read(path, folder.config.vocab)?), Vec::new(), folder.tokenizer_if_any()?));
     }
@@ -253,9 +255,11 @@ fn data(options: &Options, folder: &Folder) -> Result<(Batches, Vec<Batch>, Opti
     let rows = options.batch.unwrap_or(1);
     let shape = Shape { rows, seq: options.seq.unwrap_or(2), accumulate: options.accumulate.unwrap_or(1) };
     let loader = Loader::new(data.train, shape, options.seed.unwrap_or_default(), tokenizer.end_of_text())?;
+    let loader = if alone { loader.unpacked() } else { loader };
     let held_out = match (data.held_out.is_empty(), Evaluation::new(data.held_out, shape.seq, tokenizer.end_of_text()))
     {
         (true, _) => Vec::new(),
+        (false, Ok(evaluation)) if alone => evaluation.unpacked().batches(rows).collect(),
         (false, Ok(evaluation)) => evaluation.batches(rows).collect(),
         // What nobody asked for need not stop the run.
         (false, Err(error)) if options.eval_data.is_empty() => {
@@ -275,23 +279,25 @@ fn precision(options: &Options, folder: &Folder) -> Result<Precision> {
 /// Put adapters on the model, new or from a folder.
 fn attach(
     options: &Options,
-    fresh: &AdapterConfig,
+    fresh: &PeftConfig,
     folder: &Folder,
     model: &mut Model,
     done: Option<&Done>,
-) -> Result<AdapterConfig> {
+) -> Result<PeftConfig> {
     let name = options.model.as_deref().unwrap_or_default();
     match (done, &options.init_adapter) {
         // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
-        (Some(done), _) if fresh.init.changes_the_base() => crate::open::attach_saved(model, name, &done.path),
+        (Some(done), _) if fresh.lora().is_some_and(|lora| lora.init.changes_the_base()) => {
+            crate::open::attach_saved(model, name, &done.path)
+        }
         (_, Some(saved)) => crate::open::attach_saved(model, name, saved),
         _ => crate::open::attach_fresh(model, fresh, &folder.checkpoint, options.seed.unwrap_or_default()),
     }
 }
 
 /// Who spends the budget, with AdaLoRA.
-fn allocator(options: &Options, config: &AdapterConfig, model: &Model) -> Result<Option<Allocator>> {
-    let Some(adalora) = &config.adalora else { return Ok(None) };
+fn allocator(options: &Options, config: &PeftConfig, model: &Model) -> Result<Option<Allocator>> {
+    let Some(adalora) = config.lora().and_then(|lora| lora.adalora.as_ref()) else { return Ok(None) };
     let prune = options.adalora_prune.unwrap_or(Prune::Mask).into();
     let (backend, steps) = (model.backend().as_ref(), options.steps.unwrap_or_default());
     Ok(Some(Allocator::new(backend, adalora, prune, steps, model.linears())?))
@@ -299,9 +305,10 @@ fn allocator(options: &Options, config: &AdapterConfig, model: &Model) -> Result
 
 /// Say what will be done, before it is.
 fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) {
-    let adapted: Vec<_> = model.linears().filter_map(|linear| Some((linear, linear.adapter()?))).collect();
+    let adapted: Vec<_> = model.linears().filter_map(|linear| Some((linear, linear.attached()?))).collect();
     let trained: usize = model.parameters().iter().map(|n| n.parameter.shape().elements()).sum();
-    let total = folder.config.parameters() + adapted.iter().map(|(_, lora)| lora.elements()).sum::<usize>();
+    let frozen = if precision == Precision::Trained { 0 } else { folder.config.parameters() };
+    let total = frozen + trained;
     let name = options.model.as_deref().unwrap_or_default();
     if !adapted.is_empty() {
         let mut names: Vec<&str> = adapted.iter().filter_map(|(linear, _)| linear.path().rsplit('.').next()).collect();
@@ -311,6 +318,9 @@ fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Mo
         let mut layers: Vec<_> = adapted.iter().map(|(linear, _)| layer(linear.path())).collect();
         layers.dedup();
         eprintln!("{name}: {} modules matched: {} in {} layers", adapted.len(), names.join(", "), layers.len());
+    }
+    if let Some(tokens) = model.virtual_tokens().map(VirtualTokens::count) {
+        eprintln!("{name}: {tokens} learned tokens before each row, which holds one document");
     }
     if let Precision::Quantized(Quantization { format, block, double }) = precision {
         let scales = if double { "doubly quantised scales" } else { "scales in f32" };

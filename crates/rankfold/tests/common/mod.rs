@@ -68,6 +68,13 @@ impl Place {
         self.model(config, [4, 256])
     }
 
+    /// A file of so many rows of so many of the embedded model's tokens.
+    pub fn tokens(&self, [rows, seq]: [usize; 2]) -> String {
+        let tensors = ["ids", "labels"].map(|name| (name.to_owned(), vec![rows, seq]));
+        self.tensors("tokens.safetensors", DType::I64, &tensors, |i| (i as i64 * 31 % 200).to_le_bytes());
+        self.text("tokens.safetensors")
+    }
+
     /// A model's folder by its configuration, and a file of so many rows of so many of its tokens.
     pub fn model(&self, config: &str, [rows, seq]: [usize; 2]) -> [String; 2] {
         std::fs::create_dir(self.path("small")).unwrap();

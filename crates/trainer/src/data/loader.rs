@@ -14,7 +14,7 @@
 //! as a run does anyway; a resumed run packs again those that it skips.
 
 use crate::data::examples::Example;
-use crate::data::packing::{self, Batch, Segment};
+use crate::data::packing::{self, Batch, Packing, Segment};
 use crate::{Error, Result};
 use rankfold_backend::philox;
 
@@ -40,6 +40,7 @@ pub struct Loader {
     shape: Shape,
     seed: u64,
     padding: u32,
+    packing: Packing,
     /// The first row of each epoch packed so far, and of the next.
     epochs: Vec<u64>,
     /// The epoch packed last, and its rows: all of the state, and recomputed from the rest when it does not serve.
@@ -58,8 +59,16 @@ impl Loader {
         at_least_1("batch", shape.rows)?;
         at_least_1("accumulate", shape.accumulate)?;
         check(&examples, shape.seq)?;
-        let rows = epoch_rows(&examples, shape.seq, seed, 0);
-        Ok(Self { examples, shape, seed, padding, epochs: vec![0, rows.len() as u64], packed: (0, rows) })
+        let rows = epoch_rows(&examples, shape.seq, seed, 0, Packing::Whole);
+        let epochs = vec![0, rows.len() as u64];
+        Ok(Self { examples, shape, seed, padding, packing: Packing::Whole, epochs, packed: (0, rows) })
+    }
+
+    /// The same with rows of one document each.
+    pub fn unpacked(self) -> Self {
+        let packing = Packing::Alone;
+        let rows = epoch_rows(&self.examples, self.shape.seq, self.seed, 0, packing);
+        Self { packing, epochs: vec![0, rows.len() as u64], packed: (0, rows), ..self }
     }
 
     /// Micro-batch `micro` of step `step`, both from 0. `mut` only to remember the epoch that was packed last.
@@ -109,7 +118,7 @@ impl Loader {
     }
 
     fn pack(&mut self, epoch: usize) {
-        self.packed = (epoch, epoch_rows(&self.examples, self.shape.seq, self.seed, epoch as u64));
+        self.packed = (epoch, epoch_rows(&self.examples, self.shape.seq, self.seed, epoch as u64, self.packing));
     }
 }
 
@@ -128,8 +137,14 @@ impl Evaluation {
     /// Errors: seq below 2; nothing taught within the first `seq` tokens of any example.
     pub fn new(examples: Vec<Example>, seq: usize, padding: u32) -> Result<Self> {
         check(&examples, seq)?;
-        let rows = packing::pack(packing::segments(&examples, seq, |_, _| 0), seq);
+        let rows = Packing::Whole.pack(packing::segments(&examples, seq, |_, _| 0), seq);
         Ok(Self { examples, rows, seq, padding })
+    }
+
+    /// The same with rows of one document each.
+    pub fn unpacked(self) -> Self {
+        let rows = Packing::Alone.pack(self.rows.into_iter().flatten().collect(), self.seq);
+        Self { rows, ..self }
     }
 
     /// All rows, `rows` (at least 1) at a time; the last batch may have fewer.
@@ -156,11 +171,11 @@ fn check(examples: &[Example], seq: usize) -> Result<()> {
     Ok(())
 }
 
-fn epoch_rows(examples: &[Example], seq: usize, seed: u64, epoch: u64) -> Vec<Vec<Segment>> {
+fn epoch_rows(examples: &[Example], seq: usize, seed: u64, epoch: u64, packing: Packing) -> Vec<Vec<Segment>> {
     let offset = |i: usize, seq: usize| below(seq, seed, OFFSET + epoch, i as u64);
     let mut segments = packing::segments(examples, seq, offset);
     shuffle(&mut segments, seed, SHUFFLE + epoch);
-    packing::pack(segments, seq)
+    packing.pack(segments, seq)
 }
 
 /// Put `items` into the order that (seed, stream) says.
@@ -222,7 +237,7 @@ mod tests {
             let Some(mut loader) = loader(&examples, Shape { rows: 1, seq, accumulate: 1 }, seed) else { return Ok(()) };
             let mut first = 0;
             for epoch in 0..3 {
-                let rows = epoch_rows(&examples, seq, seed, epoch).len() as u64;
+                let rows = epoch_rows(&examples, seq, seed, epoch, Packing::Whole).len() as u64;
                 let mut seen = Vec::new();
                 for row in first..first + rows {
                     let batch = loader.batch(row, 0);
@@ -238,6 +253,20 @@ mod tests {
                     prop_assert!(missing <= 2, "only first and last windows of a single token are left out");
                 }
             }
+        }
+
+        #[test]
+        fn an_unpacked_row_is_one_document(examples in examples(), seed: u64, seq in 2usize..40) {
+            let Some(loader) = loader(&examples, Shape { rows: 1, seq, accumulate: 1 }, seed) else { return Ok(()) };
+            let mut loader = loader.unpacked();
+            for row in 0..2 * loader.rows_an_epoch() {
+                let batch = loader.batch(row, 0);
+                prop_assert!(batch.targets() > 0);
+                // Padding alone begins later than the row.
+                prop_assert!(batch.ids.iter().zip(&batch.starts).all(|(&id, &start)| (id == 0) == (start != 0)));
+            }
+            let evaluation = Evaluation::new(examples.clone(), seq, 0).unwrap().unpacked();
+            prop_assert!(evaluation.rows.iter().all(|row| row.len() == 1));
         }
 
         #[test]
@@ -257,7 +286,7 @@ mod tests {
     fn epochs_see_other_windows_in_another_order_and_seeds_differ() {
         let examples = [running(1000)];
         let epochs: BTreeSet<Vec<u32>> = (0..4)
-            .flat_map(|epoch| [7, 8].map(|seed| epoch_rows(&examples, 50, seed, epoch)))
+            .flat_map(|epoch| [7, 8].map(|seed| epoch_rows(&examples, 50, seed, epoch, Packing::Whole)))
             .map(|rows| packing::batch(&examples, rows.iter().map(Vec::as_slice), 50, 0).ids)
             .collect();
         assert_eq!(epochs.len(), 8);

@@ -69,6 +69,25 @@ pub fn segments(examples: &[Example], seq: usize, offset: impl Fn(usize, usize) 
     segments
 }
 
+/// What a row may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// As many segments as fit.
+    Whole,
+    /// One segment, for a model whose rows all begin with something that each document must see.
+    Alone,
+}
+
+impl Packing {
+    /// Put segments into rows of `seq` tokens.
+    pub fn pack(self, segments: Vec<Segment>, seq: usize) -> Vec<Vec<Segment>> {
+        match self {
+            Self::Whole => pack(segments, seq),
+            Self::Alone => segments.into_iter().map(|segment| vec![segment]).collect(),
+        }
+    }
+}
+
 /// Put segments into rows of `seq` tokens, first fit; rows and the segments of a row in the order they came.
 pub fn pack(segments: Vec<Segment>, seq: usize) -> Vec<Vec<Segment>> {
     // Every segment might need a row of its own; rows not begun are whole, and lie to the right of those begun.

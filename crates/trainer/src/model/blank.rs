@@ -4,6 +4,7 @@ use super::weights::{Reader, Source};
 use super::{DeviceBatch, Model, ModelConfig, Precision, Quantization};
 use crate::Result;
 use crate::plan::Stored;
+use rankfold_adapters::VirtualTokens;
 use rankfold_autograd::Tensor;
 use rankfold_backend::params::elements;
 use rankfold_backend::{Backend, Buffer, DType, NESTED_BLOCK, Quantized, Scales};
@@ -30,21 +31,25 @@ impl Model {
     }
 }
 
-impl DeviceBatch {
-    /// A batch of `rows` rows of `seq` tokens, several documents in a row.
-    pub(crate) fn blank(backend: &dyn Backend, rows: usize, seq: usize) -> Result<Self> {
-        let alloc = |dtype| backend.alloc(dtype, rows * seq);
-        Ok(Self {
-            ids: Arc::new(alloc(DType::U32)?),
-            positions: Arc::new(alloc(DType::U32)?),
-            starts: Some(Arc::new(alloc(DType::U32)?)),
-            targets: alloc(DType::I64)?,
+impl Model {
+    /// A batch of `rows` rows of `seq` tokens, several documents in a row, behind the model's learned tokens.
+    pub(crate) fn blank_batch(&self, rows: usize, seq: usize) -> Result<DeviceBatch> {
+        let learned = self.virtual_tokens.as_ref();
+        let own = learned.filter(|tokens| tokens.embeddings().is_some()).map_or(0, VirtualTokens::count);
+        let alloc = |dtype, seq| self.backend.alloc(dtype, rows * seq);
+        Ok(DeviceBatch {
+            ids: Arc::new(alloc(DType::U32, seq)?),
+            positions: Arc::new(alloc(DType::U32, own + seq)?),
+            starts: Some(Arc::new(alloc(DType::U32, own + seq)?)),
+            targets: alloc(DType::I64, own + seq)?,
             rows,
-            reach: seq,
+            reach: seq + learned.map_or(0, VirtualTokens::count),
             kept: rows * seq,
         })
     }
+}
 
+impl DeviceBatch {
     /// Its buffers.
     pub(crate) fn buffers(&self) -> impl Iterator<Item = &Buffer> {
         [&*self.ids, &*self.positions, &self.targets].into_iter().chain(self.starts.as_deref())

@@ -2,7 +2,7 @@
 
 use super::Cache;
 use crate::Result;
-use rankfold_adapters::{Forward, Linear};
+use rankfold_adapters::{Forward, Linear, VirtualTokens};
 use rankfold_autograd::{AttentionShape, Tape, Tensor, Value};
 use rankfold_backend::{Buffer, params};
 use std::sync::Arc;
@@ -49,6 +49,8 @@ pub struct Place {
     pub cos: Tensor,
     /// The same, of sines.
     pub sin: Tensor,
+    /// Learned tokens and the block's number: keys and values before every row's own, where they are that.
+    pub prefix: Option<(VirtualTokens, usize)>,
 }
 
 impl Block {
@@ -75,7 +77,17 @@ impl Block {
             Some((cache, layer)) => cache.attend(layer, &self.one_sequence(q.shape().rows(), mode), [&q, &k, &v])?,
             None => {
                 let shape = AttentionShape { batch: place.batch, compute: mode.compute, ..self.shape };
-                tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?
+                let learned = place.prefix.as_ref();
+                let learned = learned.map(|(tokens, layer)| tokens.keys_and_values(tape, *layer, mode.compute));
+                match learned.transpose()?.flatten() {
+                    None => tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?,
+                    Some([keys, values]) => {
+                        let shape = AttentionShape { query_offset: keys.shape().rows(), ..shape };
+                        let k = tape.prepend(&keys, &k, place.batch)?;
+                        let v = tape.prepend(&values, &v, place.batch)?;
+                        tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?
+                    }
+                }
             }
         };
         let h = tape.add(h, &self.o.forward(tape, &mixed, mode)?)?;

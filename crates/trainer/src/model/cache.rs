@@ -36,15 +36,22 @@ impl Cache {
         self.capacity - self.len
     }
 
+    /// Write k and v of `tokens` behind those of `layer` that are there.
+    pub fn put(&mut self, layer: usize, tokens: usize, kv: [&Tensor; 2]) -> Result<()> {
+        let Layer { keys, values } = &mut self.layers[layer];
+        for (cache, new) in [&mut *keys, values].into_iter().zip(kv) {
+            let width = new.shape().width();
+            self.backend.copy(new.view(), cache.slice_mut(self.len * width, tokens * width)?)?;
+        }
+        Ok(())
+    }
+
     /// Append k and v of new tokens to `layer`, and let q attend to all of it. `self.len` moves on when every layer
     /// has been through.
     pub fn attend(&mut self, layer: usize, p: &params::Attention, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
-        let width = p.kv_heads * p.head_dim;
+        self.put(layer, p.queries, [k, v])?;
         let p = params::Attention { keys: self.len + p.queries, query_offset: self.len, ..*p };
-        let Layer { keys, values } = &mut self.layers[layer];
-        for (cache, new) in [(&mut *keys, k), (&mut *values, v)] {
-            self.backend.copy(new.view(), cache.slice_mut(self.len * width, p.queries * width)?)?;
-        }
+        let Layer { keys, values } = &self.layers[layer];
         let (keys, values) = (keys.slice(0, p.key_elements())?, values.slice(0, p.key_elements())?);
         let mut out = self.backend.alloc(DType::F32, p.query_elements())?;
         let mut lse = self.backend.alloc(DType::F32, p.lse_elements())?;

@@ -6,7 +6,10 @@ use crate::data::Batch;
 use crate::optimizer::Named;
 use crate::{Error, Result};
 use rankfold_adapters::linear::peft_name;
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Forward, Linear, Weight, train_modules};
+use rankfold_adapters::{
+    AdapterConfig, AdapterFolder, AttachedPeft, Forward, Linear, PeftConfig, Values, VirtualTokens, Weight,
+    attach_loftq, train_modules, virtual_tokens,
+};
 use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::params::IGNORED;
 use rankfold_backend::{Backend, Buffer, Compute, DType, rope};
@@ -23,6 +26,8 @@ pub struct Model {
     pub(super) norm: Value,
     /// `None` where the head is the embedding.
     pub(super) head: Option<Value>,
+    /// What was learned to stand before the text, if anything.
+    pub(super) virtual_tokens: Option<VirtualTokens>,
     /// The rotary tables (cos, sin) so far made: [positions, head_dim / 2], grown on demand.
     pub(super) tables: Mutex<Option<(usize, Tensor, Tensor)>>,
 }
@@ -42,21 +47,60 @@ pub struct DeviceBatch {
     pub kept: usize,
 }
 
+/// What a model has learned to stand before each row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Before {
+    Nothing,
+    /// So many rows of its own.
+    Rows(usize),
+    /// So many keys, which no row of its own belongs to.
+    Keys(usize),
+}
+
 impl DeviceBatch {
     /// Upload a batch; labels are shifted within each row, so that position t predicts token t + 1.
     pub fn new(backend: &dyn Backend, batch: &Batch) -> Result<Self> {
-        let mut targets = vec![IGNORED; batch.labels.len()];
-        for (targets, labels) in targets.chunks_mut(batch.seq.max(1)).zip(batch.labels.chunks(batch.seq.max(1))) {
-            let last = targets.len() - 1;
-            targets[..last].copy_from_slice(&labels[1..]);
+        Self::behind(backend, batch, Before::Nothing)
+    }
+
+    /// The same behind what a model has learned: positions and the keys that a token sees are counted from there, and a
+    /// learned row has no label.
+    pub(super) fn behind(backend: &dyn Backend, batch: &Batch, before: Before) -> Result<Self> {
+        let seq = batch.seq.max(1);
+        let (rows, keys) = match before {
+            Before::Nothing => (0, 0),
+            Before::Rows(rows) => (rows, rows),
+            Before::Keys(keys) => (0, keys),
+        };
+        // A document that begins within a row would not see what stands before the row.
+        let alone = |i: usize| batch.labels[i] == IGNORED || batch.starts[i] == 0;
+        if let Some(i) = (0..batch.labels.len()).find(|i| keys > 0 && !alone(*i)) {
+            let found = format!("with a document that begins at token {} of row {}", batch.starts[i], i / seq);
+            return Err(Error::Setting {
+                setting: "batch",
+                found,
+                expected: "one document a row behind learned tokens",
+            });
         }
-        let packed = batch.starts.iter().any(|start| *start != 0);
+        let behind = |x: u32| x + keys as u32;
+        let start = |start: u32| if start == 0 { 0 } else { behind(start) };
+        let length = rows + seq;
+        let (mut positions, mut starts, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for row in 0..batch.rows {
+            let own = row * batch.seq..(row + 1) * batch.seq;
+            positions.extend((0..rows as u32).chain(batch.positions[own.clone()].iter().map(|p| behind(*p))));
+            starts.extend(std::iter::repeat_n(0, rows).chain(batch.starts[own.clone()].iter().map(|s| start(*s))));
+            let labels = std::iter::repeat_n(IGNORED, rows).chain(batch.labels[own].iter().copied());
+            targets.extend(labels.skip(1).chain([IGNORED]));
+        }
+        debug_assert_eq!(targets.len(), batch.rows * length);
+        let packed = starts.iter().any(|start| *start != 0);
         Ok(Self {
             ids: Arc::new(backend.upload(&batch.ids)?),
-            positions: Arc::new(backend.upload(&batch.positions)?),
-            starts: if packed { Some(Arc::new(backend.upload(&batch.starts)?)) } else { None },
+            starts: if packed { Some(Arc::new(backend.upload(&starts)?)) } else { None },
             rows: batch.rows,
-            reach: batch.positions.iter().max().map_or(0, |p| *p as usize + 1),
+            reach: positions.iter().max().map_or(0, |p| *p as usize + 1),
+            positions: Arc::new(backend.upload(&positions)?),
             kept: targets.iter().filter(|target| **target != IGNORED).count(),
             targets: backend.upload(&targets)?,
         })
@@ -69,15 +113,90 @@ impl Model {
         &self.backend
     }
 
-    /// Final hidden states [tokens, width] of a batch, normalised, ready for the head.
+    /// Put an adapter of any method onto the model; the configuration that belongs in its folder.
+    ///
+    /// Errors: those of [`PeftConfig::attach`]; learned tokens of another model's. The model is then as it was.
+    pub fn attach(&mut self, config: &PeftConfig, values: Values) -> Result<AttachedPeft> {
+        let backend = self.backend.clone();
+        let Some(learned) = config.virtual_tokens() else {
+            let architecture = self.config.architecture.model_type();
+            let attached = config.attach(backend.as_ref(), &mut self.linears_mut(), architecture, values)?;
+            if let PeftConfig::Lora(lora) = &attached.config {
+                let folder = match values {
+                    Values::Saved(folder) => Some(AdapterFolder::open(folder)?),
+                    Values::New(_) | Values::Blank => None,
+                };
+                self.train_modules(lora, folder.as_ref())?;
+            }
+            return Ok(attached);
+        };
+        let ModelConfig { width, heads, kv_heads, head_dim, layers, .. } = self.config;
+        let dimensions = virtual_tokens::Dimensions { width, heads, kv_heads, head_dim, layers };
+        let (tokens, config) = learned.tokens(backend.as_ref(), &dimensions, values)?;
+        let parameters = tokens.parameters().iter().map(|(_, parameter)| parameter.shape().elements()).sum();
+        self.virtual_tokens = Some(tokens);
+        Ok(AttachedPeft { config: PeftConfig::Virtual(config), parameters, warnings: Vec::new() })
+    }
+
+    /// Put a new LoRA on by LoftQ, which makes the 4-bit base anew from `dense`, the values of a matrix by its path.
+    ///
+    /// Errors: those of [`attach_loftq`].
+    pub fn attach_loftq(
+        &mut self,
+        config: &AdapterConfig,
+        dense: &dyn Fn(&str) -> rankfold_adapters::Result<Vec<f32>>,
+    ) -> Result<AttachedPeft> {
+        let (backend, architecture) = (self.backend.clone(), self.config.architecture.model_type());
+        let attached = attach_loftq(backend.as_ref(), &mut self.linears_mut(), config, architecture, dense)?;
+        self.train_modules(&attached.config, None)?;
+        Ok(attached.into())
+    }
+
+    /// What was learned to stand before the text, if anything.
+    pub fn virtual_tokens(&self) -> Option<&VirtualTokens> {
+        self.virtual_tokens.as_ref()
+    }
+
+    /// A batch in the backend's memory, as this model takes it: behind its learned tokens.
+    ///
+    /// Errors: a row of several documents where there are such tokens.
+    pub fn batch(&self, batch: &Batch) -> Result<DeviceBatch> {
+        let before = match &self.virtual_tokens {
+            None => Before::Nothing,
+            Some(tokens) if tokens.embeddings().is_some() => Before::Rows(tokens.count()),
+            Some(tokens) => Before::Keys(tokens.count()),
+        };
+        DeviceBatch::behind(self.backend.as_ref(), batch, before)
+    }
+
+    /// Positions of a batch that this model predicts something at: with learned embeddings, the first token of a row
+    /// too.
+    pub fn targets(&self, batch: &Batch) -> usize {
+        let firsts = batch.labels.iter().step_by(batch.seq.max(1)).filter(|label| **label != IGNORED).count();
+        let learned = self.virtual_tokens.as_ref().and_then(VirtualTokens::embeddings);
+        batch.targets() + if learned.is_some() { firsts } else { 0 }
+    }
+
+    /// Final hidden states [tokens, width] of a batch, normalised, ready for the head: of learned rows, too.
     fn hidden(&self, tape: &Tape, batch: &DeviceBatch, mode: &Forward, checkpointing: bool) -> Result<Tensor> {
         let (cos, sin) = self.rotary(batch.reach)?;
-        let place =
-            Place { batch: batch.rows, positions: batch.positions.clone(), starts: batch.starts.clone(), cos, sin };
+        let place = Place {
+            batch: batch.rows,
+            positions: batch.positions.clone(),
+            starts: batch.starts.clone(),
+            cos,
+            sin,
+            prefix: None,
+        };
         let mut h = tape.embedding(&batch.ids, &self.embedding.tensor(), DType::F32)?;
-        for block in &self.blocks {
+        if let Some(learned) = self.virtual_tokens.as_ref().and_then(VirtualTokens::embeddings) {
+            h = tape.prepend(&learned, &h, batch.rows)?;
+        }
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let prefix = self.virtual_tokens.clone().map(|tokens| (tokens, layer));
+            let place = Place { prefix, ..place.clone() };
             h = if checkpointing {
-                let (block, place, mode) = (block.clone(), place.clone(), *mode);
+                let (block, mode) = (block.clone(), *mode);
                 tape.checkpoint(&h, move |tape, h| {
                     block.forward(tape, h, &place, &mode, None).map_err(Error::into_autograd)
                 })?
@@ -101,37 +220,80 @@ impl Model {
         Ok(tape.linear_cross_entropy(&h, &self.head(), &batch.targets, normalizer, mode.compute)?)
     }
 
+    /// h [rows · tokens, width] without the first `learned` of each row.
+    fn without_first(&self, h: &Tensor, rows: usize, learned: usize) -> Result<Tensor> {
+        let (width, tokens) = (h.shape().width(), h.shape().rows() / rows.max(1));
+        let kept = tokens - learned;
+        let mut own = self.backend.alloc(h.dtype(), rows * kept * width)?;
+        for row in 0..rows {
+            let from = h.view().slice((row * tokens + learned) * width, kept * width)?;
+            self.backend.copy(from, own.slice_mut(row * kept * width, kept * width)?)?;
+        }
+        Ok(Tensor::constant(own, [rows * kept, width])?)
+    }
+
     /// All logits [tokens, vocab] of a batch, without dropout.
     pub fn logits(&self, batch: &DeviceBatch, compute: Compute) -> Result<Tensor> {
         let tape = Tape::inference(self.backend.clone());
-        let h = self.hidden(&tape, batch, &Forward::evaluation(compute), false)?;
+        let mut h = self.hidden(&tape, batch, &Forward::evaluation(compute), false)?;
+        if let Some(learned) = self.virtual_tokens.as_ref().and_then(VirtualTokens::embeddings) {
+            h = self.without_first(&h, batch.rows, learned.shape().rows())?;
+        }
         Ok(tape.linear(&h, &self.head(), None, None, compute)?)
     }
 
-    /// An empty KV cache for `tokens`.
+    /// An empty KV cache for `tokens`, and for the learned ones before them.
     pub fn cache(&self, tokens: usize) -> Result<Cache> {
         let width = self.config.kv_heads * self.config.head_dim;
-        Cache::new(self.backend.clone(), self.blocks.len(), tokens, width)
+        let learned = self.virtual_tokens.as_ref().map_or(0, VirtualTokens::count);
+        Cache::new(self.backend.clone(), self.blocks.len(), tokens.saturating_add(learned), width)
+    }
+
+    /// Put the learned tokens into an empty cache.
+    fn begin(&self, cache: &mut Cache, compute: Compute) -> Result<()> {
+        let Some(learned) = &self.virtual_tokens else { return Ok(()) };
+        let tape = Tape::inference(self.backend.clone());
+        match learned.embeddings() {
+            Some(h) => drop(self.append(&tape, h.detach(), cache, compute)?),
+            None => {
+                for layer in 0..self.blocks.len() {
+                    if let Some([k, v]) = learned.keys_and_values(&tape, layer, compute)? {
+                        cache.put(layer, learned.count(), [&k, &v])?;
+                    }
+                }
+                cache.len = learned.count();
+            }
+        }
+        Ok(())
+    }
+
+    /// Run h [tokens, width] behind what the cache holds, and append it.
+    fn append(&self, tape: &Tape, mut h: Tensor, cache: &mut Cache, compute: Compute) -> Result<Tensor> {
+        let (first, end) = (cache.len, cache.len + h.shape().rows());
+        let (cos, sin) = self.rotary(end)?;
+        let positions: Vec<u32> = (first as u32..end as u32).collect();
+        let positions = Arc::new(self.backend.upload(&positions)?);
+        let place = Place { batch: 1, positions, starts: None, cos, sin, prefix: None };
+        for (layer, block) in self.blocks.iter().enumerate() {
+            h = block.forward(tape, &h, &place, &Forward::evaluation(compute), Some((&mut *cache, layer)))?;
+        }
+        cache.len = end;
+        Ok(h)
     }
 
     /// Append `ids` to the cache's sequence; the logits `[vocab]` of the token that follows.
     pub fn next_logits(&self, ids: &[u32], cache: &mut Cache, compute: Compute) -> Result<Vec<f32>> {
-        let (first, end) = (cache.len, cache.len + ids.len());
+        if cache.len == 0 {
+            self.begin(cache, compute)?;
+        }
         if ids.is_empty() || ids.len() > cache.free() {
             let found = format!("{} tokens", ids.len());
             return Err(Error::Setting { setting: "prompt", found, expected: "at least one, and no more than fit" });
         }
         let tape = Tape::inference(self.backend.clone());
-        let (cos, sin) = self.rotary(end)?;
-        let positions: Vec<u32> = (first as u32..end as u32).collect();
-        let positions = Arc::new(self.backend.upload(&positions)?);
-        let place = Place { batch: 1, positions, starts: None, cos, sin };
         let ids = Arc::new(self.backend.upload(ids)?);
-        let mut h = tape.embedding(&ids, &self.embedding.tensor(), DType::F32)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            h = block.forward(&tape, &h, &place, &Forward::evaluation(compute), Some((cache, layer)))?;
-        }
-        cache.len = end;
+        let h = tape.embedding(&ids, &self.embedding.tensor(), DType::F32)?;
+        let h = self.append(&tape, h, cache, compute)?;
         let width = self.config.width;
         let mut last = self.backend.alloc(DType::F32, width)?;
         self.backend.copy(h.view().slice((ids.len() - 1) * width, width)?, last.view_mut())?;
@@ -209,7 +371,10 @@ impl Model {
             true => self.values().into_iter().filter_map(trained).collect(),
             false => self.trained_modules(),
         };
-        values.into_iter().chain(self.linears().flat_map(|linear| linear.parameters())).map(named).collect()
+        let of_linears = self.linears().flat_map(|linear| linear.parameters());
+        let learned = self.virtual_tokens.iter().flat_map(VirtualTokens::parameters);
+        let learned = learned.map(|(name, parameter)| (name.to_owned(), parameter.clone()));
+        values.into_iter().chain(of_linears).chain(learned).map(named).collect()
     }
 
     /// The modules that are trained whole beside an adapter, under the names of its file.
@@ -226,7 +391,7 @@ impl Model {
     ///
     /// Errors: a name that means no embedding, head or norm; the embedding or the head where they are one matrix, which
     /// an adapter's file, that has the two apart, cannot say.
-    pub fn train_modules(&mut self, config: &AdapterConfig, folder: Option<&AdapterFolder>) -> Result<()> {
+    fn train_modules(&mut self, config: &AdapterConfig, folder: Option<&AdapterFolder>) -> Result<()> {
         if let (true, Some(path)) =
             (self.config.tied, ["model.embed_tokens", "lm_head"].iter().find(|p| config.saves(p)))
         {

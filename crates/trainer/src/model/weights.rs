@@ -185,7 +185,8 @@ impl Reader<'_> {
             (0..config.layers).map(|layer| Ok(Arc::new(self.block(&config, layer)?))).collect::<Result<_>>()?;
         let norm = self.vector("model.norm.weight", config.width)?;
         let head = if config.tied { None } else { Some(self.table(&config, "lm_head.weight")?) };
-        Ok(Model { config, backend: self.backend, embedding, blocks, norm, head, tables: Mutex::new(None) })
+        let (backend, tables) = (self.backend, Mutex::new(None));
+        Ok(Model { config, backend, embedding, blocks, norm, head, virtual_tokens: None, tables })
     }
 
     fn block(&self, c: &ModelConfig, layer: usize) -> Result<Block> {

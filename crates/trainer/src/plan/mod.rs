@@ -37,7 +37,6 @@ pub use setup::{Machine, Setup, Stored};
 
 use crate::Result;
 use account::Account;
-use rankfold_adapters::Attached;
 use serde::ser::{Serialize, SerializeMap, Serializer};
 use std::ops::{Index, IndexMut};
 
@@ -244,7 +243,7 @@ impl Plan {
         let accounts = (0..PAGES.len()).map(|size| account::account(&replayed.record, &setup.machine, size));
         let accounts = paging::usable(accounts.collect());
         let model = setup.config.parameters() as u64;
-        let adapters = replayed.attached.as_ref().map_or(0, Attached::parameters) as u64;
+        let adapters = replayed.attached.as_ref().map_or(0, |attached| attached.parameters) as u64;
         let trained = replayed.trained as u64;
         Ok(Self {
             parameters: Parameters { model, trained, frozen: model + adapters - trained },

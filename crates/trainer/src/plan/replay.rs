@@ -10,7 +10,8 @@ use crate::model::{DeviceBatch, Model};
 use crate::optimizer::{AdamW, Hyper, PIECE};
 use crate::{Error, Result};
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
-use rankfold_adapters::{Attached, DropoutKey, Forward, attach_blank};
+use rankfold_adapters::diff::expected_share;
+use rankfold_adapters::{AttachedPeft, DropoutKey, Forward, PeftConfig, Values, VirtualTokens};
 use rankfold_autograd::{Base, Gradients, Tape};
 use rankfold_backend::{Backend, Buffer};
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use std::sync::Arc;
 /// What was counted.
 pub(super) struct Replayed {
     pub record: Record,
-    pub attached: Option<Attached>,
+    pub attached: Option<AttachedPeft>,
     /// Numbers that are trained.
     pub trained: usize,
 }
@@ -38,7 +39,7 @@ fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Repl
     let evaluate = || -> Result<()> {
         for rows in setup.evaluated() {
             ledger.begin(Phase::Evaluation);
-            let batch = batch(rows, setup.seq, ledger, backend.as_ref())?;
+            let batch = batch(rows, setup.seq, ledger, &model)?;
             let tape = Tape::inference(backend.clone());
             model.loss(&tape, &batch, 1.0, &Forward::evaluation(setup.compute), false)?;
         }
@@ -55,16 +56,12 @@ fn run(setup: &Setup, backend: Arc<dyn Backend>, ledger: &Ledger) -> Result<Repl
 }
 
 /// The model with its adapters, every buffer labelled.
-fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(Model, Option<Attached>)> {
+fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(Model, Option<AttachedPeft>)> {
     let Setup { config, stored, precision, seq, .. } = setup;
-    let mut model = Model::blank(backend.clone(), (*config).clone(), *stored, *precision, *seq)?;
-    let attach = |model: &mut Model, adapter| {
-        let family = config.architecture.model_type();
-        let attached = attach_blank(backend.as_ref(), &mut model.linears_mut(), adapter, family)?;
-        model.train_modules(adapter, None)?;
-        Ok::<_, Error>(attached)
-    };
-    let attached = setup.adapter.map(|adapter| attach(&mut model, adapter)).transpose()?;
+    let learned = setup.adapter.and_then(|adapter| adapter.virtual_tokens()).map_or(0, |learned| learned.tokens);
+    let positions = seq + learned;
+    let mut model = Model::blank(backend.clone(), (*config).clone(), *stored, *precision, positions)?;
+    let attached = setup.adapter.map(|adapter| model.attach(adapter, Values::Blank)).transpose()?;
     let label = |buffer: &Buffer, category, name: &str| -> Result<()> {
         let piece = piece(buffer)?;
         ledger.label(piece, category);
@@ -101,7 +98,10 @@ fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(M
             label(bias.tensor().buffer(), Category::Dense, linear.path())?;
         }
     }
-    let (cos, sin) = model.rotary(*seq)?;
+    for (name, parameter) in model.virtual_tokens().into_iter().flat_map(VirtualTokens::parameters) {
+        label(parameter.tensor().buffer(), trained, name)?;
+    }
+    let (cos, sin) = model.rotary(positions)?;
     label(cos.buffer(), Category::Batch, "rotary table")?;
     label(sin.buffer(), Category::Batch, "rotary table")?;
     Ok((model, attached))
@@ -118,7 +118,9 @@ fn optimizer(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<AdamW> {
 
 /// AdaLoRA's sensitivities, which are as much memory as the optimiser's moments in f32.
 fn allocator(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<Option<Allocator>> {
-    let Some(adalora) = setup.adapter.and_then(|adapter| adapter.adalora.as_ref()) else { return Ok(None) };
+    let Some(adalora) = setup.adapter.and_then(PeftConfig::lora).and_then(|lora| lora.adalora.as_ref()) else {
+        return Ok(None);
+    };
     // As long as any that there is a step for between its phases.
     let steps = adalora.tinit.saturating_add(adalora.tfinal).saturating_add(1);
     let adalora = AdaLora { total_step: None, ..adalora.clone() };
@@ -129,8 +131,8 @@ fn allocator(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<Option<All
     Ok(Some(allocator))
 }
 
-fn batch(rows: usize, seq: usize, ledger: &Ledger, backend: &dyn Backend) -> Result<DeviceBatch> {
-    let batch = DeviceBatch::blank(backend, rows, seq)?;
+fn batch(rows: usize, seq: usize, ledger: &Ledger, model: &Model) -> Result<DeviceBatch> {
+    let batch = model.blank_batch(rows, seq)?;
     for buffer in batch.buffers() {
         ledger.label(piece(buffer)?, Category::Batch);
     }
@@ -144,12 +146,13 @@ fn step(setup: &Setup, model: &Model, optimizer: &AdamW, ledger: &Ledger) -> Res
     for _ in 0..setup.accumulate.min(2) {
         ledger.begin(Phase::Forward);
         let mode = Forward { compute: setup.compute, dropout: Some(DropoutKey { seed: 0, draw: 0 }) };
-        let batch = batch(setup.rows, setup.seq, ledger, backend.as_ref())?;
+        let batch = batch(setup.rows, setup.seq, ledger, model)?;
         let tape = Tape::new(backend.clone());
         let (root, _) = model.loss(&tape, &batch, 1.0, &mode, setup.checkpointing)?;
         ledger.begin(Phase::Backward);
         tape.backward_from_loss(&root, &mut gradients).map_err(Error::from)?;
     }
+    expected_share(backend.as_ref(), model.linears(), 1.0, &mut gradients)?;
     ledger.begin(Phase::Update);
     for slot in &optimizer.slots {
         let Some(gradient) = gradients.of(&slot.named.parameter) else { continue };

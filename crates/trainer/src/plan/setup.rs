@@ -3,7 +3,7 @@
 use crate::model::{ModelConfig, Precision, Quantization};
 use crate::optimizer::Moments;
 use crate::{Error, Result};
-use rankfold_adapters::AdapterConfig;
+use rankfold_adapters::PeftConfig;
 use rankfold_backend::{Compute, DType, Format};
 use std::path::Path;
 
@@ -64,8 +64,8 @@ pub struct Setup<'a> {
     pub stored: Stored,
     /// What they become.
     pub precision: Precision,
-    /// The adapters' ranks and targets; `None` where there are none.
-    pub adapter: Option<&'a AdapterConfig>,
+    /// The adapter's method, its sizes and targets; `None` where there are none.
+    pub adapter: Option<&'a PeftConfig>,
     /// What the optimiser keeps its moments in.
     pub moments: Moments,
     /// Rows of a micro-batch.

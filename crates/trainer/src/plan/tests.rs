@@ -10,7 +10,7 @@ use crate::optimizer::{AdamW, Hyper, Moments};
 use crate::schedule::{Decay, Schedule};
 use crate::step::{Batches, Recipe, evaluate, gradients};
 use proptest::prelude::*;
-use rankfold_adapters::{AdapterConfig, LoraSpec, Targets, attach_new};
+use rankfold_adapters::{AdapterConfig, LoraSpec, PeftConfig, Targets, Values};
 use rankfold_backend::{Backend, Compute, DType, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer};
@@ -43,9 +43,9 @@ fn checkpoint(config: &ModelConfig, folder: &Path) -> Checkpoint {
     Checkpoint::open(folder).unwrap()
 }
 
-fn adapter(rank: usize, dropout: f64) -> AdapterConfig {
+fn adapter(rank: usize, dropout: f64) -> PeftConfig {
     let spec = LoraSpec { dropout, ..LoraSpec::new(rank, 1.0) };
-    AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }
+    AdapterConfig { spec, targets: Targets::AllLinear, ..AdapterConfig::default() }.into()
 }
 
 /// Live, peak and pooled bytes of the backend after a real run.
@@ -57,7 +57,7 @@ fn real(setup: &Setup) -> [u64; 3] {
     let mut model = Model::load(backend.clone(), &file, setup.config.clone(), setup.precision).unwrap();
     model.rotary(setup.seq).unwrap();
     if let Some(adapter) = setup.adapter {
-        attach_new(backend.as_ref(), &mut model.linears_mut(), adapter, "qwen2", 0).unwrap();
+        model.attach(adapter, Values::New(0)).unwrap();
     }
     let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let batch = |rows: usize| {
@@ -75,7 +75,16 @@ fn real(setup: &Setup) -> [u64; 3] {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe { schedule, accumulate, clip: 0.0, seed: 0, checkpointing, compute, orthogonality: None };
+    let recipe = Recipe {
+        schedule,
+        accumulate,
+        clip: 0.0,
+        seed: 0,
+        checkpointing,
+        compute,
+        orthogonality: None,
+        diff_penalty: None,
+    };
     let eval = |model: &Model| {
         evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
     };
@@ -104,7 +113,7 @@ fn counted(setup: &Setup) -> [u64; 3] {
     pool.classes()
 }
 
-fn setup<'a>(config: &'a ModelConfig, precision: Precision, adapter: Option<&'a AdapterConfig>) -> Setup<'a> {
+fn setup<'a>(config: &'a ModelConfig, precision: Precision, adapter: Option<&'a PeftConfig>) -> Setup<'a> {
     Setup {
         config,
         stored: Stored { dense: DType::Bf16, four_bits: None },
