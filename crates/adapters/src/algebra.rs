@@ -7,11 +7,12 @@
 //! Σ_i w_i ΔW_i = B·A,   A = [A_1; A_2; …],   B = [w_1 s_1 B_1 | w_2 s_2 B_2 E_2 | …]
 //! ```
 //!
-//! so that α = r makes s = 1. A is copied, and an element of B is rounded once. DoRA's update scales the base's rows and
+//! so that α = r makes s = 1; [`of_rank`] makes a smaller one of it. A is copied, and an element of B is rounded once. DoRA's update scales the base's rows and
 //! is no sum of anything.
 
+use crate::decompose::{qr, svd};
 use crate::lora::Part;
-use crate::{Adapter, Error, Linear, Lora, LoraSpec, Result};
+use crate::{Adapter, AdapterConfig, Error, Linear, Lora, LoraSpec, Names, Result, Targets};
 use rankfold_autograd::Parameter;
 use rankfold_backend::Backend;
 use std::collections::BTreeMap;
@@ -61,6 +62,70 @@ pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)])
     let a = Parameter::new(backend.upload(&a)?, [rank, inputs])?;
     let b = Parameter::new(backend.upload(&b)?, [outputs, rank])?;
     Lora::new(module, a, b, Part::None, LoraSpec::new(rank, rank as f64))
+}
+
+/// The best approximation of rank `rank` of an update s·B·A, with s = 1 (Eckart & Young 1936): nothing is lost where it
+/// has no higher rank.
+///
+/// With B = Q_B R_B and Aᵀ = Q_A R_A the singular values of B A are those of the small R_B R_Aᵀ = U S Vᵀ; what is kept of
+/// it is shared evenly, B' = Q_B U √S and A' = √S Vᵀ Q_Aᵀ. In f64, each element rounded once to f32.
+///
+/// Errors: those of [`weighted_sum`]; a rank of 0.
+pub fn of_rank(backend: &dyn Backend, module: &str, lora: &Lora, rank: usize) -> Result<Lora> {
+    let sum = weighted_sum(backend, module, &[(1.0, lora)])?;
+    let ([outputs, inputs], inner) = (sum.dims(), sum.rank());
+    let wide = |parameter: &Parameter| -> Result<Vec<f64>> {
+        let values = backend.download::<f32>(parameter.tensor().view())?;
+        Ok(values.into_iter().map(f64::from).collect())
+    };
+    let b = qr(&wide(sum.b())?, [outputs, inner], inner);
+    let a = qr(&transposed(&wide(sum.a())?, [inner, inputs]), [inputs, inner], inner);
+    let [m, n] = [outputs.min(inner), inputs.min(inner)];
+    let core = product(&b.r, &transposed(&a.r, [n, inner]), [m, inner, n]);
+    let kept = svd(module, &core, [m, n], rank)?;
+    let found = kept.s.len();
+    let root: Vec<f64> = kept.s.iter().map(|s| s.sqrt()).collect();
+    let left = product(&b.q, &kept.u, [outputs, m, found]);
+    let right = product(&kept.vt, &transposed(&a.q, [inputs, n]), [found, n, inputs]);
+    // Where there are fewer triples than asked for, the rest is zero.
+    let at = |values: &[f64], k: usize, index: usize| if k < found { (root[k] * values[index]) as f32 } else { 0.0 };
+    let b: Vec<f32> = (0..outputs * rank).map(|i| at(&left, i % rank, i / rank * found + i % rank)).collect();
+    let a: Vec<f32> = (0..rank * inputs).map(|i| at(&right, i / inputs, i)).collect();
+    let a = Parameter::new(backend.upload(&a)?, [rank, inputs])?;
+    let b = Parameter::new(backend.upload(&b)?, [outputs, rank])?;
+    Lora::new(module, a, b, Part::None, LoraSpec::new(rank, rank as f64))
+}
+
+/// x [m, k] times y [k, n].
+fn product(x: &[f64], y: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
+    let mut out = vec![0.0; m * n];
+    for (i, x) in x.chunks_exact(k.max(1)).enumerate().take(m) {
+        let row = &mut out[i * n..][..n];
+        for (x, y) in x.iter().zip(y.chunks_exact(n.max(1))) {
+            row.iter_mut().zip(y).for_each(|(out, y)| *out += x * y);
+        }
+    }
+    out
+}
+
+/// xᵀ of x [m, n].
+fn transposed(x: &[f64], [m, n]: [usize; 2]) -> Vec<f64> {
+    (0..m * n).map(|i| x[i % m * n + i / m]).collect()
+}
+
+/// The configuration of plain updates with s = 1, as sums are: layers by path, each with its own rank.
+pub fn config_of<'a>(layers: impl IntoIterator<Item = &'a Linear>) -> AdapterConfig {
+    let ranks = layers.into_iter().filter_map(|layer| Some((layer.path().to_owned(), layer.adapter()?.rank())));
+    let ranks: Vec<(String, usize)> = ranks.collect();
+    let most = ranks.iter().map(|(_, rank)| *rank).max().unwrap_or(1);
+    let others = || ranks.iter().filter(|(_, rank)| *rank != most);
+    AdapterConfig {
+        spec: LoraSpec::new(most, most as f64),
+        rank_pattern: others().cloned().collect(),
+        alpha_pattern: others().map(|(path, rank)| (path.clone(), *rank as f64)).collect(),
+        targets: Targets::Named(Names::List(ranks.iter().map(|(path, _)| path.clone()).collect())),
+        ..AdapterConfig::default()
+    }
 }
 
 /// Adapters of one base by name, their tensors in memory, one of them on the layers.

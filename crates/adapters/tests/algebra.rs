@@ -4,7 +4,7 @@ mod common;
 
 use common::{layer, matrix, reference};
 use proptest::prelude::*;
-use rankfold_adapters::algebra::{Rack, weighted_sum};
+use rankfold_adapters::algebra::{Rack, of_rank, weighted_sum};
 use rankfold_adapters::{Error, Form, Init, Linear, Lora, LoraSpec, Part, merged_weight};
 use rankfold_autograd::{Base, Parameter, Tensor};
 use rankfold_backend::{Backend, DType};
@@ -87,6 +87,43 @@ proptest! {
             let bound = ((rank as f64 + 5.0) * UNIT + 2f64.powi(-50)) * size;
             prop_assert!((f64::from(merged) - value).abs() <= bound, "{merged} {value} {bound:e}");
         }
+    }
+
+    /// Of the sum's rank or more nothing is lost but the rounding of its elements; of less, no other matrix of that rank
+    /// is nearer, the update's own first triples among them: so an update of which the last triple is cut off is as near
+    /// as that triple is long, at the most. Householder's and the SVD's errors are far below f32's (decompose).
+    #[test]
+    fn a_smaller_update_is_the_nearest(([outputs, inputs], _, parts) in cases(), less in 0..3usize) {
+        let backend = reference();
+        let backend = backend.as_ref();
+        let loras: Vec<Lora> = parts.iter().map(|part| part.lora(backend, [outputs, inputs])).collect();
+        let weighted: Vec<(f64, &Lora)> = parts.iter().map(|part| part.weight).zip(&loras).collect();
+        let sum = weighted_sum(backend, "m", &weighted).unwrap();
+        let dense = |lora: &Lora| -> Vec<f64> {
+            let values = |p: &Parameter| backend.download::<f32>(p.tensor().view()).unwrap();
+            let (a, b, rank) = (values(lora.a()), values(lora.b()), lora.rank());
+            let element = |i: usize| {
+                (0..rank).map(|k| f64::from(b[i / inputs * rank + k]) * f64::from(a[k * inputs + i % inputs])).sum()
+            };
+            (0..outputs * inputs).map(element).collect()
+        };
+        let distance = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| (x - y).powi(2)).sum::<f64>().sqrt();
+        let norm = distance(&dense(&sum), &vec![0.0; outputs * inputs]);
+        let whole = of_rank(backend, "m", &sum, sum.rank()).unwrap();
+        // Two factors rounded by u each, √S shared: a product off by 2u and a little of ‖U √S‖‖√S V‖ ≤ Σ s ≤ √k ‖·‖.
+        let rounding = 4.0 * UNIT * (outputs.min(inputs) as f64) * norm + 1e-30;
+        prop_assert!(distance(&dense(&whole), &dense(&sum)) <= rounding);
+        let rank = sum.rank().saturating_sub(less).max(1);
+        let smaller = of_rank(backend, "m", &sum, rank).unwrap();
+        prop_assert_eq!(smaller.rank(), rank);
+        let lost = distance(&dense(&smaller), &dense(&sum));
+        // No further than the sum with its last triples simply left out.
+        let mut cut = sum.b().clone();
+        let values = backend.download::<f32>(cut.tensor().view()).unwrap();
+        let kept = values.iter().enumerate().map(|(i, b)| if i % sum.rank() < rank { *b } else { 0.0 });
+        cut = Parameter::new(backend.upload(&kept.collect::<Vec<f32>>()).unwrap(), [outputs, sum.rank()]).unwrap();
+        let cut = Lora::new("m", sum.a().clone(), cut, Part::None, *sum.spec()).unwrap();
+        prop_assert!(lost <= distance(&dense(&cut), &dense(&sum)) + rounding, "{lost}");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What no run may be told: numbers out of range, and options that contradict each other, wherever each was given.
 
+use crate::choices::{Method, Quantize, Start};
 use crate::error::{Error, Result};
-use crate::options::{Method, Options, Quantize, Start};
+use crate::options::Options;
 use clap::ValueEnum;
 
 /// The most of a count: beyond it, a typing error is likelier than a machine that could do it.

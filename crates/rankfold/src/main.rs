@@ -7,6 +7,7 @@
 
 mod builtin;
 mod check;
+mod choices;
 mod commands;
 mod device;
 mod error;
@@ -20,6 +21,7 @@ mod report;
 mod sample;
 mod show;
 mod size;
+mod study;
 
 use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 use clap::{Parser, Subcommand};
@@ -50,6 +52,7 @@ enum Command {
     Export(commands::export::Export),
     New(commands::new::New),
     Plan(Box<commands::plan::PlanArgs>),
+    Study(commands::study::Study),
     Inspect(commands::inspect::Inspect),
     Doctor(commands::doctor::Doctor),
 }
@@ -97,6 +100,7 @@ fn run(command: Command) -> error::Result<()> {
         Command::Export(command) => command.run(),
         Command::New(command) => command.run(),
         Command::Plan(command) => command.run(),
+        Command::Study(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Doctor(command) => command.run(),
     }

@@ -1,9 +1,10 @@
 //! How much memory a run will take: its plan, from its options.
 
 use crate::builtin;
+use crate::choices::{Biases, Method, Start};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::options::{Biases, Method, Options, Start};
+use crate::options::Options;
 use crate::paging;
 use crate::show::bytes;
 use rankfold_adapters::adalora::AdaLora;

@@ -1,9 +1,10 @@
 //! A model with its tokenizer and adapter, from what the command line names.
 
 use crate::builtin;
+use crate::choices::Quantize;
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
-use crate::options::{Options, Quantize};
+use crate::options::Options;
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
 use rankfold_adapters::{AttachedPeft, Init, PeftConfig, Values};

@@ -1,10 +1,11 @@
 //! A limit on the memory of a run, kept by paging: of the process, to a file; of a device with memory of its own, to
 //! the process's memory and from there to the file.
 
+use crate::choices::PageIo;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::memory::available;
-use crate::options::{Options, PageIo};
+use crate::options::Options;
 use crate::show::bytes;
 use crate::size::Size;
 use rankfold_cuda::{CudaBackend, DevicePager};

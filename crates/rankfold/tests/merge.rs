@@ -40,6 +40,14 @@ fn a_sum_of_adapters_is_what_is_run_and_what_is_merged() {
     // bf16 weights: each off by at most 2⁻⁹ of itself, and the loss with them by far less than what was learned.
     assert!((run - stored).abs() < 0.2 * (plain - run), "{run} {stored} {plain}");
 
+    // The sum as one adapter: whole, and of a smaller rank, which is near it and no better.
+    let (whole, smaller) = (place.text("whole"), place.text("smaller"));
+    succeed(&[&["merge", "--model", &base, "--as-adapter", "--out", &whole], &both[..]].concat());
+    near(with(&["--adapter", &whole]), run);
+    succeed(&[&["merge", "--model", &base, "--as-adapter", "--rank", "3", "--out", &smaller], &both[..]].concat());
+    let of_three = with(&["--adapter", &smaller]);
+    assert!(of_three < plain && (of_three - run).abs() < 0.5 * (plain - run), "{of_three} {run} {plain}");
+
     refuse(
         &[&["merge", "--model", &base, "--out", &place.text("no")], &both[..6]].concat(),
         &["1 times --weight", "2"],

@@ -53,6 +53,9 @@ p{margin:6px 0;max-width:75ch}\
 figure{margin:0;padding:12px}\
 figure svg{display:block;width:100%;height:auto}\
 svg text{font:15px system-ui,sans-serif;fill:var(--quiet)}\
+svg text.title{font-weight:600;fill:var(--text)}\
+.ground{fill:var(--card)}\
+.interval{fill:none;stroke-width:1.4}\
 .legend{display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:8px 0;list-style:none}\
 .legend li{display:flex;align-items:center;gap:6px}\
 .key{width:36px;height:14px}\
@@ -90,7 +93,7 @@ pub(crate) fn sheet() -> String {
     for (format, colour) in [("nf4", "first"), ("fp4", "second"), ("int4", "third")] {
         let _ = write!(
             css,
-            ".line.{colour}{{stroke:var(--{colour})}}.dot.{colour}{{fill:var(--{colour})}}\
+            ".line.{colour},.interval.{colour}{{stroke:var(--{colour})}}.dot.{colour}{{fill:var(--{colour})}}\
              .line.{format},.mark.{format},.level.{format}{{stroke:var(--{colour})}}\
              .mark.{format}:not(.hollow),.fill.{format}{{fill:var(--{colour})}}"
         );

@@ -13,8 +13,8 @@ use crate::page::escape;
 use rankfold_backend::Format;
 use std::fmt::Write;
 
-const WIDTH: f64 = 480.0;
-const HEIGHT: f64 = 320.0;
+pub(crate) const WIDTH: f64 = 480.0;
+pub(crate) const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 84.0;
 const RIGHT: f64 = 18.0;
 const TOP: f64 = 14.0;
@@ -116,6 +116,17 @@ impl Frame {
         let _ = write!(
             self.svg,
             "<circle class=\"dot {class}\" cx=\"{x:.1}\" cy=\"{y:.1}\" r=\"3\"><title>{hint}</title></circle>"
+        );
+    }
+
+    /// A vertical bar with caps from `low` to `high`, in the colour of a class: the spread of a point.
+    pub fn interval(&mut self, class: &str, x: f64, (low, high): (f64, f64)) {
+        let (x, low, high) = (self.px(x), self.py(low), self.py(high));
+        let (left, right) = (x - 4.0, x + 4.0);
+        let _ = write!(
+            self.svg,
+            "<path class=\"interval {class}\" d=\"M{left:.1} {low:.1}L{right:.1} {low:.1}\
+             M{x:.1} {low:.1}L{x:.1} {high:.1}M{left:.1} {high:.1}L{right:.1} {high:.1}\"/>"
         );
     }
 

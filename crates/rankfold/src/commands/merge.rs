@@ -1,10 +1,14 @@
 //! `rankfold merge`: a model with adapters folded in.
 
-use crate::error::Result;
-use crate::open::ModelArgs;
+use crate::check::count;
+use crate::error::{Error, Result};
+use crate::open::{BUILTIN, ModelArgs};
 use crate::show::say;
 use clap::Args;
+use rankfold_adapters::algebra::{config_of, of_rank, weighted_sum};
+use rankfold_adapters::{AdapterConfig, Purpose, write_folder};
 use rankfold_trainer::merge::{Requantised, merge, merge_in_4_bits};
+use rankfold_trainer::model::Model;
 use std::path::PathBuf;
 
 /// Write a model with adapters folded into its weights; 4-bit weights become the dense values that they stand for.
@@ -15,6 +19,12 @@ pub struct Merge {
     /// Quantise the merged layers again, as they were, and say what error that adds.
     #[arg(long)]
     requantize: bool,
+    /// Write the sum of the adapters as one PEFT adapter, and no model.
+    #[arg(long, conflicts_with = "requantize")]
+    as_adapter: bool,
+    /// The rank of that adapter: the nearest of that rank, by singular values [default: the sum of the ranks].
+    #[arg(long, value_name = "N", requires = "as_adapter")]
+    rank: Option<usize>,
     /// The folder to write: new or empty.
     #[arg(long)]
     out: PathBuf,
@@ -23,8 +33,17 @@ pub struct Merge {
 impl Merge {
     pub fn run(self) -> Result<()> {
         self.model.needs_adapter()?;
+        count("rank", self.rank)?;
         let folder = self.model.folder()?;
-        let (model, _) = self.model.load(&folder)?;
+        let (mut model, config) = self.model.load(&folder)?;
+        if self.as_adapter {
+            let only = config.as_ref().is_none_or(|config| config.lora().is_some_and(|lora| !lora.trains_the_base()));
+            if !only {
+                let why = "expected LoRA or AdaLoRA that train nothing of the base";
+                return Err(Error::Usage(format!("--as-adapter: {why}")));
+            }
+            return self.write_adapter(&mut model);
+        }
         let staged = super::stage(&self.out)?;
         let done = match self.requantize {
             false => merge(&model, &folder.checkpoint, staged.path())?,
@@ -38,6 +57,29 @@ impl Merge {
         staged.commit()?;
         say!("{} linear layers merged, the model is in {}", done.layers, self.out.display())?;
         Ok(())
+    }
+}
+
+impl Merge {
+    /// Plain updates of what is on the layers, of `rank` where one is asked for.
+    fn write_adapter(&self, model: &mut Model) -> Result<()> {
+        let backend = model.backend().clone();
+        for layer in model.linears_mut() {
+            let Some(lora) = layer.adapter() else { continue };
+            let plain = match self.rank {
+                Some(rank) => of_rank(backend.as_ref(), layer.path(), lora, rank)?,
+                None => weighted_sum(backend.as_ref(), layer.path(), &[(1.0, lora)])?,
+            };
+            layer.set_adapter(plain)?;
+        }
+        let builtin = self.model.model == BUILTIN;
+        let base_model = Some(self.model.model.clone()).filter(|_| !builtin);
+        let config = AdapterConfig { base_model, ..config_of(model.linears()) };
+        let staged = super::stage(&self.out)?;
+        let (modules, purpose) = (Vec::new(), Purpose::Exchange);
+        write_folder(backend.as_ref(), staged.path(), &config, model.linears(), modules, purpose)?;
+        staged.commit()?;
+        say!("the adapter is in {}", self.out.display())
     }
 }
 

@@ -13,6 +13,7 @@ pub mod merge;
 pub mod new;
 pub mod plan;
 pub mod quantize;
+pub mod study;
 pub mod train;
 
 use crate::error::{Error, Result};

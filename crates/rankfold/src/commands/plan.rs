@@ -2,11 +2,12 @@
 
 use crate::builtin;
 use crate::check::check;
+use crate::choices::Method;
 use crate::device::check_threads;
 use crate::error::{Error, Result};
 use crate::memory::{self, Subject};
 use crate::open::{BUILTIN, precision};
-use crate::options::{Method, Options};
+use crate::options::Options;
 use crate::show::{bytes, count, mib, say, table};
 use clap::Args;
 use rankfold_files::Checkpoint;

@@ -1,8 +1,8 @@
 //! `rankfold quantize`: a model's linear layers in 4 bits, in bitsandbytes' layout.
 
+use crate::choices::Quantize as Format;
 use crate::error::Result;
 use crate::open::{BUILTIN, Folder};
-use crate::options::Quantize as Format;
 use crate::show::{bytes, say};
 use clap::Args;
 use rankfold_cpu::CpuBackend;

@@ -2,12 +2,13 @@
 
 use crate::builtin;
 use crate::check::check;
+use crate::choices::{Method, Prune, Start};
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
 use crate::folder;
 use crate::memory::{self, Subject};
 use crate::open::Folder;
-use crate::options::{Method, Options, Prune, Start};
+use crate::options::Options;
 use crate::paging::{self, Paged};
 use crate::ranks::RankMap;
 use crate::report;
