@@ -1,7 +1,8 @@
 //! The limit of the disk: bytes a second into a file as the pager's, out of it, and both at once.
 //!
 //! The file has no name, is written over and over and read whole, in runs as long as the pager's longest, from and to as
-//! much memory, so that no run is found in the processor's cache. A first pass gives the file its space and is not
+//! much memory, so that no run is found in the processor's cache; the memory in huge frames where the system has them,
+//! and the runs by as many threads as is fastest, of one, two and four. A first pass gives the file its space and is not
 //! counted; of those that follow the median is. Through the system's cache that is the speed of copies, as long as the
 //! cache has room; directly, the medium's.
 
@@ -10,7 +11,7 @@ use crate::work::Failure;
 use rankfold_pager::FileOptions;
 use serde_json::{Value, json};
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -21,8 +22,10 @@ use std::time::Instant;
 const RUN: usize = 32;
 /// Passes that are counted.
 const PASSES: usize = 5;
-/// What direct I/O wants memory to begin at.
-const ALIGNMENT: usize = 4096;
+/// Threads that read, or write, at once.
+const THREADS: [usize; 3] = [1, 2, 4];
+/// A huge frame, and more than what direct I/O wants memory to begin at.
+const ALIGNMENT: usize = 2 << 20;
 
 /// Bytes a second.
 #[derive(Clone, Copy)]
@@ -56,7 +59,7 @@ impl Disk {
     /// Measured in the pager's folder over `bytes` of a file.
     pub fn measure(file: &FileOptions, page: usize, bytes: usize) -> Result<Self, Failure> {
         let run = RUN * page;
-        let rates = |direct| rates(&file.folder, direct, run, bytes.next_multiple_of(2 * run));
+        let rates = |direct| rates(&file.folder, direct, run, bytes.next_multiple_of(8 * run));
         let unbuffered = match rates(true) {
             Err(why) if file.direct => return Err(why),
             measured => measured.ok(),
@@ -104,13 +107,16 @@ fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates,
         }
         Ok(median(&mut times[1..]))
     };
-    let write_all = seconds(&mut || write(&file, memory.bytes(), run, 0))?;
-    let read_all = seconds(&mut || read(&file, memory.bytes(), run, 0))?;
-    let both = seconds(&mut || {
+    let best = |pass: &mut dyn FnMut(usize) -> io::Result<()>| -> io::Result<f64> {
+        THREADS.iter().try_fold(f64::INFINITY, |best, threads| Ok(best.min(seconds(&mut || pass(*threads))?)))
+    };
+    let write_all = best(&mut |threads| each(memory.bytes(), threads, 0, &|run, at| file.write_all_at(run, at), run))?;
+    let read_all = best(&mut |threads| each(memory.bytes(), threads, 0, &|run, at| file.read_exact_at(run, at), run))?;
+    let both = best(&mut |threads| {
         let (one, other) = memory.bytes().split_at_mut(half);
         thread::scope(|scope| {
-            let writer = scope.spawn(|| write(&file, one, run, 0));
-            read(&file, other, run, half)?;
+            let writer = scope.spawn(|| each(one, threads, 0, &|run, at| file.write_all_at(run, at), run));
+            each(other, threads, half, &|run, at| file.read_exact_at(run, at), run)?;
             writer.join().map_err(|_| io::Error::other("the writer panicked"))?
         })
     })?;
@@ -118,15 +124,29 @@ fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates,
     Ok(Rates { write: rate(write_all), read: rate(read_all), both: rate(both) })
 }
 
-fn write(file: &File, bytes: &[u8], run: usize, from: usize) -> io::Result<()> {
-    bytes.chunks(run).zip((from..).step_by(run)).try_for_each(|(bytes, at)| file.write_all_at(bytes, at as u64))
+/// Move `bytes`, which lie in the file from `from` on, run by run and by several threads, each a part of them.
+fn each(
+    bytes: &mut [u8],
+    threads: usize,
+    from: usize,
+    go: &(dyn Fn(&mut [u8], u64) -> io::Result<()> + Sync),
+    run: usize,
+) -> io::Result<()> {
+    let part = bytes.len() / threads;
+    thread::scope(|scope| {
+        let parts = bytes.chunks_mut(part).zip((from..).step_by(part));
+        let movers: Vec<_> = parts
+            .map(|(bytes, from)| {
+                let mut runs = bytes.chunks_mut(run).zip((from..).step_by(run));
+                scope.spawn(move || runs.try_for_each(|(bytes, at)| go(bytes, at as u64)))
+            })
+            .collect();
+        let mut joined = movers.into_iter().map(|mover| mover.join());
+        joined.try_for_each(|moved| moved.map_err(|_| io::Error::other("a mover panicked"))?)
+    })
 }
 
-fn read(file: &File, bytes: &mut [u8], run: usize, from: usize) -> io::Result<()> {
-    bytes.chunks_mut(run).zip((from..).step_by(run)).try_for_each(|(bytes, at)| file.read_exact_at(bytes, at as u64))
-}
-
-/// Bytes at addresses that are good for direct I/O.
+/// Bytes at addresses that are good for direct I/O, in huge frames where the system has them.
 struct Memory {
     raw: Vec<u8>,
     start: usize,
@@ -135,8 +155,12 @@ struct Memory {
 
 impl Memory {
     fn new(len: usize) -> Self {
-        let raw = vec![1; len + ALIGNMENT];
+        // Zeroed memory that is this large has no frames yet.
+        let mut raw = vec![0; len + ALIGNMENT];
         let start = raw.as_ptr().align_offset(ALIGNMENT);
+        // SAFETY: within `raw`; it changes no byte.
+        unsafe { libc::madvise(raw[start..].as_mut_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+        raw[start..].fill(1);
         Self { raw, start, len }
     }
 

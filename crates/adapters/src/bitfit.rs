@@ -9,7 +9,7 @@
 //! bias, without a rounding.
 //!
 //! PEFT has no such method. The folder is ours: `adapter_config.json` with `peft_type` "BITFIT", and
-//! `base_model.model.PATH.bias` [outputs], the whole bias and not what was added to it.
+//! `base_model.model.PATH.bias` `[outputs]`, the whole bias and not what was added to it.
 
 use crate::adapter::expect;
 use crate::values::{Source, Start};
@@ -22,7 +22,7 @@ const NAME: &str = "bias";
 /// One layer's trained bias, in place of the base's.
 #[derive(Clone, Debug)]
 pub struct Bias {
-    /// b [outputs].
+    /// b `[outputs]`.
     pub bias: Parameter,
 }
 

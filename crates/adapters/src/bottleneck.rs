@@ -58,7 +58,7 @@ impl Placement {
 /// What follows one layer.
 #[derive(Clone, Debug)]
 pub struct Bottleneck {
-    /// D [bottleneck, width], b_D [bottleneck], U [width, bottleneck], b_U [width].
+    /// D [bottleneck, width], b_D `[bottleneck]`, U [width, bottleneck], b_U `[width]`.
     pub parts: [Parameter; 4],
 }
 

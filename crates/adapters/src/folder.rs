@@ -1,7 +1,7 @@
 //! A PEFT folder: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! The tensors of a layer are `base_model.model.PATH.lora_A.weight` [rank, inputs] and `….lora_B.weight`
-//! [outputs, rank], with DoRA `….lora_magnitude_vector` [outputs]; with AdaLoRA `….lora_A`, `….lora_B` and `….lora_E`
+//! [outputs, rank], with DoRA `….lora_magnitude_vector` `[outputs]`; with AdaLoRA `….lora_A`, `….lora_B` and `….lora_E`
 //! [rank, 1] of the triplets that are left. Beside them stands what else is trained ([`saved`](crate::saved)). They are
 //! in f32, or in bf16 or f16, which reading widens. The folder is believed where it agrees with the model and with
 //! itself: every targeted layer has its tensors, no tensor is left over, ranks are the configuration's, and every number

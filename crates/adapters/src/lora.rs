@@ -7,7 +7,7 @@
 //! AdaLoRA  h = W x + s·B E A x                       (Zhang et al. 2023, eq. 3, there P Λ Q)
 //! ```
 //!
-//! A [rank, inputs], B [outputs, rank], m [outputs], E [rank, 1], the diagonal of a matrix. s = α/r, or α/√r
+//! A [rank, inputs], B [outputs, rank], m `[outputs]`, E [rank, 1], the diagonal of a matrix. s = α/r, or α/√r
 //! (Kalajdzievski 2023, rsLoRA); for AdaLoRA α/(r + 10⁻⁵), r the rank it began with, whatever is left of it: PEFT's.
 //!
 //! In evaluation this is what PEFT computes. In training PEFT drops inputs of DoRA's (m/‖·‖ − 1)·W as well; here
@@ -104,7 +104,7 @@ impl LoraSpec {
 pub enum Part {
     /// Nothing: LoRA.
     None,
-    /// DoRA's m [outputs].
+    /// DoRA's m `[outputs]`.
     Magnitude(Parameter),
     /// AdaLoRA's E.
     Triplets {

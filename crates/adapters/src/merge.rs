@@ -92,7 +92,7 @@ fn updated(backend: &dyn Backend, base: &Base, lora: &Lora) -> Result<Buffer> {
 pub struct Merged {
     /// W' [outputs, inputs], in the element type asked for.
     pub weight: Buffer,
-    /// bias' [outputs] in f32, where it is another than the layer's.
+    /// bias' `[outputs]` in f32, where it is another than the layer's.
     pub bias: Option<Buffer>,
 }
 

@@ -8,6 +8,7 @@ use crate::forecast::PageId;
 use crate::limit::Limit;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 use crate::table::{Place, Run, Table};
+use crate::worker::Scout;
 use crate::{Access, Error, Memory, Result, Stats};
 use std::ops::Range;
 use std::time::Instant;
@@ -18,6 +19,9 @@ pub(crate) const BATCH: usize = 32;
 /// Bytes of a page in the books, at the most: where it is, when it was used last, its checksum in the file.
 const BOOKS: usize = 32;
 
+/// Blocks of which memory must hold as many, so that they come and leave whole.
+const FEW: usize = 4;
+
 /// The books, with what only their lock's owner may do.
 pub(crate) struct State<M: Memory> {
     pub(crate) table: Table<M>,
@@ -26,6 +30,12 @@ pub(crate) struct State<M: Memory> {
     pub(crate) moving: usize,
     /// Pages that somebody asked to bring in soon.
     pub(crate) wanted: Vec<PageId>,
+    /// What the workers saw ahead.
+    pub(crate) scout: Scout,
+    /// Pages that workers are about to bring in, or bring in.
+    pub(crate) coming: usize,
+    /// Pages that workers store so that they may leave.
+    pub(crate) leaving: usize,
     /// The pager is gone.
     pub(crate) closing: bool,
 }
@@ -55,6 +65,12 @@ impl<M: Memory> State<M> {
         self.limit.bytes() / page
     }
 
+    /// Pages that leave together: those of a block of the memory's, unless only a few blocks fit.
+    pub(crate) fn block(&self, core: &Core<M>) -> usize {
+        let block = core.memory.block();
+        if self.capacity(core.page) < FEW * block { 1 } else { block }
+    }
+
     /// Pages that may become resident now.
     pub(crate) fn free(&self, page: usize) -> usize {
         self.capacity(page).saturating_sub(self.table.resident)
@@ -65,7 +81,16 @@ pub(crate) type Guard<'a, M> = MutexGuard<'a, State<M>>;
 
 impl<M: Memory> Core<M> {
     pub(crate) fn new(memory: M, page: usize, limit: Limit, look_ahead: usize) -> Self {
-        let state = State { table: Table::default(), limit, moving: 0, wanted: Vec::new(), closing: false };
+        let state = State {
+            table: Table::default(),
+            limit,
+            moving: 0,
+            wanted: Vec::new(),
+            scout: Scout::default(),
+            coming: 0,
+            leaving: 0,
+            closing: false,
+        };
         Self { memory, page, look_ahead, state: Mutex::new(state), moved: Condvar::new(), work: Condvar::new() }
     }
 
@@ -91,8 +116,15 @@ impl<M: Memory> Core<M> {
         self.look_ahead.min(state.capacity(self.page) / 8)
     }
 
+    /// There may be something for one more worker.
     pub(crate) fn wake_worker(&self) {
         self.work.notify_one();
+    }
+
+    /// The pager is gone: that ends the workers.
+    pub(crate) fn close(&self) {
+        self.lock().closing = true;
+        self.work.notify_all();
     }
 
     /// Addresses for `pages` pages; the number of the first.

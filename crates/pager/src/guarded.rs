@@ -20,6 +20,8 @@ pub(crate) struct Guarded {
     fails: fn() -> bool,
     /// Calls that could fail, so far.
     calls: AtomicUsize,
+    movers: usize,
+    block: usize,
 }
 
 impl Default for Guarded {
@@ -45,7 +47,12 @@ pub(crate) struct Cells(Mutex<Vec<Cell>>);
 impl Guarded {
     /// One whose calls fail when `fails` says so, until it works.
     pub(crate) fn failing(fails: fn() -> bool) -> Self {
-        Self { works: AtomicBool::new(false), fails, calls: AtomicUsize::new(0) }
+        Self { works: AtomicBool::new(false), fails, calls: AtomicUsize::new(0), movers: 1, block: 1 }
+    }
+
+    /// The same with so many threads of the pager's and pages of a block.
+    pub(crate) fn with(self, movers: usize, block: usize) -> Self {
+        Self { movers, block, ..self }
     }
 
     /// Whether it works from now on.
@@ -177,6 +184,14 @@ impl Memory for Guarded {
             assert!(cell.moves.is_none() && cell.readers + cell.writers == 0, "release of {cell:?}");
             assert!(cell.frame.take().is_some(), "released twice");
         });
+    }
+
+    fn movers(&self) -> usize {
+        self.movers
+    }
+
+    fn block(&self) -> usize {
+        self.block
     }
 
     fn forget(&self, cells: &Cells, pages: Range<usize>) {

@@ -18,7 +18,8 @@ pub struct Options {
     pub limit: Limit,
     /// Where pages go that are not; nowhere, if there is no file: what does not fit is then an error.
     pub file: Option<FileOptions>,
-    /// Bytes that are brought in ahead of their use; never more than an eighth of the limit.
+    /// Bytes that are brought in ahead of their use; never more than an eighth of the limit, but for what completes a
+    /// block of the memory's.
     pub look_ahead: usize,
 }
 
@@ -32,17 +33,16 @@ impl Options {
 /// A pager. Clones are one pager.
 pub struct Pager<M: Memory = Host>(Arc<Shared<M>>);
 
-/// A core and its worker, which ends with it.
+/// A core and its workers, which end with it.
 struct Shared<M: Memory> {
     core: Arc<Core<M>>,
-    worker: Option<thread::JoinHandle<()>>,
+    workers: Vec<thread::JoinHandle<()>>,
 }
 
 impl<M: Memory> Drop for Shared<M> {
     fn drop(&mut self) {
-        self.core.lock().closing = true;
-        self.core.wake_worker();
-        if let Some(worker) = self.worker.take() {
+        self.core.close();
+        for worker in self.workers.drain(..) {
             // A worker that panicked has nothing more to say.
             let _ = worker.join();
         }
@@ -90,12 +90,15 @@ impl<M: Memory> Pager<M> {
             return Err(Error::Capacity { found, page });
         }
         let core = Arc::new(Core::new(memory, page, limit, look_ahead / page));
-        let for_worker = core.clone();
-        #[cfg(not(feature = "shuttle"))]
-        let worker = thread::Builder::new().name("rankfold-pager".into()).spawn(move || work(&*for_worker)).ok();
-        #[cfg(feature = "shuttle")]
-        let worker = Some(thread::spawn(move || work(&*for_worker)));
-        Ok(Self(Arc::new(Shared { core, worker })))
+        let worker = |_| {
+            let core = core.clone();
+            #[cfg(not(feature = "shuttle"))]
+            return thread::Builder::new().name("rankfold-pager".into()).spawn(move || work(&*core)).ok();
+            #[cfg(feature = "shuttle")]
+            return Some(thread::spawn(move || work(&*core)));
+        };
+        let workers = (0..core.memory.movers()).filter_map(worker).collect();
+        Ok(Self(Arc::new(Shared { core, workers })))
     }
 
     /// Bytes of a page.

@@ -2,10 +2,13 @@
 
 use crate::extents::Extent;
 use crate::file::FileTier;
-use crate::space::Space;
+use crate::space::{BLOCK, Space};
 use crate::{Error, FileFigures, FileOptions, Memory, Result};
 use std::ops::Range;
 use std::sync::Arc;
+
+/// While one thread puts frames behind addresses and sums checksums, another keeps the disk busy.
+const MOVERS: usize = 2;
 
 /// Host memory, whose pages are kept in a file where there is one.
 #[derive(Debug)]
@@ -125,6 +128,14 @@ impl Memory for Host {
         if let Ok((file, extent)) = region.kept() {
             file.discard(extent, pages);
         }
+    }
+
+    fn movers(&self) -> usize {
+        MOVERS
+    }
+
+    fn block(&self) -> usize {
+        (BLOCK / self.page).max(1)
     }
 
     fn file(&self) -> Option<FileFigures> {

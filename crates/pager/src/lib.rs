@@ -27,7 +27,7 @@
 //! - `file`, `extents`: pages in a file, each with its checksum;
 //! - `forecast`: which page is needed when, and so which may leave;
 //! - `table`, `core`, `room`: the books, and how pages come and go; `limit`: how many may stay;
-//! - `worker`: the thread that brings pages in ahead of their use;
+//! - `worker`: the threads that bring pages in ahead of their use;
 //! - [`device`](OnHost): a device's memory over a pager of the host's, three tiers; [`Simulated`], one that is not there;
 //! - [`handle`](Pager): pagers, allocations, pins; [`Stats`]; [`Error`].
 

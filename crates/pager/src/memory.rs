@@ -32,6 +32,16 @@ pub trait Memory: Debug + Send + Sync + 'static {
     /// What the tier below holds of these pages is no longer wanted.
     fn forget(&self, region: &Self::Region, pages: Range<usize>);
 
+    /// Threads that move pages in the background: as many as it takes to keep the tier below busy.
+    fn movers(&self) -> usize {
+        1
+    }
+
+    /// Pages, from a multiple of it on, that had better come and leave together: a power of two.
+    fn block(&self) -> usize {
+        1
+    }
+
     /// The figures of the file at the end of the tiers, where there is one.
     fn file(&self) -> Option<FileFigures> {
         None

@@ -34,7 +34,7 @@ impl<M: Memory> Core<M> {
             return Ok((state, true));
         }
         // A few more than needed: they leave in one go.
-        let leavers = state.table.leavers(needed.max(BATCH.min(capacity / 8)), 0, failed.is_some());
+        let leavers = state.table.leavers(needed.max(BATCH.min(capacity / 8)), 0, failed.is_some(), state.block(self));
         if leavers.is_empty() {
             if state.moving > 0 {
                 return Ok((self.wait(state), false));
@@ -85,7 +85,7 @@ impl<M: Memory> Core<M> {
     pub(crate) fn vacate(&self) -> Result<()> {
         let mut state = self.lock();
         loop {
-            let leavers = state.table.leavers(BATCH, 0, false);
+            let leavers = state.table.leavers(BATCH, 0, false, 1);
             if leavers.is_empty() {
                 return Ok(());
             }

@@ -121,7 +121,7 @@ fn nothing_is_left(pager: &Pager<Guarded>) {
 
 #[test]
 fn whatever_threads_do_each_reads_what_was_written_and_what_fits_is_never_refused() {
-    let program = || anything(Guarded::default(), 6, |_| false);
+    let program = || anything(Guarded::default().with(2, 2), 6, |_| false);
     shuttle::check_random(program, 3000);
     shuttle::check_pct(program, 3000, 4);
 }
@@ -134,7 +134,7 @@ fn whatever_fails_meanwhile_nothing_is_lost_and_every_error_says_which_move_fail
             error => matches!(error, Error::Device { .. }),
         }
     }
-    let program = || anything(Guarded::failing(|| thread_rng().gen_bool(0.3)), 6, is_of_a_move);
+    let program = || anything(Guarded::failing(|| thread_rng().gen_bool(0.3)).with(2, 2), 6, is_of_a_move);
     shuttle::check_random(program, 3000);
     shuttle::check_pct(program, 3000, 4);
 }
@@ -143,7 +143,7 @@ fn whatever_fails_meanwhile_nothing_is_lost_and_every_error_says_which_move_fail
 #[test]
 fn threads_that_together_ask_for_too_much_are_refused_and_never_wait_for_each_other() {
     let program = || {
-        let pager = Pager::over(Guarded::default(), 1, Limit::Pages(3), 0).unwrap();
+        let pager = Pager::over(Guarded::default().with(2, 1), 1, Limit::Pages(3), 0).unwrap();
         let threads: Vec<_> = (1..=3)
             .map(|number| {
                 let pager = pager.clone();
@@ -168,11 +168,11 @@ fn threads_that_together_ask_for_too_much_are_refused_and_never_wait_for_each_ot
     shuttle::check_pct(program, 2000, 3);
 }
 
-/// The worker foresees, on a walk that two threads share: a cycle of 20 pages in a memory of 16.
+/// Two workers foresee, on a walk that two threads share: a cycle of 20 pages in a memory of 16.
 #[test]
-fn a_worker_that_looks_ahead_takes_no_page_from_who_holds_it_and_comes_to_rest() {
+fn workers_that_look_ahead_take_no_page_from_who_holds_it_and_come_to_rest() {
     let program = || {
-        let pager = Pager::over(Guarded::default(), 1, Limit::Pages(16), 2).unwrap();
+        let pager = Pager::over(Guarded::default().with(2, 2), 1, Limit::Pages(16), 2).unwrap();
         let walked = Arc::new(Mutex::new(Known::new(&pager, 40)));
         let mut own = Known::new(&pager, 2);
         let walker = {
@@ -199,7 +199,7 @@ fn a_worker_that_looks_ahead_takes_no_page_from_who_holds_it_and_comes_to_rest()
 #[test]
 fn what_is_prefetched_comes_without_anybody_asking_again() {
     let program = || {
-        let pager = Pager::over(Guarded::default(), 1, Limit::Pages(4), 0).unwrap();
+        let pager = Pager::over(Guarded::default().with(2, 1), 1, Limit::Pages(4), 0).unwrap();
         let mut known = Known::new(&pager, 4);
         known.write(&(0..4), 7).unwrap();
         pager.vacate().unwrap();

@@ -192,34 +192,75 @@ impl<M: Memory> Table<M> {
         (same > 0).then(|| Run { region: region.clone(), within, pages: start..end })
     }
 
-    /// The pages that lose least by leaving, `count` at the most, and none expected sooner than in `horizon` touches:
-    /// the dead, then the cold, then those expected farthest ahead. Only those that need no store, if `clean`.
-    pub(crate) fn leavers(&self, count: usize, horizon: u64, clean: bool) -> Vec<PageId> {
-        let mut found: Vec<(u64, PageId)> = Vec::new();
+    /// The pages that lose least by leaving: the dead, then the cold, then those expected farthest ahead, none of which
+    /// sooner than in `horizon` touches. As many as `count` where there are so many, and a few more where whole blocks of
+    /// `block` pages leave; parts of one leave if nothing else can. Only those that need no store, if `clean`.
+    pub(crate) fn leavers(&self, count: usize, horizon: u64, clean: bool, block: usize) -> Vec<PageId> {
+        // What cannot be stored keeps its block from leaving as a whole.
+        let block = if clean { 1 } else { block };
+        if count == 0 {
+            return Vec::new();
+        }
+        let mut found = Vec::new();
         for (first, (_, Extent { pages: len, .. })) in &self.regions {
-            for id in *first..*first + *len as PageId {
-                let page = &self.pages[id as usize];
-                if !page.may_leave() || (clean && page.dirty) {
-                    continue;
-                }
-                let distance = match (page.dead, page.cold) {
-                    (true, _) => u64::MAX,
-                    (_, true) => u64::MAX - 1,
-                    _ => self.forecast.distance(id).min(u64::MAX - 2),
-                };
-                if distance > horizon {
-                    found.push((distance, id));
-                }
+            let pages = *first..*first + *len as PageId;
+            for start in pages.clone().step_by(block) {
+                let end = pages.end.min(start + block as PageId);
+                let leaving = self.leaving(start..end, clean).filter(|(soonest, _)| *soonest > horizon);
+                found.extend(leaving.map(|(_, order)| (order, start, end)));
             }
         }
+        if found.is_empty() && block > 1 {
+            return self.leavers(count, horizon, clean, 1);
+        }
+        let farthest = |a: &(u64, PageId, PageId), b: &(u64, PageId, PageId)| b.cmp(a);
         if found.len() > count {
-            found.select_nth_unstable_by(count, |a, b| b.cmp(a));
+            found.select_nth_unstable_by(count, farthest);
             found.truncate(count);
         }
+        found.sort_unstable_by(farthest);
+        let mut leavers: Vec<PageId> = Vec::new();
+        for (_, start, end) in found {
+            if leavers.len() >= count {
+                break;
+            }
+            leavers.extend((start..end).filter(|id| self.page(*id).may_leave()));
+        }
         // In the order of addresses, so that neighbours leave in one go.
-        let mut leavers: Vec<PageId> = found.into_iter().map(|(_, id)| id).collect();
         leavers.sort_unstable();
         leavers
+    }
+
+    /// Where all of the pages that are in memory may leave: in how many touches the first of them is expected (a dead
+    /// one will then need a frame again), and the order in which they leave, the greatest first.
+    fn leaving(&self, pages: Range<PageId>, clean: bool) -> Option<(u64, u64)> {
+        let mut first: Option<(u64, u64)> = None;
+        for id in pages {
+            let page = self.page(id);
+            if matches!(page.place, Place::Empty | Place::Kept) {
+                continue;
+            }
+            if !page.may_leave() || (clean && page.dirty) {
+                return None;
+            }
+            let distance = self.forecast.distance(id);
+            let (soonest, order) = match (page.dead, page.cold) {
+                (true, _) => (distance, u64::MAX),
+                (_, true) => (u64::MAX, u64::MAX - 1),
+                _ => (distance, distance.min(u64::MAX - 2)),
+            };
+            first = Some(first.map_or((soonest, order), |first| (first.0.min(soonest), first.1.min(order))));
+        }
+        first
+    }
+
+    /// The pages of the block of `block` pages of its allocation in which a page lies.
+    pub(crate) fn block_of(&self, id: PageId, block: usize) -> Range<PageId> {
+        let Some((&first, (_, Extent { pages: len, .. }))) = self.regions.range(..=id).next_back() else {
+            return id..id;
+        };
+        let start = id - (id - first) % block as PageId;
+        start..(first + *len as PageId).min(start + block as PageId)
     }
 
     /// All runs within a range of pages that `are` alike.

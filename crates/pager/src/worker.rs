@@ -1,14 +1,15 @@
-//! The thread that brings pages in before they are asked for, and keeps frames free for those that will be.
+//! The threads that bring pages in before they are asked for, and keep frames free for those that will be.
 //!
-//! It walks ahead in what the forecast expects, notes the pages that are not in memory, up to a bounded number, and
-//! loads them in that order. A page takes a free frame, or that of a page expected later than itself: never one of a
+//! All of them do the same, each with other pages, so that one move's bytes travel while another's frames are put in place.
+//! A worker walks ahead in what the forecast expects, notes the pages that are not in memory, up to a bounded number and
+//! by whole blocks, and loads them in that order. A page takes a free frame, or that of a page expected later than itself: never one of a
 //! page that is needed sooner, so that looking ahead cannot cost more than it gains, however far it looks. Then it lets
 //! pages beyond all that leave, so that a frame is free when the next one is needed.
 
 use crate::Memory;
 use crate::core::{BATCH, Core, Guard, State};
 use crate::forecast::PageId;
-use crate::table::Place;
+use crate::table::{Place, Table};
 use std::collections::VecDeque;
 use std::ops::Range;
 
@@ -22,58 +23,68 @@ pub(crate) struct Scout {
     seen: u64,
     /// [`crate::forecast::Forecast::breaks`] then.
     breaks: u64,
-    /// Pages to bring in, with the number of the touch that wants each; none where its owner asked for it.
+    /// Pages to bring in, with the number of the touch that wants each; none where its owner asked for it. Among them
+    /// are those that hold nothing yet: there is nothing to bring, but they will take a frame sooner than what follows,
+    /// which had better stay away until then.
     targets: VecDeque<(Option<u64>, PageId)>,
 }
 
 impl Scout {
-    /// Look further ahead, until `most` pages are noted.
-    fn look<M: Memory>(&mut self, state: &mut State<M>, most: usize) {
-        let table = &state.table;
+    /// Look further ahead, until `most` pages are noted, by whole blocks of `block`.
+    fn look<M: Memory>(&mut self, table: &Table<M>, wanted: &mut Vec<PageId>, most: usize, block: usize) {
         if self.breaks != table.forecast.breaks() {
             (self.seen, self.breaks) = (0, table.forecast.breaks());
             self.targets.retain(|(touch, _)| touch.is_none());
         }
+        let is_kept = |page: PageId| table.page(page).place == Place::Kept;
+        let takes_a_frame = |page: PageId| matches!(table.page(page).place, Place::Kept | Place::Empty);
         // What is past, or was brought in by somebody else.
-        let is_ahead =
-            |touch: &Option<u64>| touch.is_none_or(|touch| table.forecast.ahead(touch).is_some_and(|n| n > 0));
-        self.targets.retain(|(touch, page)| table.page(*page).place == Place::Kept && is_ahead(touch));
-        for page in state.wanted.drain(..).rev() {
-            if table.page(page).place == Place::Kept {
-                self.targets.push_front((None, page));
-            }
+        self.targets.retain(|(touch, page)| match touch {
+            Some(touch) => takes_a_frame(*page) && table.forecast.ahead(*touch).is_some_and(|n| n > 0),
+            None => is_kept(*page),
+        });
+        for page in wanted.drain(..).rev().filter(|page| is_kept(*page)) {
+            self.targets.push_front((None, page));
         }
         for (touch, page) in table.forecast.expected(self.seen).take(LOOK) {
             if self.targets.len() >= most {
                 break;
             }
             self.seen = touch + 1;
-            if table.page(page).place == Place::Kept && !self.targets.iter().any(|(_, noted)| *noted == page) {
-                self.targets.push_back((Some(touch), page));
+            if takes_a_frame(page) {
+                let with_it = table.block_of(page, block).filter(|other| *other == page || is_kept(*other));
+                for page in with_it {
+                    if !self.targets.iter().any(|(_, noted)| *noted == page) {
+                        self.targets.push_back((Some(touch), page));
+                    }
+                }
             }
         }
     }
 
-    /// Give up for now: what was noted will be looked at again.
-    fn give_up(&mut self) {
-        self.seen = self.targets.drain(..).filter_map(|(touch, _)| touch).fold(self.seen, u64::min);
+    /// Give up for now: what was noted will be looked at again, and so will a touch that was taken from it.
+    fn give_up(&mut self, taken: Option<u64>) {
+        let noted = self.targets.drain(..).filter_map(|(touch, _)| touch);
+        self.seen = noted.chain(taken).fold(self.seen, u64::min);
     }
 
-    /// The first pages to bring in that lie together, and how far ahead they are wanted.
-    fn next<M: Memory>(&self, state: &State<M>) -> Option<(u64, Range<PageId>)> {
-        let (touch, first) = *self.targets.front()?;
-        let together = self.targets.iter().zip(first..).take_while(|((_, page), next)| page == next).take(BATCH);
-        let ahead = touch.and_then(|touch| state.table.forecast.ahead(touch)).unwrap_or(0);
-        Some((ahead, first..first + together.count() as PageId))
+    /// Take the first pages to bring in that lie together, with the touch that wants the first of them.
+    fn take<M: Memory>(&mut self, table: &Table<M>) -> Option<(Option<u64>, Range<PageId>)> {
+        let at = self.targets.iter().position(|(_, page)| table.page(*page).place == Place::Kept)?;
+        let (touch, first) = self.targets[at];
+        let together = self.targets.range(at..).zip(first..).take(BATCH).take_while(|((_, page), next)| page == next);
+        let count = together.count();
+        self.targets.drain(at..at + count);
+        Some((touch, first..first + count as PageId))
     }
 }
 
 /// Work until the pager is gone.
 pub(crate) fn work<M: Memory>(core: &Core<M>) {
-    let (mut scout, mut state) = (Scout::default(), core.lock());
+    let mut state = core.lock();
     while !state.closing {
         let moved;
-        (moved, state) = step(core, state, &mut scout);
+        (moved, state) = step(core, state);
         if !moved {
             state = core.idle(state);
         }
@@ -81,79 +92,93 @@ pub(crate) fn work<M: Memory>(core: &Core<M>) {
 }
 
 /// Look ahead, and move what is to move first: whether anything did.
-pub(crate) fn step<'a, M: Memory>(
-    core: &'a Core<M>,
-    mut state: Guard<'a, M>,
-    scout: &mut Scout,
-) -> (bool, Guard<'a, M>) {
-    let most = core.look_ahead(&state).saturating_sub(state.table.ahead);
-    scout.look(&mut state, most);
-    match bring_next(core, state, scout) {
-        (false, state) => free_frames(core, state, scout),
-        moved => moved,
+pub(crate) fn step<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>) -> (bool, Guard<'a, M>) {
+    let block = state.block(core);
+    let most = core.look_ahead(&state).saturating_sub(state.table.ahead + state.coming);
+    let State { scout, table, wanted, .. } = &mut *state;
+    scout.look(table, wanted, most, block);
+    match scout.take(table) {
+        Some((touch, pages)) => {
+            let count = pages.len();
+            state.coming += count;
+            let moved;
+            (moved, state) = bring(core, state, touch, pages);
+            state.coming -= count;
+            if moved { (true, state) } else { free_frames(core, state) }
+        }
+        None => free_frames(core, state),
     }
 }
 
-/// Bring in what is wanted first: whether anything moved.
-fn bring_next<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, scout: &mut Scout) -> (bool, Guard<'a, M>) {
-    let Some((ahead, pages)) = scout.next(&state) else { return (false, state) };
+/// Bring pages in that are wanted by a touch: whether anything moved.
+fn bring<'a, M: Memory>(
+    core: &'a Core<M>,
+    mut state: Guard<'a, M>,
+    touch: Option<u64>,
+    pages: Range<PageId>,
+) -> (bool, Guard<'a, M>) {
+    let ahead = touch.and_then(|touch| state.table.forecast.ahead(touch)).unwrap_or(0);
     let spare = state.free(core.page).saturating_sub(core.look_ahead(&state) / 2);
+    let leavers = state.table.leavers(pages.len().saturating_sub(spare), ahead, false, state.block(core));
     let left;
-    (left, state) = let_leave(core, state, scout, pages.len().saturating_sub(spare), ahead);
-    let room = state.free(core.page).min(BATCH);
-    match state.table.run(pages, room, Place::Kept) {
-        Some(run) => match core.load(state, run, true) {
-            Ok(state) => (true, state),
-            Err(_) => {
-                // Whoever needs the page will fail on it, and say so.
-                scout.give_up();
-                (false, core.lock())
+    (left, state) = let_leave(core, state, &leavers);
+    let end = pages.end.min(pages.start.saturating_add(state.free(core.page) as PageId));
+    // What does not fit is cut off by whole blocks.
+    let end = if end < pages.end { state.table.block_of(end, state.block(core)).start } else { end };
+    match state.table.run(pages.start..end.max(pages.start), BATCH, Place::Kept) {
+        Some(run) => {
+            core.wake_worker();
+            match core.load(state, run, true) {
+                Ok(state) => (true, state),
+                Err(_) => {
+                    // Whoever needs the page will fail on it, and say so.
+                    let mut state = core.lock();
+                    state.scout.give_up(touch);
+                    (false, state)
+                }
             }
-        },
+        }
         None => {
             // All that is in memory is needed sooner.
-            scout.give_up();
+            state.scout.give_up(touch);
             (left, state)
         }
     }
 }
 
 /// Have some frames free, where pages that are not needed in the part that was looked at can leave: whether any did.
-fn free_frames<'a, M: Memory>(core: &'a Core<M>, state: Guard<'a, M>, scout: &mut Scout) -> (bool, Guard<'a, M>) {
-    let lacking = (core.look_ahead(&state) / 2).saturating_sub(state.free(core.page));
-    match state.table.forecast.ahead(scout.seen).filter(|_| state.table.away > 0) {
-        Some(beyond) => let_leave(core, state, scout, lacking.min(BATCH), beyond),
-        None => (false, state),
-    }
+fn free_frames<'a, M: Memory>(core: &'a Core<M>, state: Guard<'a, M>) -> (bool, Guard<'a, M>) {
+    let lacking = (core.look_ahead(&state) / 2).saturating_sub(state.free(core.page) + state.leaving);
+    let Some(beyond) = state.table.forecast.ahead(state.scout.seen).filter(|_| state.table.away > 0) else {
+        return (false, state);
+    };
+    let mut leavers = state.table.leavers(lacking.min(BATCH), beyond, false, state.block(core));
+    // What was brought in would come back, and leave again.
+    leavers.retain(|id| !state.table.page(*id).ahead);
+    let_leave(core, state, &leavers)
 }
 
-/// Let up to `count` pages leave that are expected later than `horizon` touches ahead: whether any did.
-fn let_leave<'a, M: Memory>(
-    core: &'a Core<M>,
-    mut state: Guard<'a, M>,
-    scout: &mut Scout,
-    count: usize,
-    horizon: u64,
-) -> (bool, Guard<'a, M>) {
-    if count == 0 {
-        return (false, state);
-    }
-    let leavers = state.table.leavers(count, horizon, false);
+/// Let pages leave that may: whether any did.
+fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers: &[PageId]) -> (bool, Guard<'a, M>) {
     // What leaves from within the part that was looked at must be seen again.
     let nearest = leavers.iter().map(|id| state.table.forecast.distance(*id)).min();
-    if let (Some(nearest), Some(seen)) = (nearest, state.table.forecast.ahead(scout.seen)) {
-        scout.seen -= seen.saturating_sub(nearest);
+    if let (Some(nearest), Some(seen)) = (nearest, state.table.forecast.ahead(state.scout.seen)) {
+        state.scout.seen -= seen.saturating_sub(nearest);
     }
-    let mut left = core.drop_frames(&mut state, &leavers);
-    let mut rest = &leavers[..];
+    let mut left = core.drop_frames(&mut state, leavers);
+    let mut rest = leavers;
     while !rest.is_empty() {
         let Some(run) = core.dirty_run(&state, rest) else {
             rest = &rest[1..];
             continue;
         };
-        rest = &rest[run.pages.len()..];
+        let count = run.pages.len();
+        rest = &rest[count..];
+        core.wake_worker();
+        state.leaving += count;
         let stored;
         (state, stored) = core.store(state, &run);
+        state.leaving -= count;
         if stored.is_err() {
             // Whoever needs the room will fail on it, and say so.
             break;

@@ -5,14 +5,14 @@ use crate::core::Core;
 use crate::forecast::PageId;
 use crate::guarded::{Cells, Guarded};
 use crate::sync::Arc;
-use crate::worker::{Scout, step};
+use crate::table::Place;
+use crate::worker::step;
 use crate::{Access, Limit};
 use std::ops::Range;
 
 /// A pager of one allocation, and its worker.
 struct Walk {
     core: Core<Guarded>,
-    scout: Scout,
     region: Arc<Cells>,
     all: Range<PageId>,
 }
@@ -26,9 +26,13 @@ impl Drop for Walk {
 impl Walk {
     /// Over `pages` pages, in a memory of `frames`.
     fn new(pages: usize, frames: usize, look_ahead: usize) -> Self {
-        let core = Core::new(Guarded::default(), 1, Limit::Pages(frames), look_ahead);
+        Self::over(Guarded::default(), pages, frames, look_ahead)
+    }
+
+    fn over(memory: Guarded, pages: usize, frames: usize, look_ahead: usize) -> Self {
+        let core = Core::new(memory, 1, Limit::Pages(frames), look_ahead);
         let (region, first) = core.enter(pages).unwrap();
-        Self { core, scout: Scout::default(), region, all: first..first + pages as PageId }
+        Self { core, region, all: first..first + pages as PageId }
     }
 
     fn pages(&self, range: &Range<usize>) -> Range<PageId> {
@@ -42,12 +46,12 @@ impl Walk {
     }
 
     /// Let the worker work until it rests; how often something moved.
-    fn rest(&mut self) -> usize {
+    fn rest(&self) -> usize {
         let mut steps = 0;
         let mut state = self.core.lock();
         loop {
             let moved;
-            (moved, state) = step(&self.core, state, &mut self.scout);
+            (moved, state) = step(&self.core, state);
             if !moved {
                 return steps;
             }
@@ -68,8 +72,8 @@ impl Walk {
 #[test]
 fn a_walk_slower_than_the_disk_finds_nine_of_ten_pages_that_were_away_there() {
     for (pages, frames) in [(100, 80), (100, 30), (41, 40)] {
-        let mut walk = Walk::new(2 * pages, frames, 10);
-        let mut round = || {
+        let walk = Walk::new(2 * pages, frames, 10);
+        let round = || {
             let before = walk.core.stats();
             let mut moves = 0;
             for page in 0..pages {
@@ -92,10 +96,54 @@ fn a_walk_slower_than_the_disk_finds_nine_of_ten_pages_that_were_away_there() {
     }
 }
 
+/// As long as they are held whole.
+#[test]
+fn blocks_come_and_leave_whole() {
+    const BLOCK: usize = 4;
+    let walk = Walk::over(Guarded::default().with(1, BLOCK), 100 * BLOCK, 32 * BLOCK, 9);
+    for step in 0..5 * 50 {
+        let start = 2 * BLOCK * (step % 50);
+        walk.touch(start..start + BLOCK);
+        walk.rest();
+        let state = walk.core.lock();
+        for block in 0..100 {
+            let pages = walk.pages(&(BLOCK * block..BLOCK * (block + 1)));
+            let there = pages.filter(|id| state.table.page(*id).place == Place::Resident).count();
+            assert!(there == 0 || there == BLOCK, "{there} of {BLOCK} pages");
+        }
+    }
+    assert!(walk.core.stats().evictions > 0 && walk.core.stats().prefetched > 0);
+}
+
+/// Rounds over pages that stay, and over many that are written first and forgotten at the end, as activations are: what
+/// came back before those had their frames would have to leave for them again.
+#[test]
+fn what_holds_nothing_yet_gets_its_frame_before_what_is_wanted_later() {
+    let walk = Walk::new(400, 120, 15);
+    let mut before = walk.core.stats();
+    for round in 0..6 {
+        (0..100).for_each(|page| {
+            walk.touch(200 + 2 * page..201 + 2 * page);
+            walk.rest();
+        });
+        (0..100).for_each(|page| {
+            walk.touch(2 * page..2 * page + 1);
+            walk.rest();
+        });
+        walk.core.discard(walk.pages(&(200..400)));
+        if round == 2 {
+            before = walk.core.stats();
+        }
+    }
+    let after = walk.core.stats();
+    let (brought, used) = (after.prefetched - before.prefetched, after.prefetch_hits - before.prefetch_hits);
+    assert!(used > 0 && 10 * used >= 9 * brought, "{used} of {brought} were used");
+}
+
 /// Moves that fail are not tried over and over: whoever needs the page tries again.
 #[test]
 fn a_worker_whose_every_move_fails_rests_and_harms_nothing() {
-    let mut walk = Walk::new(80, 30, 4);
+    let walk = Walk::new(80, 30, 4);
     (0..3 * 40).for_each(|step| walk.touch(2 * (step % 40)..2 * (step % 40) + 1));
     // All that is there is clean, and so may leave for what cannot come.
     for page in 0..80 {
@@ -122,7 +170,7 @@ fn a_worker_whose_every_move_fails_rests_and_harms_nothing() {
 
 #[test]
 fn a_prefetched_range_is_there_when_it_is_asked_for() {
-    let mut walk = Walk::new(40, 20, 0);
+    let walk = Walk::new(40, 20, 0);
     (0..40).for_each(|page| walk.touch(page..page + 1));
     walk.core.vacate().unwrap();
     walk.core.want(walk.pages(&(5..15)));
@@ -133,7 +181,7 @@ fn a_prefetched_range_is_there_when_it_is_asked_for() {
 
 #[test]
 fn asking_for_more_than_fits_brings_in_what_fits() {
-    let mut walk = Walk::new(60, 20, 0);
+    let walk = Walk::new(60, 20, 0);
     (0..60).for_each(|page| walk.touch(page..page + 1));
     walk.core.vacate().unwrap();
     (0..100).for_each(|_| walk.core.want(walk.pages(&(0..60))));
