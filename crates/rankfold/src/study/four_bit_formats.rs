@@ -117,16 +117,27 @@ pub fn run(bench: &Bench) -> Result<Report> {
     let of = |which: fn(&(Spread, Spread)) -> Spread| {
         four_bits.iter().enumerate().map(move |(x, run)| (place(x), which(&lost(run)))).collect::<Vec<_>>()
     };
-    let plot = Plot {
+    let x_name = || format!("format of the base, blocks of {BLOCK}");
+    let ticks = || four_bits.iter().enumerate().map(|(x, run)| (place(x), run.name.to_owned())).collect();
+    let losses = Plot {
         title: "What 4 bits lose against bf16".into(),
-        x_name: format!("format of the base, blocks of {BLOCK}"),
-        ticks: four_bits.iter().enumerate().map(|(x, run)| (place(x), run.name.to_owned())).collect(),
+        x_name: x_name(),
+        ticks: ticks(),
         y_name: "held-out loss above bf16's, nat".into(),
         series: vec![
             Series::points("before finetuning (spread over rows of text)", of(|lost| lost.0)),
             Series::points("after finetuning (spread over seeds)", of(|lost| lost.1)),
         ],
         level: Some((0.0, "LoRA on bf16".into())),
+    };
+    let moved = four_bits.iter().enumerate().map(|(x, run)| (place(x), Spread::of(&run.away)));
+    let predictions = Plot {
+        title: "How far 4 bits move predictions".into(),
+        x_name: x_name(),
+        ticks: ticks(),
+        y_name: "D(bf16 ‖ format), nat a token".into(),
+        series: vec![Series::points("before finetuning (spread over rows of text)", moved)],
+        level: None,
     };
     Ok(Report {
         claim: "NF4 loses least of the 4-bit formats, double quantisation costs nothing, and finetuning closes the gap",
@@ -136,7 +147,7 @@ pub fn run(bench: &Bench) -> Result<Report> {
             "gap_closes": closes,
         }),
         measured: Vec::new(),
-        plots: vec![plot],
+        plots: vec![losses, predictions],
         verdict: Verdict::all([least, free, closes]),
         because,
     })

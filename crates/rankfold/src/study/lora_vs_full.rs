@@ -94,18 +94,22 @@ pub fn run(bench: &Bench) -> Result<Report> {
 }
 
 fn plot(methods: &[Method], before: f64) -> Plot {
-    let series = methods.iter().map(|method| {
-        let points = method.tuned.rates.iter().map(|at| (at.lr.log10(), Spread::of(&at.held_out)));
-        Series::line(&method.name, points)
-    });
+    // A rate at which training made it worse would press all others together.
+    let drawn = |method: &Method| -> Vec<(f64, Spread)> {
+        let points = method.tuned.rates.iter().map(|at| (at.lr, Spread::of(&at.held_out)));
+        points.filter(|(_, loss)| loss.mean <= before.max(method.tuned.spread().mean)).collect()
+    };
+    let series = methods
+        .iter()
+        .map(|method| Series::line(&method.name, drawn(method).into_iter().map(|(lr, loss)| (lr.log10(), loss))));
     // Every second rate: all would touch.
-    let mut rates: Vec<f64> = methods.iter().flat_map(|method| method.tuned.rates.iter().map(|at| at.lr)).collect();
+    let mut rates: Vec<f64> = methods.iter().flat_map(drawn).map(|(lr, _)| lr).collect();
     rates.sort_by(f64::total_cmp);
     rates.dedup();
     let ticks = rates.iter().step_by(2).map(|lr| (lr.log10(), format!("{lr:e}"))).collect();
     Plot {
         title: format!("LoRA and full finetuning (base: {before:.3})"),
-        x_name: "learning rate (logarithmic)".into(),
+        x_name: "learning rate (logarithmic), where it helps".into(),
         ticks,
         y_name: "held-out loss, nat a token".into(),
         series: series.collect(),
