@@ -13,7 +13,7 @@ use crate::show::count;
 use rankfold_trainer::model::Precision;
 use serde_json::json;
 
-const RATES: [f64; 3] = [4e-3, 1e-2, 2.5e-2];
+const RATES: [f64; 3] = [3e-3, 6e-3, 1.2e-2];
 
 /// A name, modules, a rank: of one size, the claim's own first.
 const PLACEMENTS: [(&str, &[&str], usize); 6] = [
