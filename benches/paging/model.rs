@@ -2,7 +2,7 @@
 //! pages it.
 
 use crate::work::{Failure, Step, draw};
-use rankfold_backend::{Backend, Compute, DType};
+use rankfold_backend::{Backend, DType};
 use rankfold_files::{Checkpoint, Spec, Writer};
 use rankfold_trainer::data::Batch;
 use rankfold_trainer::model::{Model, ModelConfig, Precision};
@@ -35,16 +35,7 @@ pub fn make(backend: Arc<dyn Backend>, dimensions: [usize; 5], [rows, seq]: [usi
     };
     let mut batches = Batches::Fixed(batch);
     let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let recipe = Recipe {
-        schedule,
-        accumulate: 1,
-        clip: 1.0,
-        seed: 0,
-        checkpointing: false,
-        compute: Compute::F32,
-        orthogonality: None,
-        diff_penalty: None,
-    };
+    let recipe = Recipe { clip: 1.0, ..Recipe::new(schedule) };
     let mut step = 0;
     Ok(Box::new(move || {
         step += 1;

@@ -1,11 +1,11 @@
-//! A configuration of any bytes is refused, or survives being written.
+//! A configuration of any bytes, of any method, is refused, or survives being written.
 
-use rankfold_adapters::AdapterConfig;
+use rankfold_adapters::PeftConfig;
 
 /// Panics where the law is broken.
 pub fn check(json: &[u8]) {
     let Ok(text) = std::str::from_utf8(json) else { return };
-    if let Ok(config) = AdapterConfig::from_json(text) {
-        assert_eq!(AdapterConfig::from_json(&config.to_json()).unwrap(), config);
+    if let Ok(config) = PeftConfig::from_json(text) {
+        assert_eq!(PeftConfig::from_json(&config.to_json()).unwrap(), config);
     }
 }

@@ -10,7 +10,7 @@
 //! so that α = r makes s = 1; [`of_rank`] makes a smaller one of it. A is copied, and an element of B is rounded once. DoRA's update scales the base's rows and
 //! is no sum of anything.
 
-use crate::decompose::{qr, svd};
+use crate::decompose::{product, qr, svd, transposed};
 use crate::lora::Part;
 use crate::{Adapter, AdapterConfig, Error, Linear, Lora, LoraSpec, Names, Result, Targets};
 use rankfold_autograd::Parameter;
@@ -94,23 +94,6 @@ pub fn of_rank(backend: &dyn Backend, module: &str, lora: &Lora, rank: usize) ->
     let a = Parameter::new(backend.upload(&a)?, [rank, inputs])?;
     let b = Parameter::new(backend.upload(&b)?, [outputs, rank])?;
     Lora::new(module, a, b, Part::None, LoraSpec::new(rank, rank as f64))
-}
-
-/// x [m, k] times y [k, n].
-fn product(x: &[f64], y: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
-    let mut out = vec![0.0; m * n];
-    for (i, x) in x.chunks_exact(k.max(1)).enumerate().take(m) {
-        let row = &mut out[i * n..][..n];
-        for (x, y) in x.iter().zip(y.chunks_exact(n.max(1))) {
-            row.iter_mut().zip(y).for_each(|(out, y)| *out += x * y);
-        }
-    }
-    out
-}
-
-/// xᵀ of x [m, n].
-fn transposed(x: &[f64], [m, n]: [usize; 2]) -> Vec<f64> {
-    (0..m * n).map(|i| x[i % m * n + i / m]).collect()
 }
 
 /// The configuration of plain updates with s = 1, as sums are: layers by path, each with its own rank.

@@ -152,9 +152,7 @@ impl AdapterConfig {
             "exclude_modules" if !is_empty(value) => self.exclude = Some(Names::from_json(field, value)?),
             "rank_pattern" => self.rank_pattern = pattern(field, value, rank)?,
             "alpha_pattern" => self.alpha_pattern = pattern(field, value, number)?,
-            "base_model_name_or_path" => self.base_model = text(field, value)?,
-            "revision" => self.revision = text(field, value)?,
-            "task_type" => self.task_type = text(field, value)?,
+            _ if take_origin(field, value, [&mut self.base_model, &mut self.revision, &mut self.task_type])? => {}
             "bias" => {
                 let bias = value.as_str().and_then(Bias::of);
                 self.bias = bias.ok_or_else(|| Error::field(field, value, "none, all or lora_only"))?;
@@ -288,7 +286,22 @@ fn turns(config: &Value) -> Result<usize> {
     }
 }
 
-pub(crate) fn text(field: &str, value: &Value) -> Result<Option<String>> {
+/// Take what every method's file says of its base and its task, if a field is one of these.
+pub(crate) fn take_origin(
+    field: &str,
+    value: &Value,
+    [base_model, revision, task_type]: [&mut Option<String>; 3],
+) -> Result<bool> {
+    match field {
+        "base_model_name_or_path" => *base_model = text(field, value)?,
+        "revision" => *revision = text(field, value)?,
+        "task_type" => *task_type = text(field, value)?,
+        _ => return Ok(false),
+    }
+    Ok(true)
+}
+
+fn text(field: &str, value: &Value) -> Result<Option<String>> {
     match value {
         Value::Null => Ok(None),
         Value::String(text) => Ok(Some(text.clone())),

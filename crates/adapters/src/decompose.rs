@@ -65,6 +65,23 @@ pub fn qr(w: &[f64], [rows, columns]: [usize; 2], rank: usize) -> Qr {
     }
 }
 
+/// x [m, k] times y [k, n].
+pub(crate) fn product(x: &[f64], y: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
+    let mut out = vec![0.0; m * n];
+    for (i, x) in x.chunks_exact(k.max(1)).enumerate().take(m) {
+        let row = &mut out[i * n..][..n];
+        for (x, y) in x.iter().zip(y.chunks_exact(n.max(1))) {
+            row.iter_mut().zip(y).for_each(|(out, y)| *out += x * y);
+        }
+    }
+    out
+}
+
+/// xᵀ of x [m, n].
+pub(crate) fn transposed(x: &[f64], [m, n]: [usize; 2]) -> Vec<f64> {
+    (0..m * n).map(|i| x[i % m * n + i / m]).collect()
+}
+
 /// Of the element of the largest magnitude, the first of several.
 fn sign_of_largest(values: impl Iterator<Item = f64>) -> f64 {
     sign(values.fold(0.0, |largest: f64, x| if x.abs() > largest.abs() { x } else { largest }))
@@ -78,15 +95,6 @@ fn sign(x: f64) -> f64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    /// x [m, k] times y [k, n].
-    fn product(x: &[f64], y: &[f64], [m, k, n]: [usize; 3]) -> Vec<f64> {
-        (0..m * n).map(|i| (0..k).map(|j| x[i / n * k + j] * y[j * n + i % n]).sum()).collect()
-    }
-
-    fn transposed(x: &[f64], [m, n]: [usize; 2]) -> Vec<f64> {
-        (0..m * n).map(|i| x[i % m * n + i / m]).collect()
-    }
 
     fn norm(x: impl IntoIterator<Item = f64>) -> f64 {
         x.into_iter().map(|x| x * x).sum::<f64>().sqrt()

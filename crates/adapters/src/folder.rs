@@ -11,11 +11,10 @@ use crate::adalora::AdaLora;
 use crate::config::CONFIG_FILE;
 use crate::linear::peft_name;
 use crate::start::{doubled, first_values, taken_out};
-use crate::tensors;
-use crate::{AdapterConfig, Error, Form, Linear, Lora, LoraSpec, Part, Result};
+use crate::tensors::{self, SavedTensors};
+use crate::{AdapterConfig, Form, Linear, Lora, LoraSpec, Part, Result};
 use rankfold_autograd::{Parameter, Tensor};
 use rankfold_backend::Backend;
-use rankfold_files::Checkpoint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -29,9 +28,9 @@ pub const START_FILE: &str = "start.safetensors";
 #[derive(Debug)]
 pub struct AdapterFolder {
     config: AdapterConfig,
-    tensors: Checkpoint,
+    tensors: SavedTensors,
     /// A₀ and B₀ under the names of A and B, where they were kept.
-    start: Option<Checkpoint>,
+    start: Option<SavedTensors>,
 }
 
 impl AdapterFolder {
@@ -40,9 +39,9 @@ impl AdapterFolder {
     /// Errors: a file that is missing or broken; a configuration that is not supported.
     pub fn open(folder: &Path) -> Result<Self> {
         let config = AdapterConfig::read(&folder.join(CONFIG_FILE))?;
-        let tensors = Checkpoint::open(&folder.join(TENSORS_FILE))?;
+        let tensors = SavedTensors::open(&folder.join(TENSORS_FILE))?;
         let start = folder.join(START_FILE);
-        let start = start.exists().then(|| Checkpoint::open(&start)).transpose()?;
+        let start = start.exists().then(|| SavedTensors::open(&start)).transpose()?;
         Ok(Self { config, tensors, start })
     }
 
@@ -59,8 +58,7 @@ impl AdapterFolder {
     pub fn lora(&self, backend: &dyn Backend, layer: &Linear, spec: LoraSpec) -> Result<Lora> {
         let (outputs, inputs) = (layer.outputs(), layer.inputs());
         let read = |end: &str, expected: &[usize], rank| -> Result<Parameter> {
-            let (path, name) = (layer.path(), peft_name(layer.path(), end));
-            let values = values(&self.tensors, path, &name, expected, rank)?;
+            let values = self.tensors.values(&peft_name(layer.path(), end), layer.path(), expected, rank)?;
             Ok(Parameter::new(backend.upload(&values)?, expected)?)
         };
         let (rank, kept) = match (&self.config.adalora, spec.form) {
@@ -86,7 +84,7 @@ impl AdapterFolder {
             None => first_values(backend, layer, spec, self.config.init)?,
             Some(kept) => {
                 let read = |end: &str, expected: &[usize]| {
-                    values(kept, layer.path(), &peft_name(layer.path(), end), expected, None)
+                    kept.values(&peft_name(layer.path(), end), layer.path(), expected, None)
                 };
                 [read(in_a, &[rank, inputs])?, read(in_b, &[outputs, rank])?]
             }
@@ -104,8 +102,7 @@ impl AdapterFolder {
         name: &str,
         expected: &[usize],
     ) -> Result<Parameter> {
-        let values = values(&self.tensors, module, name, expected, None)?;
-        Ok(Parameter::new(backend.upload(&values)?, expected)?)
+        self.tensors.parameter(backend, name, module, expected)
     }
 
     /// That no tensor is there but those of the layers at `paths`, those of these names, and modules that are saved.
@@ -117,34 +114,8 @@ impl AdapterFolder {
             let path = name.strip_prefix("base_model.model.").and_then(|name| name.strip_suffix(".weight"));
             path.is_some_and(|path| self.config.saves(path))
         };
-        let is_known = |name: &str| known.contains(name) || names.contains(&name) || is_module(name);
-        match self.tensors.names().find(|name| !is_known(name)) {
-            Some(name) => Err(Error::ExtraTensor { path: self.tensors.path().into(), tensor: name.into() }),
-            None => Ok(()),
-        }
+        self.tensors.check_no_more(|name| known.contains(name) || names.contains(&name) || is_module(name))
     }
-}
-
-/// The values of a tensor of `module`, whose rank is its dimension of number `rank`.
-fn values(file: &Checkpoint, module: &str, tensor: &str, expected: &[usize], rank: Option<usize>) -> Result<Vec<f32>> {
-    let (path, tensor, module) = (file.path(), tensor.to_owned(), module.to_owned());
-    let Some(info) = file.get(&tensor) else {
-        return Err(Error::MissingTensor { path: path.into(), tensor, module });
-    };
-    let found = info.shape.clone();
-    let differs = |at: usize| found.get(at) != expected.get(at);
-    if found.len() != expected.len() || (0..expected.len()).any(|at| Some(at) != rank && differs(at)) {
-        return Err(Error::OtherBase { path: path.into(), tensor, module, found, expected: expected.to_vec() });
-    }
-    if let Some(rank) = rank.filter(|&rank| differs(rank)) {
-        let (found, expected) = (found[rank], expected[rank]);
-        return Err(Error::OtherRank { path: path.into(), tensor, found, expected });
-    }
-    let values = file.read_f32(&tensor)?;
-    if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-        return Err(Error::NonFinite { path: path.into(), tensor, index, value: values[index] });
-    }
-    Ok(values)
 }
 
 /// What a folder is written for.

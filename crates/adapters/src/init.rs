@@ -10,9 +10,10 @@ use crate::lora::{Form, Part};
 use crate::merge::{base_norms, update_norms};
 use crate::start::{first_values, taken_out};
 use crate::streams;
+use crate::values::{normal, uniform};
 use crate::{Error, Linear, Lora, LoraSpec, Result};
 use rankfold_autograd::Parameter;
-use rankfold_backend::{Backend, DType, philox};
+use rankfold_backend::{Backend, DType};
 use std::fmt;
 
 /// The standard deviation of AdaLoRA's A and B.
@@ -77,24 +78,18 @@ impl Lora {
         }
         let (outputs, inputs, rank) = (layer.outputs(), layer.inputs(), spec.rank);
         let stream = streams::initialisation(layer.index());
-        let uniform = |first: usize, elements: usize, width: usize| -> Vec<f32> {
-            let bound = 1.0 / (width as f64).sqrt();
-            let draw = |i: usize| f64::from(philox::unit(philox::word(seed, stream, (first + i) as u64)));
-            (0..elements).map(|i| ((2.0 * draw(i) - 1.0) * bound) as f32).collect()
-        };
-        let normal = |first: usize, elements: usize, sigma: f64| -> Vec<f32> {
-            (first..first + elements).map(|i| (philox::normal(seed, stream, i as u64) * sigma) as f32).collect()
-        };
+        let at = |first: usize| [seed, stream, first as u64];
+        let bound = |width: usize| 1.0 / (width as f64).sqrt();
         let (in_a, in_b) = (rank * inputs, outputs * rank);
         let a = match (spec.form, init) {
-            (Form::AdaLora, _) => normal(0, in_a, ADALORA_SIGMA),
-            (_, Init::Kaiming | Init::Random) => uniform(0, in_a, inputs),
-            (_, Init::Gaussian) => normal(0, in_a, 1.0 / rank as f64),
+            (Form::AdaLora, _) => normal(at(0), in_a, ADALORA_SIGMA),
+            (_, Init::Kaiming | Init::Random) => uniform(at(0), in_a, bound(inputs)),
+            (_, Init::Gaussian) => normal(at(0), in_a, 1.0 / rank as f64),
             (_, init) => return Err(Error::field("init_lora_weights", init, "a start that needs no dense base")),
         };
         let b = match (spec.form, init) {
-            (Form::AdaLora, _) => backend.upload(&normal(in_a, in_b, ADALORA_SIGMA))?,
-            (_, Init::Random) => backend.upload(&uniform(in_a, in_b, rank))?,
+            (Form::AdaLora, _) => backend.upload(&normal(at(in_a), in_b, ADALORA_SIGMA))?,
+            (_, Init::Random) => backend.upload(&uniform(at(in_a), in_b, bound(rank)))?,
             _ => backend.filled(DType::F32, in_b, 0.0)?,
         };
         let a = Parameter::new(backend.upload(&a)?, [rank, inputs])?;

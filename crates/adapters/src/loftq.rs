@@ -11,6 +11,7 @@
 //! The base becomes Q, which is not quant(W): an adapter that began so belongs to that base alone.
 
 use crate::attach::Plan;
+use crate::decompose::product;
 use crate::start::{balanced, check_start};
 use crate::{AdapterConfig, Attached, Error, Init, Linear, LoraSpec, Result, Weight};
 use rankfold_autograd::{Base, Parameter};
@@ -53,25 +54,14 @@ pub fn loftq(
         let values: Vec<f32> = backend.download(values.view())?;
         let lost: Vec<f64> = w.iter().zip(&values).map(|(w, q)| f64::from(*w) - f64::from(*q)).collect();
         let [a, b] = balanced(module, &lost, dims, spec)?;
-        update = product(&b, &a, dims, rank, scale);
+        let wide = |x: &[f32], by: f64| x.iter().map(|x| by * f64::from(*x)).collect::<Vec<f64>>();
+        update = product(&wide(&b, scale), &wide(&a, 1.0), [dims[0], rank, dims[1]]);
         let left = lost.iter().zip(&update).map(|(lost, u)| (lost - u).powi(2)).sum::<f64>().sqrt();
         if best.as_ref().is_none_or(|best| left < best.left) {
             best = Some(Found { q, a, b, left });
         }
     }
     best.ok_or_else(|| Error::field("loftq_iter", iterations, "1 or more"))
-}
-
-/// s·B·A in f64.
-fn product(b: &[f32], a: &[f32], [outputs, inputs]: [usize; 2], rank: usize, scale: f64) -> Vec<f64> {
-    let mut out = vec![0.0; outputs * inputs];
-    for (row, b) in out.chunks_mut(inputs.max(1)).zip(b.chunks(rank)) {
-        for (b, a) in b.iter().zip(a.chunks(inputs)) {
-            let b = scale * f64::from(*b);
-            row.iter_mut().zip(a).for_each(|(out, a)| *out += b * f64::from(*a));
-        }
-    }
-    out
 }
 
 /// Attach updates that begin with what NF4 lost of each layer's matrix, which `dense` reads by the layer's path.

@@ -6,7 +6,7 @@
 use crate::adapter::Adapter;
 use crate::bitfit::Bias;
 use crate::bottleneck::{Bottleneck, Placement};
-use crate::config::{IGNORED, is_empty, json_number, number, rank, text};
+use crate::config::{IGNORED, is_empty, json_number, number, rank, take_origin};
 use crate::diff::Diff;
 use crate::ia3::{self, Ia3, Side};
 use crate::targets::{Names, Targets, compile, select, unmatched};
@@ -157,9 +157,7 @@ impl RelativeConfig {
             _ if self.method.take(field, value)? => {}
             "target_modules" if has_targets => self.targets = Targets::from_json(value)?,
             "exclude_modules" if !is_empty(value) => self.exclude = Some(Names::from_json(field, value)?),
-            "base_model_name_or_path" => self.base_model = text(field, value)?,
-            "revision" => self.revision = text(field, value)?,
-            "task_type" => self.task_type = text(field, value)?,
+            _ if take_origin(field, value, [&mut self.base_model, &mut self.revision, &mut self.task_type])? => {}
             _ if IGNORED.contains(&field) || is_empty(value) => {}
             _ => return Err(Error::Unsupported { field: field.into(), value: value.to_string() }),
         }
@@ -259,7 +257,8 @@ impl RelativeConfig {
             let names = |(path, adapter): &(String, Adapter)| -> Vec<String> {
                 adapter.parameters().into_iter().map(|(end, _)| peft_name(path, end)).collect()
             };
-            saved.check_no_more(&adapters.iter().flat_map(names).collect::<Vec<_>>())?;
+            let known: Vec<String> = adapters.iter().flat_map(names).collect();
+            saved.check_no_more(|name| known.iter().any(|known| known == name))?;
         }
         let trained = adapters.iter().map(|(_, adapter)| adapter.elements()).sum();
         for (place, (_, adapter)) in places.into_iter().zip(adapters) {

@@ -9,13 +9,13 @@ use rankfold_files::{Checkpoint, Spec, Writer, write_atomically};
 use std::fs;
 use std::path::Path;
 
-/// `adapter_model.safetensors`, of which the header is read.
+/// A file of an adapter's tensors, of which the header is read.
 #[derive(Debug)]
 pub(crate) struct SavedTensors(Checkpoint);
 
 impl SavedTensors {
-    pub(crate) fn open(folder: &Path) -> Result<Self> {
-        Ok(Self(Checkpoint::open(&folder.join(TENSORS_FILE))?))
+    pub(crate) fn open(file: &Path) -> Result<Self> {
+        Ok(Self(Checkpoint::open(file)?))
     }
 
     pub(crate) fn has(&self, name: &str) -> bool {
@@ -27,9 +27,33 @@ impl SavedTensors {
         self.0.names().any(|name| name.ends_with(end))
     }
 
-    /// A tensor of exactly this shape, in f32.
+    /// The values of a tensor that `module` needs; the dimension of number `rank` is the configuration's to say, the
+    /// others are the model's.
     ///
     /// Errors: it is missing, has another shape, another type than f32, bf16 or f16, or a number that is not finite.
+    pub(crate) fn values(&self, name: &str, module: &str, expected: &[usize], rank: Option<usize>) -> Result<Vec<f32>> {
+        let (path, tensor) = (|| self.0.path().to_owned(), || name.to_owned());
+        let Some(info) = self.0.get(name) else {
+            return Err(Error::MissingTensor { path: path(), tensor: tensor(), module: module.into() });
+        };
+        let found = info.shape.clone();
+        let differs = |at: usize| found.get(at) != expected.get(at);
+        if found.len() != expected.len() || (0..expected.len()).any(|at| Some(at) != rank && differs(at)) {
+            let expected = expected.to_vec();
+            return Err(Error::OtherBase { path: path(), tensor: tensor(), module: module.into(), found, expected });
+        }
+        if let Some(rank) = rank.filter(|&rank| differs(rank)) {
+            let (found, expected) = (found[rank], expected[rank]);
+            return Err(Error::OtherRank { path: path(), tensor: tensor(), found, expected });
+        }
+        let values = self.0.read_f32(name)?;
+        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+            return Err(Error::NonFinite { path: path(), tensor: tensor(), index, value: values[index] });
+        }
+        Ok(values)
+    }
+
+    /// The same as a parameter, none of its dimensions the configuration's.
     pub(crate) fn parameter(
         &self,
         backend: &dyn Backend,
@@ -37,24 +61,12 @@ impl SavedTensors {
         module: &str,
         expected: &[usize],
     ) -> Result<Parameter> {
-        let (path, tensor) = (|| self.0.path().to_owned(), || name.to_owned());
-        let Some(info) = self.0.get(name) else {
-            return Err(Error::MissingTensor { path: path(), tensor: tensor(), module: module.into() });
-        };
-        if info.shape != expected {
-            let (found, expected) = (info.shape.clone(), expected.to_vec());
-            return Err(Error::OtherBase { path: path(), tensor: tensor(), module: module.into(), found, expected });
-        }
-        let values = self.0.read_f32(name)?;
-        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
-            return Err(Error::NonFinite { path: path(), tensor: tensor(), index, value: values[index] });
-        }
-        Ok(Parameter::new(backend.upload(&values)?, expected)?)
+        Ok(Parameter::new(backend.upload(&self.values(name, module, expected, None)?)?, expected)?)
     }
 
-    /// That it holds no tensor but `known`.
-    pub(crate) fn check_no_more(&self, known: &[String]) -> Result<()> {
-        match self.0.names().find(|name| !known.iter().any(|known| known == name)) {
+    /// That it holds no tensor but those that are known.
+    pub(crate) fn check_no_more(&self, is_known: impl Fn(&str) -> bool) -> Result<()> {
+        match self.0.names().find(|name| !is_known(name)) {
             Some(name) => Err(Error::ExtraTensor { path: self.0.path().into(), tensor: name.into() }),
             None => Ok(()),
         }

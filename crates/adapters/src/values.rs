@@ -1,5 +1,6 @@
 //! Where an adapter's tensors come from: drawn, read from a folder, or, for what counts memory, left without values.
 
+use crate::folder::TENSORS_FILE;
 use crate::linear::peft_name;
 use crate::streams;
 use crate::tensors::SavedTensors;
@@ -34,6 +35,17 @@ pub(crate) enum Start<'a> {
     Copy(&'a Tensor),
 }
 
+/// `len` normal numbers of standard deviation `sigma`, from place `first` of the stream on.
+pub(crate) fn normal([seed, stream, first]: [u64; 3], len: usize, sigma: f64) -> Vec<f32> {
+    (first..first + len as u64).map(|i| (philox::normal(seed, stream, i) * sigma) as f32).collect()
+}
+
+/// `len` numbers uniform in ± `bound`, from place `first` of the stream on.
+pub(crate) fn uniform([seed, stream, first]: [u64; 3], len: usize, bound: f64) -> Vec<f32> {
+    let draw = |i: u64| f64::from(philox::unit(philox::word(seed, stream, i)));
+    (first..first + len as u64).map(|i| ((2.0 * draw(i) - 1.0) * bound) as f32).collect()
+}
+
 /// [`Values`], a folder's opened.
 pub(crate) enum Opened {
     New(u64),
@@ -45,7 +57,7 @@ impl Opened {
     pub(crate) fn new(values: Values) -> Result<Self> {
         Ok(match values {
             Values::New(seed) => Self::New(seed),
-            Values::Saved(folder) => Self::Saved(SavedTensors::open(folder)?),
+            Values::Saved(folder) => Self::Saved(SavedTensors::open(&folder.join(TENSORS_FILE))?),
             Values::Blank => Self::Blank,
         })
     }
@@ -71,15 +83,8 @@ impl Opened {
                 backend.cast(tensor.view(), copy.view_mut())?;
                 copy
             }
-            (Self::New(seed), Start::Normal(sigma)) => {
-                let draw = |i: u64| (philox::normal(*seed, stream, first + i) * sigma) as f32;
-                backend.upload(&(0..len as u64).map(draw).collect::<Vec<f32>>())?
-            }
-            (Self::New(seed), Start::Uniform(bound)) => {
-                let draw = |i: u64| f64::from(philox::unit(philox::word(*seed, stream, first + i)));
-                let value = |i: u64| ((2.0 * draw(i) - 1.0) * bound) as f32;
-                backend.upload(&(0..len as u64).map(value).collect::<Vec<f32>>())?
-            }
+            (Self::New(seed), Start::Normal(sigma)) => backend.upload(&normal([*seed, stream, first], len, sigma))?,
+            (Self::New(seed), Start::Uniform(bound)) => backend.upload(&uniform([*seed, stream, first], len, bound))?,
         };
         Ok(Parameter::new(buffer, dims)?)
     }

@@ -19,7 +19,7 @@
 //! PEFT writes it; a checkpoint of a projection has its own tensors instead, `prompt_encoder.…`. From a finished prefix
 //! training goes on without a projection, which cannot be had back.
 
-use crate::config::{IGNORED, is_empty, rank, text};
+use crate::config::{IGNORED, is_empty, rank, take_origin};
 use crate::streams;
 use crate::values::{Opened, Start, Values};
 use crate::{Error, Result};
@@ -133,9 +133,7 @@ impl VirtualConfig {
                 let projection = value.as_bool().ok_or_else(|| Error::field(field, value, "true or false"))?;
                 self.kind = Kind::Prefix { projection };
             }
-            "base_model_name_or_path" => self.base_model = text(field, value)?,
-            "revision" => self.revision = text(field, value)?,
-            "task_type" => self.task_type = text(field, value)?,
+            _ if take_origin(field, value, [&mut self.base_model, &mut self.revision, &mut self.task_type])? => {}
             _ if IGNORED.contains(&field) || is_empty(value) => {}
             _ => return Err(Error::Unsupported { field: field.into(), value: value.to_string() }),
         }
@@ -249,7 +247,7 @@ impl VirtualConfig {
         };
         let tokens = VirtualTokens { form, count: n, kv, parameters: parameters.into() };
         if let Opened::Saved(saved) = &opened {
-            saved.check_no_more(&tokens.parameters().into_iter().map(|(name, _)| name.into()).collect::<Vec<_>>())?;
+            saved.check_no_more(|name| tokens.parameters().iter().any(|(known, _)| *known == name))?;
         }
         Ok((tokens, config))
     }

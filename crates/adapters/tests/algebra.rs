@@ -2,19 +2,12 @@
 
 mod common;
 
-use common::{layer, matrix, reference};
+use common::{UNIT, grid, layer, matrix, reference};
 use proptest::prelude::*;
 use rankfold_adapters::algebra::{Rack, of_rank, weighted_sum};
 use rankfold_adapters::{Error, Form, Init, Linear, Lora, LoraSpec, Part, merged_weight};
 use rankfold_autograd::{Base, Parameter, Tensor};
 use rankfold_backend::{Backend, DType};
-
-const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
-
-/// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
-fn grid(len: usize) -> impl Strategy<Value = Vec<f32>> {
-    prop::collection::vec((-2048i16..=2048).prop_map(|i| f32::from(i) / 1024.0), len)
-}
 
 #[derive(Clone, Debug)]
 struct Term {

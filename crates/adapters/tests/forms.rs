@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{layer, matrix, reference};
+use common::{UNIT, grid, layer, matrix, reference};
 use proptest::prelude::*;
 use rankfold_adapters::{Error, Form, Forward, Init, Linear, Lora, LoraSpec, Part};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
@@ -12,19 +12,12 @@ use rankfold_cpu::CpuBackend;
 use std::sync::Arc;
 
 const EVALUATION: Forward = Forward { compute: Compute::F32, dropout: None };
-const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
-
 fn backends() -> [Arc<dyn Backend>; 2] {
     [reference(), Arc::new(CpuBackend::new(Some(2)))]
 }
 
 fn spec(form: Form, rank: usize) -> LoraSpec {
     LoraSpec { form, ..LoraSpec::new(rank, 3.0) }
-}
-
-/// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
-fn grid(len: usize) -> impl Strategy<Value = Vec<f32>> {
-    prop::collection::vec((-2048i16..=2048).prop_map(|i| f32::from(i) / 1024.0), len)
 }
 
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{layer, matrix, reference};
+use common::{UNIT, grid, layer, matrix, reference};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use rankfold_adapters::{DropoutKey, Error, Forward, Init, Linear, Lora, LoraSpec, Part, Weight, merged_weight};
@@ -20,11 +20,6 @@ const EVALUATION: Forward = Forward { compute: Compute::F32, dropout: None };
 
 fn spec(rank: usize) -> LoraSpec {
     LoraSpec::new(rank, 3.0)
-}
-
-/// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
-fn grid(len: usize) -> impl Strategy<Value = Vec<f32>> {
-    prop::collection::vec((-2048i16..=2048).prop_map(|i| f32::from(i) / 1024.0), len)
 }
 
 /// [outputs, inputs, rank, tokens] with W, A, B, x.
@@ -229,8 +224,6 @@ fn exact(w: f64, lora: &Lora, a: &[f32], b: &[f32], i: usize, inputs: usize) -> 
     let (sum, size) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
     (w + sum, w.abs() + size)
 }
-
-const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
 
 proptest! {
     #[test]

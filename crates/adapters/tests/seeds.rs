@@ -6,4 +6,4 @@ mod seeds;
 #[path = "../../../fuzz/src/adapter_config.rs"]
 mod adapter_config;
 
-seeds! { config: adapter_config of adalora dora lora patterns }
+seeds! { config: adapter_config of adalora bitfit bottleneck diff digits dora ia3 lora patterns prefix prompt }

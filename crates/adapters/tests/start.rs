@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{all, layer, matrix, reference};
+use common::{UNIT, all, layer, matrix, reference};
 use proptest::prelude::*;
 use rankfold_adapters::loftq::loftq;
 use rankfold_adapters::{
@@ -13,8 +13,6 @@ use rankfold_autograd::{Base, Tape, Tensor};
 use rankfold_backend::{Backend, Compute, DType, Format, Quantized, philox};
 use std::path::Path;
 use std::sync::Arc;
-
-const UNIT: f64 = 1.0 / 16_777_216.0; // 2⁻²⁴
 
 /// `n` numbers in [−1, 1), others for every `stream`.
 fn numbers(stream: u64, n: usize) -> Vec<f32> {

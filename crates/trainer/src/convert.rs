@@ -69,17 +69,9 @@ fn write_quantized(
     backend: &dyn Backend,
     weight: &WeightOf,
 ) -> Result<Converted> {
-    let Quantization { format, block, double } = how;
     let mut done = Converted::default();
     let tensors = tensors(checkpoint, config)?;
-    let mut specs = Vec::new();
-    for tensor in &tensors {
-        match tensor.linear {
-            Some(shape) => specs.extend(quantized::specs(&tensor.name, shape, format, block, double)),
-            None => specs.push(tensor.spec()),
-        }
-    }
-    let mut writer = Writer::create(&out.join("model.safetensors"), specs)?;
+    let mut writer = Writer::create(&out.join("model.safetensors"), specs_in_4_bits(&tensors, how))?;
     for Tensor { name, dtype, linear, .. } in tensors {
         let bytes = checkpoint.info(&name)?.bytes as u64;
         done.before += bytes;
@@ -96,6 +88,16 @@ fn write_quantized(
     writer.finish()?;
     write_quantized_config(&config.raw, how, checkpoint.dtype("model.embed_tokens.weight")?, out)?;
     Ok(done)
+}
+
+/// The tensors of a checkpoint whose linear layers are in 4 bits.
+pub(crate) fn specs_in_4_bits(tensors: &[Tensor], how: Quantization) -> Vec<Spec> {
+    let Quantization { format, block, double } = how;
+    let specs = tensors.iter().map(|tensor| match tensor.linear {
+        Some(shape) => quantized::specs(&tensor.name, shape, format, block, double),
+        None => vec![tensor.spec()],
+    });
+    specs.flatten().collect()
 }
 
 /// `config.json` as transformers writes it beside a 4-bit checkpoint; for int4, which bitsandbytes lacks, one that

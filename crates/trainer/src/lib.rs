@@ -4,6 +4,7 @@
 //! - [`data`]: everything from text to batches;
 //! - [`model`]: the Llama family, from a Hugging Face folder;
 //! - [`optimizer`], [`schedule`]: AdamW and its rate;
+//! - [`objective`]: what a method adds to the tokens' loss;
 //! - [`step`]: one optimiser step, and a held-out evaluation;
 //! - [`run`]: steps, evaluations and checkpoints to the end; [`metrics`], [`checkpoint`], [`product`] are its files;
 //!   [`traffic`], what it pages;
@@ -22,6 +23,7 @@ pub mod initialize;
 pub mod merge;
 pub mod metrics;
 pub mod model;
+pub mod objective;
 pub mod optimizer;
 pub mod plan;
 pub mod product;

@@ -4,7 +4,7 @@
 //! and blocks. That is another error on top of the base's own; what it is, relative to the sum and to what the adapter
 //! changed, is measured layer by layer. A layer without an update keeps its codes.
 
-use crate::convert::{Converted, Tensor, tensors, write_decoded, write_dense, write_quantized_config};
+use crate::convert::{Converted, Tensor, specs_in_4_bits, tensors, write_decoded, write_dense, write_quantized_config};
 use crate::model::{Architecture, Model, ModelConfig, Quantization};
 use crate::product::write_config;
 use crate::{Error, Result};
@@ -115,16 +115,8 @@ pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Re
     let layers: BTreeMap<String, &Linear> = model.linears().map(|l| (format!("{}.weight", l.path()), l)).collect();
     let trained: BTreeMap<String, Parameter> = model.trained_of_the_base().into_iter().collect();
     let how = format(model, checkpoint)?;
-    let Quantization { format, block, double } = how;
     let tensors = tensors(checkpoint, config)?;
-    let mut specs = Vec::new();
-    for tensor in &tensors {
-        match tensor.linear {
-            Some(shape) => specs.extend(quantized::specs(&tensor.name, shape, format, block, double)),
-            None => specs.push(tensor.spec()),
-        }
-    }
-    let mut writer = Writer::create(&out.join("model.safetensors"), specs)?;
+    let mut writer = Writer::create(&out.join("model.safetensors"), specs_in_4_bits(&tensors, how))?;
     let (mut done, mut errors) = (Converted::default(), Vec::new());
     for tensor in &tensors {
         let Some(linear) = tensor.linear.and_then(|_| layers.get(&tensor.name)) else {

@@ -1,20 +1,20 @@
 //! One optimiser step: micro-batches forward and backward, the clip, the update.
 //!
 //! The loss is Σ over the kept targets of the whole step, its micro-batches together, divided by their number; so
-//! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts. AdaLoRA adds
-//! its orthogonality term, once a step.
+//! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts. What a method
+//! adds to it is added once a step.
 
 use crate::data::{Batch, Loader};
 use crate::model::Model;
+use crate::objective::{Added, Terms};
 use crate::optimizer::{AdamW, clip_scale};
 use crate::schedule::Schedule;
 use crate::traffic::Traffic;
 use crate::{Error, Result};
-use rankfold_adapters::adalora::{Allocation, Allocator, orthogonality};
-use rankfold_adapters::diff::expected_share;
-use rankfold_adapters::{AdapterConfig, DropoutKey, Forward, PeftConfig, Relative};
+use rankfold_adapters::adalora::{Allocation, Allocator};
+use rankfold_adapters::{DropoutKey, Forward};
 use rankfold_autograd::{Gradients, Tape};
-use rankfold_backend::{Compute, DType};
+use rankfold_backend::Compute;
 use serde::{Serialize, Serializer};
 use std::time::Instant;
 
@@ -59,45 +59,22 @@ pub struct Recipe {
     pub checkpointing: bool,
     /// Precision of the products.
     pub compute: Compute,
-    /// AdaLoRA's second term.
-    pub orthogonality: Option<Orthogonality>,
-    /// Diff pruning's: what the expected share of changed elements costs.
-    pub diff_penalty: Option<f64>,
+    /// What the method adds to the objective.
+    pub terms: Terms,
 }
 
-/// Diff pruning's penalty, where a configuration is that method's.
-pub fn diff_penalty(config: &PeftConfig) -> Option<f64> {
-    match config {
-        PeftConfig::Relative(config) => match config.method {
-            Relative::Diff { penalty } => Some(penalty),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-/// The weight of AdaLoRA's orthogonality term in the loss.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Orthogonality {
-    /// What the mean over all factors is multiplied by.
-    pub weight: f64,
-    /// Whether it is of squared norms.
-    pub squared: bool,
-}
-
-impl Orthogonality {
-    /// As a configuration has it, where it is AdaLoRA's.
-    pub fn of(config: &AdapterConfig) -> Option<Self> {
-        config.adalora.as_ref().map(|adalora| Self { weight: adalora.orthogonality, squared: adalora.squared })
-    }
-
-    /// The term's value; its gradient is added to `gradients`.
-    pub fn add_to(&self, model: &Model, gradients: &mut Gradients) -> Result<f64> {
-        let tape = Tape::new(model.backend().clone());
-        let Some((root, value)) = orthogonality(&tape, model.linears(), self.squared)? else { return Ok(0.0) };
-        let seed = model.backend().filled(DType::F32, 1, self.weight)?;
-        tape.backward(&root, seed, gradients)?;
-        Ok(self.weight * value)
+impl Recipe {
+    /// One micro-batch of f32 products a step, no clip, seed 0, nothing computed twice, no terms.
+    pub fn new(schedule: Schedule) -> Self {
+        Self {
+            schedule,
+            accumulate: 1,
+            clip: 0.0,
+            seed: 0,
+            checkpointing: false,
+            compute: Compute::F32,
+            terms: Terms::default(),
+        }
     }
 }
 
@@ -151,7 +128,7 @@ pub struct Pending {
     gradients: Gradients,
     loss: f64,
     grad_norm: f64,
-    share: Option<f64>,
+    changed: Option<f64>,
     tokens: usize,
     seconds: f64,
 }
@@ -186,25 +163,16 @@ pub fn gradients(
         }
         tape.backward_from_loss(&root, &mut gradients)?;
     }
-    if let Some(term) = recipe.orthogonality {
-        loss += term.add_to(model, &mut gradients)?;
-        if !loss.is_finite() {
-            return Err(Error::NotFinite { step, what: "loss", value: loss });
-        }
+    let Added { value, changed } = recipe.terms.add_to(model, &mut gradients)?;
+    loss += value;
+    if !loss.is_finite() {
+        return Err(Error::NotFinite { step, what: "loss", value: loss });
     }
-    let share = match recipe.diff_penalty {
-        None => None,
-        Some(penalty) => {
-            let share = expected_share(backend.as_ref(), model.linears(), penalty, &mut gradients)?;
-            loss += penalty * share.unwrap_or_default();
-            share
-        }
-    };
     let grad_norm = optimizer.grad_norm(&gradients)?;
     if !grad_norm.is_finite() {
         return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
     }
-    Ok(Pending { step, gradients, loss, grad_norm, share, tokens, seconds: begun.elapsed().as_secs_f64() })
+    Ok(Pending { step, gradients, loss, grad_norm, changed, tokens, seconds: begun.elapsed().as_secs_f64() })
 }
 
 impl Pending {
@@ -215,7 +183,7 @@ impl Pending {
         optimizer: &mut AdamW,
         allocator: Option<(&mut Allocator, &mut Model)>,
     ) -> Result<StepMetrics> {
-        let Self { step, gradients, loss, grad_norm, share, tokens, seconds } = self;
+        let Self { step, gradients, loss, grad_norm, changed, tokens, seconds } = self;
         let begun = Instant::now();
         let (lr, scale) = (recipe.schedule.at(step), clip_scale(grad_norm, recipe.clip));
         optimizer.update(&gradients, lr, scale)?;
@@ -228,7 +196,7 @@ impl Pending {
         };
         let spent = allocator.map(spend).transpose()?;
         let tokens_per_second = tokens as f64 / (seconds + begun.elapsed().as_secs_f64());
-        let (peak_rss, expected_sparsity) = (peak_rss(), share.map(|share| 1.0 - share));
+        let (peak_rss, expected_sparsity) = (peak_rss(), changed.map(|changed| 1.0 - changed));
         let traffic = None;
         Ok(StepMetrics {
             step,

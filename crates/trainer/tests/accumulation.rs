@@ -54,16 +54,7 @@ fn step(accumulate: usize) -> (f64, Vec<Trained>) {
     let model = model();
     let backend = model.backend().clone();
     let schedule = Schedule { lr: 1.0, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let recipe = Recipe {
-        schedule,
-        accumulate,
-        clip: 0.0,
-        seed: 0,
-        checkpointing: false,
-        compute: Compute::F32,
-        orthogonality: None,
-        diff_penalty: None,
-    };
+    let recipe = Recipe { accumulate, ..Recipe::new(schedule) };
     let hyper = Hyper { beta1: 0.0, beta2: 0.0, eps: 1.0, ..Hyper::default() };
     let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, model.parameters()).unwrap();
     let mut batches = Batches::Loader(Box::new(loader(accumulate)));

@@ -3,16 +3,17 @@
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune, orthogonality};
 use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, PeftConfig, Targets, attach_folder, attach_new};
 use rankfold_autograd::Tape;
-use rankfold_backend::{Backend, Compute};
+use rankfold_backend::Backend;
 use rankfold_cpu::CpuBackend;
 use rankfold_files::Checkpoint;
 use rankfold_trainer::checkpoint::Checkpoints;
 use rankfold_trainer::data::tokens;
 use rankfold_trainer::model::{Model, ModelConfig, Precision};
+use rankfold_trainer::objective::Terms;
 use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
 use rankfold_trainer::product::{Kind, Product};
 use rankfold_trainer::schedule::{Decay, Schedule};
-use rankfold_trainer::step::{Batches, Orthogonality, Recipe, Spent, gradients};
+use rankfold_trainer::step::{Batches, Recipe, Spent, gradients};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -77,21 +78,12 @@ impl Training {
     /// Steps up to `last`.
     fn go_on(&mut self, last: usize) -> Vec<Step> {
         let schedule = Schedule { lr: 5e-3, decay: Decay::Constant, warmup: 0, steps: STEPS };
-        let orthogonality = self.config.lora().and_then(Orthogonality::of);
-        let recipe = Recipe {
-            schedule,
-            accumulate: 1,
-            clip: 1.0,
-            seed: 0,
-            checkpointing: false,
-            compute: Compute::F32,
-            orthogonality,
-            diff_penalty: None,
-        };
+        let terms = Terms::of(&self.config);
+        let recipe = Recipe { clip: 1.0, terms, ..Recipe::new(schedule) };
         let first = self.optimizer.step as usize + 1;
         let step = |t| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t).unwrap();
-            let term = orthogonality.unwrap().weight * self.model_term();
+            let term = terms.orthogonality.unwrap().weight * self.model_term();
             let spender = Some((&mut self.allocator, &mut self.model));
             let done = pending.apply(&recipe, &mut self.optimizer, spender).unwrap();
             let Spent { budget, ranks } = done.spent.unwrap();

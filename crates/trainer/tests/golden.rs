@@ -5,7 +5,7 @@
 //! differ by up to 2e-5 between two machines.
 
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
-use rankfold_adapters::{AdapterFolder, Forward, attach_folder};
+use rankfold_adapters::{Forward, PeftConfig, Values};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::{Backend, Compute};
 use rankfold_cpu::CpuBackend;
@@ -14,9 +14,10 @@ use rankfold_files::Checkpoint;
 use rankfold_reference::ReferenceBackend;
 use rankfold_trainer::data::{Batch, tokens};
 use rankfold_trainer::model::{DeviceBatch, Model, ModelConfig, Precision};
+use rankfold_trainer::objective::Terms;
 use rankfold_trainer::optimizer::{AdamW, Hyper, Moments};
 use rankfold_trainer::schedule::{Decay, Schedule};
-use rankfold_trainer::step::{Batches, Orthogonality, Recipe, StepMetrics, evaluate, gradients};
+use rankfold_trainer::step::{Batches, Recipe, StepMetrics, evaluate, gradients};
 use serde_json::Value;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -87,16 +88,14 @@ fn assert_logits_and_loss(model: &Model, vectors: &Path, logits_bound: f64, with
 }
 
 /// The gradient of every trained parameter, by name, against the file's tensors of the name that `key` gives.
-fn assert_gradients(model: &Model, vectors: &Checkpoint, term: Option<Orthogonality>, key: impl Fn(&str) -> String) {
+fn assert_gradients(model: &Model, vectors: &Checkpoint, terms: Terms, key: impl Fn(&str) -> String) {
     let device = DeviceBatch::new(model.backend().as_ref(), &batch(model)).unwrap();
     let tape = Tape::new(model.backend().clone());
     let mode = Forward::evaluation(Compute::F32);
     let (root, _) = model.loss(&tape, &device, device.kept as f64, &mode, false).unwrap();
     let mut gradients = Gradients::new(model.backend().clone());
     tape.backward_from_loss(&root, &mut gradients).unwrap();
-    if let Some(term) = term {
-        term.add_to(model, &mut gradients).unwrap();
-    }
+    terms.add_to(model, &mut gradients).unwrap();
     let named = model.parameters();
     assert!(!named.is_empty());
     for n in &named {
@@ -126,7 +125,7 @@ fn golden_gradient_of_every_weight() {
         let vectors = Checkpoint::open(&golden().join("tiny-llama-io.safetensors")).unwrap();
         let trained = model.parameters().len();
         assert_eq!(trained, vectors.names().filter(|name| name.starts_with("grad.")).count());
-        assert_gradients(&model, &vectors, None, |name| format!("grad.{name}"));
+        assert_gradients(&model, &vectors, Terms::default(), |name| format!("grad.{name}"));
     }
 }
 
@@ -154,31 +153,21 @@ fn follow_on(backend: Arc<dyn Backend>, case: &str) {
     if quantised.exists() {
         assert_logits_and_loss(&model, &folder.join("base_io.safetensors"), LOGITS, true);
     }
-    let adapter = AdapterFolder::open(&folder.join("init")).unwrap();
-    let family = model.config.architecture.model_type();
-    attach_folder(backend.as_ref(), &mut model.linears_mut(), &adapter, family).unwrap();
-    let term = Orthogonality::of(adapter.config());
+    let init = folder.join("init");
+    let adapter = model.attach(&PeftConfig::open(&init).unwrap(), Values::Saved(&init)).unwrap().config;
+    let terms = Terms::of(&adapter);
     let vectors = Checkpoint::open(&folder.join("grads_step0.safetensors")).unwrap();
     assert_eq!(vectors.names().count(), model.parameters().len());
-    assert_gradients(&model, &vectors, term, peft_gradient);
+    assert_gradients(&model, &vectors, terms, peft_gradient);
 
     let trajectory: Value =
         serde_json::from_str(&std::fs::read_to_string(folder.join("trajectory.json")).unwrap()).unwrap();
     let steps = trajectory["steps"].as_u64().unwrap() as usize;
     let schedule = Schedule { lr: trajectory["lr"].as_f64().unwrap(), decay: Decay::Constant, warmup: 0, steps };
-    let recipe = Recipe {
-        schedule,
-        accumulate: 1,
-        clip: 0.0,
-        seed: 0,
-        checkpointing: case == "rslora",
-        compute: Compute::F32,
-        orthogonality: term,
-        diff_penalty: None,
-    };
+    let recipe = Recipe { checkpointing: case == "rslora", terms, ..Recipe::new(schedule) };
     let allocator =
         |adalora: &AdaLora| Allocator::new(backend.as_ref(), adalora, Prune::Mask, steps, model.linears()).unwrap();
-    let mut allocator = adapter.config().adalora.as_ref().map(allocator);
+    let mut allocator = adapter.lora().and_then(|lora| lora.adalora.as_ref()).map(allocator);
     let mut optimizer = AdamW::new(backend.clone(), Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let mut batches = Batches::Fixed(batch(&model));
     for (t, expected) in trajectory["losses"].as_array().unwrap().iter().enumerate() {

@@ -1,6 +1,6 @@
 //! AdamW with moments in 8 bits, in the training of a whole small model.
 
-use rankfold_backend::{Backend, Buffer, Compute, DType};
+use rankfold_backend::{Backend, Buffer, DType};
 use rankfold_cpu::CpuBackend;
 use rankfold_cuda::CudaBackend;
 use rankfold_files::Checkpoint;
@@ -45,9 +45,7 @@ impl Training {
     /// Steps up to `last`: their losses.
     fn go_on(&mut self, last: u64) -> Vec<f64> {
         let schedule = Schedule { lr: 1e-3, decay: Decay::Constant, warmup: 0, steps: 100 };
-        let (checkpointing, compute, orthogonality, diff_penalty) = (false, Compute::F32, None, None);
-        let recipe =
-            Recipe { schedule, accumulate: 1, clip: 1.0, seed: 0, checkpointing, compute, orthogonality, diff_penalty };
+        let recipe = Recipe { clip: 1.0, ..Recipe::new(schedule) };
         let first = self.optimizer.step + 1;
         let step = |t: u64| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t as usize).unwrap();

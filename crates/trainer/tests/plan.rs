@@ -369,16 +369,7 @@ fn held(setup: &Setup) -> u64 {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 1 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe {
-        schedule,
-        accumulate,
-        clip: 0.0,
-        seed: 0,
-        checkpointing,
-        compute,
-        orthogonality: None,
-        diff_penalty: None,
-    };
+    let recipe = Recipe { accumulate, checkpointing, compute, ..Recipe::new(schedule) };
     gradients(&model, &mut Batches::Fixed(batch), &recipe, &optimizer, 1).unwrap();
     cpu.memory().scratch as u64
 }

@@ -121,11 +121,6 @@ impl Allocator {
         Ok(Self { config: config.clone(), prune, total, ends, modules, is_final })
     }
 
-    /// The weight of [`orthogonality`](super::orthogonality) in the loss, and whether its norms are squared.
-    pub fn penalty(&self) -> (f64, bool) {
-        (self.config.orthogonality, self.config.squared)
-    }
-
     /// What is due after step `t`, whose update is done and whose gradients were multiplied by `grad_scale`.
     ///
     /// `layers` are those that it was made for. Errors: others.

@@ -1,9 +1,10 @@
 //! Layers and folders that several test files need.
 #![allow(dead_code)] // each test file uses a part
 
-use rankfold_adapters::{Linear, Weight};
-use rankfold_autograd::{Base, Tensor};
-use rankfold_backend::{Backend, DType};
+use proptest::prelude::*;
+use rankfold_adapters::{Linear, Purpose, Weight};
+use rankfold_autograd::{Base, Parameter, Tensor};
+use rankfold_backend::{Backend, DType, philox};
 use rankfold_files::{Checkpoint, Spec, Writer};
 use rankfold_reference::ReferenceBackend;
 use std::path::{Path, PathBuf};
@@ -55,12 +56,42 @@ pub fn golden_layers(backend: &dyn Backend) -> (Vec<Linear>, String) {
 pub fn write_adapter(folder: &Path, config: &str, tensors: &[(&str, [usize; 2], Vec<f32>)]) {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("adapter_config.json"), config).unwrap();
-    let specs = tensors.iter().map(|(name, dims, _)| Spec::new(*name, DType::F32, *dims)).collect();
-    let mut writer = Writer::create(&folder.join("adapter_model.safetensors"), specs).unwrap();
+    write_tensors(folder, tensors);
+}
+
+/// The file of tensors of an adapter's folder, in f32.
+pub fn write_tensors<N: AsRef<str>, D: AsRef<[usize]>>(folder: &Path, tensors: &[(N, D, Vec<f32>)]) {
+    let spec = |(name, dims, _): &(N, D, Vec<f32>)| Spec::new(name.as_ref(), DType::F32, dims.as_ref());
+    let path = folder.join("adapter_model.safetensors");
+    let mut writer = Writer::create(&path, tensors.iter().map(spec).collect()).unwrap();
     for (name, _, values) in tensors {
-        writer.write(name, &values.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()).unwrap();
+        writer.write(name.as_ref(), bytemuck::cast_slice(values)).unwrap();
     }
     writer.finish().unwrap();
+}
+
+/// What a folder is written for.
+pub fn purpose(finished: bool) -> Purpose {
+    if finished { Purpose::Exchange } else { Purpose::Resume }
+}
+
+/// Numbers in [−1, 1), others for every stream.
+pub fn numbers(stream: u64, n: usize) -> Vec<f32> {
+    (0..n as u64).map(|i| 2.0 * philox::unit(philox::word(5, stream, i)) - 1.0).collect()
+}
+
+/// Give a parameter the numbers of a stream.
+pub fn set(backend: &dyn Backend, parameter: &Parameter, stream: u64) {
+    let values = numbers(stream, parameter.shape().elements());
+    parameter.update(|buffer| Ok(backend.write(bytemuck::cast_slice(&values), buffer.view_mut())?)).unwrap();
+}
+
+/// u, half the distance from 1 to the next f32.
+pub const UNIT: f64 = 1.0 / 16_777_216.0;
+
+/// Numbers on a grid of 2⁻¹⁰ in [−2, 2]: no product of them comes near f32's smallest.
+pub fn grid(len: usize) -> impl Strategy<Value = Vec<f32>> {
+    prop::collection::vec((-2048i16..=2048).prop_map(|i| f32::from(i) / 1024.0), len)
 }
 
 /// The values of a layer's dense f32 matrix.

@@ -4,13 +4,12 @@ use crate::error::Result;
 use crate::open::ModelArgs;
 use crate::show::say;
 use clap::Args;
-use rankfold_adapters::diff::expected_share;
-use rankfold_adapters::{Forward, PeftConfig};
+use rankfold_adapters::Forward;
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::DType;
 use rankfold_files::{Spec, Writer};
 use rankfold_trainer::data::tokens;
-use rankfold_trainer::step::{Orthogonality, diff_penalty};
+use rankfold_trainer::objective::Terms;
 use std::path::PathBuf;
 
 /// Write the gradient of the loss by each of an adapter's tensors, under its PEFT name, and the loss: what training
@@ -42,12 +41,8 @@ impl Grads {
         let (root, mut loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
         let mut gradients = Gradients::new(backend.clone());
         tape.backward_from_loss(&root, &mut gradients)?;
-        if let Some(term) = config.as_ref().and_then(PeftConfig::lora).and_then(Orthogonality::of) {
-            loss += term.add_to(&model, &mut gradients)?;
-        }
-        if let Some(penalty) = config.as_ref().and_then(diff_penalty) {
-            let share = expected_share(backend.as_ref(), model.linears(), penalty, &mut gradients)?;
-            loss += penalty * share.unwrap_or_default();
+        if let Some(config) = &config {
+            loss += Terms::of(config).add_to(&model, &mut gradients)?.value;
         }
 
         let named = model.parameters();

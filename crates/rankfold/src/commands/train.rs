@@ -23,11 +23,12 @@ use rankfold_trainer::checkpoint::Checkpoints;
 use rankfold_trainer::convert;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
 use rankfold_trainer::model::{Model, Precision, Quantization};
+use rankfold_trainer::objective::Terms;
 use rankfold_trainer::optimizer::{AdamW, Hyper};
 use rankfold_trainer::product::Kind;
 use rankfold_trainer::run::{Cadence, Run};
 use rankfold_trainer::schedule;
-use rankfold_trainer::step::{Batches, Orthogonality, Recipe, diff_penalty};
+use rankfold_trainer::step::{Batches, Recipe};
 use rankfold_trainer::traffic::Gauge;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -183,8 +184,7 @@ impl Job {
             seed: options.seed.unwrap_or_default(),
             checkpointing: options.checkpointing.unwrap_or_default(),
             compute,
-            orthogonality: adapter.as_ref().and_then(PeftConfig::lora).and_then(Orthogonality::of),
-            diff_penalty: adapter.as_ref().and_then(diff_penalty),
+            terms: adapter.as_ref().map(Terms::of).unwrap_or_default(),
         };
         let cadence = Cadence {
             steps,

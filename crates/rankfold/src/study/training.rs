@@ -97,16 +97,7 @@ impl Bench {
         let Setting { steps, rows, seq, .. } = self.setting;
         let loader = Loader::new(self.train.clone(), Shape { rows, seq, accumulate: 1 }, seed, self.padding)?;
         let mut batches = Batches::Loader(Box::new(loader));
-        let recipe = Recipe {
-            schedule: rates(lr, steps),
-            accumulate: 1,
-            clip: 1.0,
-            seed,
-            checkpointing: false,
-            compute: Compute::F32,
-            orthogonality: None,
-            diff_penalty: None,
-        };
+        let recipe = Recipe { clip: 1.0, seed, ..Recipe::new(rates(lr, steps)) };
         let parameters = model.parameters();
         let mut optimizer = AdamW::new(model.backend().clone(), Moments::F32, Hyper::default(), parameters)?;
         let mut losses = Vec::with_capacity(steps);

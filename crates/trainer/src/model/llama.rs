@@ -121,7 +121,7 @@ impl Model {
         let Some(learned) = config.virtual_tokens() else {
             let architecture = self.config.architecture.model_type();
             let attached = config.attach(backend.as_ref(), &mut self.linears_mut(), architecture, values)?;
-            if let PeftConfig::Lora(lora) = &attached.config {
+            if let Some(lora) = attached.config.lora().filter(|lora| !lora.modules_to_save.is_empty()) {
                 let folder = match values {
                     Values::Saved(folder) => Some(AdapterFolder::open(folder)?),
                     Values::New(_) | Values::Blank => None,

@@ -75,16 +75,7 @@ fn real(setup: &Setup) -> [u64; 3] {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe {
-        schedule,
-        accumulate,
-        clip: 0.0,
-        seed: 0,
-        checkpointing,
-        compute,
-        orthogonality: None,
-        diff_penalty: None,
-    };
+    let recipe = Recipe { accumulate, checkpointing, compute, ..Recipe::new(schedule) };
     let eval = |model: &Model| {
         evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
     };
