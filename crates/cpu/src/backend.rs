@@ -79,16 +79,8 @@ impl CpuBackend {
         self.pool.trim();
     }
 
-    fn gemm(&self) -> Gemm<'_> {
-        Gemm { threads: &self.threads, isa: self.isa }
-    }
-}
-
-/// bf16 products wait for kernels that use bf16 units.
-fn check_compute(compute: Compute) -> Result<()> {
-    match compute {
-        Compute::F32 => Ok(()),
-        Compute::Bf16 => Err(Error::Unsupported { backend: BACKEND, what: "bf16 compute" }),
+    fn gemm(&self, compute: Compute) -> Gemm<'_> {
+        Gemm { threads: &self.threads, isa: self.isa, compute }
     }
 }
 
@@ -203,8 +195,7 @@ impl Backend for CpuBackend {
     fn matmul(&self, p: &MatMul, a: View, b: View, mut c: ViewMut) -> Result<()> {
         let s = Slices::new("matmul");
         p.check(&a, &b, &c)?;
-        check_compute(p.compute)?;
-        self.gemm().matmul(p, s.get("a", a)?, s.get("b", b)?, s.get_mut("c", &mut c)?);
+        self.gemm(p.compute).matmul(p, s.get("a", a)?, s.get("b", b)?, s.get_mut("c", &mut c)?);
         Ok(())
     }
 
@@ -286,10 +277,9 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let s = Slices::new("linear");
         p.check(&x, w, low_rank, bias.as_ref(), &y)?;
-        check_compute(p.compute)?;
         let (x, w, low_rank) = (s.get("x", x)?, weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
         let bias = bias.map(|bias| s.get("bias", bias)).transpose()?;
-        self.gemm().linear(p, x, w, low_rank.as_ref(), bias, s.get_mut("y", &mut y)?);
+        self.gemm(p.compute).linear(p, x, w, low_rank.as_ref(), bias, s.get_mut("y", &mut y)?);
         Ok(())
     }
 
@@ -304,10 +294,9 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let s = Slices::new("linear_grad_input");
         p.check_grad_input(&dy, w, low_rank, &dx)?;
-        check_compute(p.compute)?;
         let (dy, w, low_rank) = (s.get("dy", dy)?, weight_slice(&s, w)?, low_rank_slice(&s, low_rank)?);
         let dx = s.get_mut("dx", &mut dx)?;
-        self.gemm().linear_grad_input(p, dy, w, low_rank.as_ref(), accumulate, dx);
+        self.gemm(p.compute).linear_grad_input(p, dy, w, low_rank.as_ref(), accumulate, dx);
         Ok(())
     }
 
@@ -322,7 +311,6 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let s = Slices::new("linear_grad_weight");
         p.check_grad_weight(&x, &dy, w, low_rank, &grads)?;
-        check_compute(p.compute)?;
         let (x, dy) = (s.get("x", x)?, s.get("dy", dy)?);
         let low_rank = low_rank_slice(&s, low_rank)?;
         // Only the gradient of g asks for W: a weight that has been paged out may stay there.
@@ -335,7 +323,7 @@ impl Backend for CpuBackend {
             per_rank: s.some_mut("d per_rank", &mut grads.per_rank)?,
             row_scale: s.some_mut("d row_scale", &mut grads.row_scale)?.zip(w),
         };
-        self.gemm().linear_grad_weight(p, x, dy, low_rank.as_ref(), grads);
+        self.gemm(p.compute).linear_grad_weight(p, x, dy, low_rank.as_ref(), grads);
         Ok(())
     }
 
@@ -388,7 +376,6 @@ impl Backend for CpuBackend {
     ) -> Result<()> {
         let s = Slices::new("attention");
         p.check(&q, &k, &v, starts.as_ref(), &out, &lse)?;
-        check_compute(p.compute)?;
         let inputs = [s.get("q", q)?, s.get("k", k)?, s.get("v", v)?];
         let starts = starts.map(|starts| s.get("starts", starts)).transpose()?;
         let (out, lse) = (s.get_mut("out", &mut out)?, s.get_mut("lse", &mut lse)?);
@@ -398,7 +385,6 @@ impl Backend for CpuBackend {
     fn attention_grad(&self, p: &Attention, saved: AttentionSaved, dout: View, grads: AttentionGrads) -> Result<()> {
         let s = Slices::new("attention_grad");
         p.check_grad(&saved, &dout, &grads)?;
-        check_compute(p.compute)?;
         let AttentionSaved { q, k, v, starts, out, lse } = saved;
         let saved = attention::Saved {
             q: s.get("q", q)?,

@@ -31,6 +31,8 @@ suites! {
     fastest => 0;
     second => 1;
     third => 2;
+    fourth => 3;
+    fifth => 4;
 }
 
 /// A pager whose pages are driven out to its file whenever nobody holds them: a kernel that touched what it does not hold

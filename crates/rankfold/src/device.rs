@@ -27,12 +27,16 @@ pub enum Device {
 }
 
 impl Device {
-    /// The precision that a device trains in where it has units for it.
-    pub fn trains_in(self) -> ComputeType {
-        match self {
-            Self::Cuda => ComputeType::Bf16,
-            Self::Cpu | Self::CudaHost | Self::Reference => ComputeType::F32,
-        }
+    /// The precision of products where nobody asks for another: bf16 where there are units for it.
+    pub fn computes_in(self, isa: Option<&str>) -> ComputeType {
+        let units = match self {
+            Self::Cuda => true,
+            Self::Cpu => {
+                isa.map_or_else(|| Isa::available().first().copied(), Isa::named).is_some_and(Isa::has_bf16_units)
+            }
+            Self::CudaHost | Self::Reference => false,
+        };
+        if units { ComputeType::Bf16 } else { ComputeType::F32 }
     }
 
     /// Whether its memory is not the process's.
@@ -78,9 +82,10 @@ pub struct DeviceArgs {
     /// Where to compute.
     #[arg(long, value_enum, default_value_t)]
     pub device: Device,
-    /// Precision of the products' inputs.
-    #[arg(long, value_enum, default_value_t)]
-    pub compute: ComputeType,
+    /// Precision of the products' inputs [default: bf16 where the device has units for it; f32 for `logits` and `grads`
+    /// and with --tokens].
+    #[arg(long, value_enum)]
+    pub compute: Option<ComputeType>,
     /// Instruction set, which a result's bits depend on; `doctor` lists them [default: the fastest].
     #[arg(long, value_name = "NAME")]
     pub isa: Option<String>,
@@ -90,6 +95,16 @@ pub struct DeviceArgs {
 }
 
 impl DeviceArgs {
+    /// Precision of the products' inputs, of what is to be compared with another program's.
+    pub fn exact(&self) -> Compute {
+        self.compute.unwrap_or(ComputeType::F32).into()
+    }
+
+    /// The same of anything else.
+    pub fn fast(&self) -> Compute {
+        self.compute.unwrap_or_else(|| self.device.computes_in(self.isa.as_deref())).into()
+    }
+
     /// The backend that the flags ask for.
     pub fn open(&self) -> Result<Arc<dyn Backend>> {
         Ok(self.open_on(None)?.0)
@@ -105,9 +120,6 @@ impl DeviceArgs {
         };
         if let (Some(name), true) = (self.isa.as_deref(), self.device != Device::Cpu) {
             return Err(missing(name));
-        }
-        if (self.device, self.compute) == (Device::Cpu, ComputeType::Bf16) {
-            return Err(Error::Usage("--compute bf16 on the cpu: expected f32".into()));
         }
         Ok(match self.device {
             Device::Cpu => {

@@ -8,7 +8,7 @@ use crate::options::Options;
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
 use rankfold_adapters::{AttachedPeft, Init, PeftConfig, Values};
-use rankfold_backend::{Backend, Compute, DType, check_block};
+use rankfold_backend::{Backend, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
@@ -210,11 +210,6 @@ impl ModelArgs {
             (1, 0) => Ok(()),
             _ => Err(Error::Usage("several adapters, or a --weight: expected one adapter as it is".into())),
         }
-    }
-
-    /// Precision of the products' inputs.
-    pub fn compute(&self) -> Compute {
-        self.device.compute.into()
     }
 }
 

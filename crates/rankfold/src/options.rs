@@ -236,7 +236,8 @@ pub struct Options {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<Device>,
-    /// Precision of the products' inputs [default: bf16 on cuda, f32 elsewhere and with --tokens].
+    /// Precision of the products' inputs [default: bf16 where the device has units for it, f32 elsewhere and with
+    /// --tokens].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compute: Option<ComputeType>,
@@ -358,7 +359,10 @@ impl Options {
             memory_limit: None,
             device: Some(device),
             isa: device.instruction_sets().first().cloned(),
-            compute: Some(if self.tokens.is_some() { ComputeType::F32 } else { device.trains_in() }),
+            compute: Some(match self.tokens {
+                Some(_) => ComputeType::F32,
+                None => device.computes_in(self.isa.as_deref()),
+            }),
             model: Some(model),
             page_folder: None,
             page_io: None,

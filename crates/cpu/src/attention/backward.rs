@@ -11,7 +11,7 @@
 //!
 //! dq, dk and dv are formed each where asked for, and dP and dS only for dq and dk.
 
-use super::pack::{self, Transpose};
+use super::pack::{Rows, Transpose, taken};
 use super::product::Product;
 use super::{KEYS, QUERIES, ROWS, Shape, padded, parts, take, within};
 use crate::elementwise::Dot;
@@ -83,7 +83,7 @@ struct Keys<'a> {
 
 /// A block of queries of one head. What no gradient asked for needs is empty.
 struct Block<'a> {
-    /// scale·q, dout and Σ dS k, [QUERIES, width] each
+    /// q, dout and Σ dS k, [QUERIES, width] each
     q: &'a mut [f32],
     dout: &'a mut [f32],
     dq: &'a mut [f32],
@@ -135,25 +135,27 @@ impl KeyHead<'_> {
     }
 
     fn pack(&self, keys: &mut Keys, range: Range<usize>) {
-        let Shape { p, isa, width, .. } = self.shape;
+        let Shape { p, isa, width, round, .. } = self.shape;
         let (depth, stride) = (p.head_dim, p.kv_heads * p.head_dim);
         for (x, out) in [(self.saved.k, &mut *keys.kt), (self.saved.v, &mut *keys.vt)] {
             for (keys, out) in parts(range.clone(), KEYS).zip(out.chunks_exact_mut((KEYS * depth).max(1))) {
                 let (first, rows) = (self.shape.key(self.b, keys.start, self.g).start, keys.len());
-                isa.run(Transpose { x, first, stride, rows, depth, columns: KEYS, out });
+                isa.run(Transpose { x, first, stride, rows, depth, columns: KEYS, round, out });
             }
         }
-        pack::rows(self.saved.k, 1.0, width, range.map(|j| self.shape.key(self.b, j, self.g)), keys.k);
+        let rows = range.map(|j| self.shape.key(self.b, j, self.g));
+        isa.run(Rows { x: self.saved.k, rows, width, round, out: &mut *keys.k });
         keys.dk.fill(0.0);
         keys.dv.fill(0.0);
     }
 
     /// A block of queries of head h: all of its dq, and its part of dk and dv.
     fn queries(&self, keys: &mut Keys, block: &mut Block, h: usize, queries: Range<usize>) {
-        let (Shape { p, isa, width, .. }, b, saved) = (self.shape, self.b, self.saved);
+        let (Shape { p, isa, width, round, .. }, b, saved) = (self.shape, self.b, self.saved);
         let elements = |i| self.shape.query(b, i, h);
-        pack::rows(saved.q, p.scale, width, queries.clone().map(elements), block.q);
-        pack::rows(saved.dout, 1.0, width, queries.clone().map(elements), block.dout);
+        for (x, out) in [(saved.q, &mut *block.q), (saved.dout, &mut *block.dout)] {
+            isa.run(Rows { x, rows: queries.clone().map(elements), width, round, out });
+        }
         block.dq.fill(0.0);
         let mut d = [0.0; QUERIES];
         if self.needs_ds() {
@@ -205,6 +207,8 @@ impl KeyHead<'_> {
                     p: &mut block.p[of_row.clone()],
                     ds: self.needs_ds().then(|| &mut block.ds[of_row]),
                     seen: within(&self.shape.visible(self.b, i), key),
+                    scale: p.scale,
+                    round: self.shape.round,
                     lse: *lse,
                     d: d[row + r],
                 });
@@ -250,13 +254,14 @@ impl KeyHead<'_> {
     /// dk and dv of every key, each where asked for; 0 of those that no query sees.
     fn write_keys(&self, keys: &Keys, packed: Range<usize>) {
         let (Shape { p, width, .. }, b) = (self.shape, self.b);
-        for (grad, sums) in [(self.dk, &*keys.dk), (self.dv, &*keys.dv)] {
+        for (grad, sums, factor) in [(self.dk, &*keys.dk, p.scale), (self.dv, &*keys.dv, 1.0)] {
             let Some(grad) = grad else { continue };
             for j in 0..p.keys {
                 // SAFETY: this task alone writes this key head of this sequence.
                 let grad = unsafe { grad.get(self.shape.key(b, j, self.g)) };
                 if packed.contains(&j) {
-                    grad.copy_from_slice(&sums[(j - keys.first) * width..][..p.head_dim]);
+                    let sums = &sums[(j - keys.first) * width..];
+                    grad.iter_mut().zip(sums).for_each(|(grad, sum)| *grad = factor * sum);
                 } else {
                     grad.fill(0.0);
                 }
@@ -265,13 +270,16 @@ impl KeyHead<'_> {
     }
 }
 
-/// One query's scores of a block become P, and its dP, where given, become dS; both 0 outside `seen`.
+/// One query's products q·k of a block become P, and its dP, where given, become dS; both 0 outside `seen`.
 struct ScoreGradients<'a> {
     /// [KEYS]
     p: &'a mut [f32],
     /// [KEYS]
     ds: Option<&'a mut [f32]>,
     seen: Range<usize>,
+    scale: f32,
+    /// Whether both are rounded to bf16 for their products.
+    round: bool,
     lse: f32,
     d: f32,
 }
@@ -280,19 +288,20 @@ impl Kernel for ScoreGradients<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { p, mut ds, seen, lse, d } = self;
+        let Self { p, mut ds, seen, scale, round, lse, d } = self;
         assert!(p.len() == KEYS && ds.as_ref().is_none_or(|ds| ds.len() == KEYS) && KEYS.is_multiple_of(S::LANES));
         let columns = if seen.is_empty() { 0..0 } else { padded(&seen) };
         // SAFETY: LANES elements from each i < KEYS.
         unsafe {
-            let (lse, d) = (S::splat(lse), S::splat(d));
+            let (scale, lse, d) = (S::splat(scale), S::splat(lse), S::splat(d));
             for i in columns.step_by(S::LANES) {
                 let at_p = p.as_mut_ptr().add(i);
-                let probability = exp::<S>(S::sub(S::load(at_p), lse));
-                S::store(at_p, probability);
+                let probability = exp::<S>(S::sub(S::mul(S::load(at_p), scale), lse));
+                S::store(at_p, taken::<S>(round, probability));
                 if let Some(ds) = &mut ds {
                     let at_ds = ds.as_mut_ptr().add(i);
-                    S::store(at_ds, S::mul(probability, S::sub(S::load(at_ds), d)));
+                    let ds = S::mul(probability, S::sub(S::load(at_ds), d));
+                    S::store(at_ds, taken::<S>(round, ds));
                 }
             }
         }

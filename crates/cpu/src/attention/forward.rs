@@ -2,7 +2,7 @@
 //! m = max s, l = Σ exp(s − m) and the output Σ exp(s − m) v; a block with a larger maximum scales the latter two by
 //! exp(m_old − m_new). At the end out = output / l and lse = m + log l. A task is one head of one sequence.
 
-use super::pack::{self, Transpose};
+use super::pack::{Rows, Transpose, taken};
 use super::product::Product;
 use super::{KEYS, QUERIES, ROWS, Shape, padded, parts, take, within};
 use crate::scratch;
@@ -49,7 +49,7 @@ struct Packed<'a> {
 
 /// The state of a block of queries.
 struct Block<'a> {
-    /// scale·q [QUERIES, width]
+    /// [QUERIES, width]
     q: &'a mut [f32],
     /// Σ exp(s − m) v [QUERIES, width]
     sums: &'a mut [f32],
@@ -62,7 +62,7 @@ struct Block<'a> {
 
 impl Head<'_> {
     fn run(&self, q: &[f32], k: &[f32], v: &[f32]) {
-        let Shape { p, isa, width, .. } = self.shape;
+        let Shape { p, isa, width, round, .. } = self.shape;
         let span = self.shape.span(self.b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
         let blocks = (span.end - first).div_ceil(KEYS);
@@ -74,9 +74,10 @@ impl Head<'_> {
                 let (packed_k, packed_v) = (take(&mut s, blocks * KEYS * depth), take(&mut s, blocks * KEYS * width));
                 for (keys, out) in parts(first..span.end, KEYS).zip(packed_k.chunks_exact_mut((KEYS * depth).max(1))) {
                     let (first, rows) = (self.shape.key(self.b, keys.start, g).start, keys.len());
-                    isa.run(Transpose { x: k, first, stride, rows, depth, columns: KEYS, out });
+                    isa.run(Transpose { x: k, first, stride, rows, depth, columns: KEYS, round, out });
                 }
-                pack::rows(v, 1.0, width, (first..span.end).map(|j| self.shape.key(self.b, j, g)), packed_v);
+                let rows = (first..span.end).map(|j| self.shape.key(self.b, j, g));
+                isa.run(Rows { x: v, rows, width, round, out: &mut *packed_v });
                 let packed = Packed { first, k: packed_k, v: packed_v };
                 let mut block = Block {
                     q: take(&mut s, QUERIES * width),
@@ -86,13 +87,8 @@ impl Head<'_> {
                     scores: take(&mut s, ROWS * KEYS),
                 };
                 for queries in parts(0..p.queries, QUERIES) {
-                    pack::rows(
-                        q,
-                        p.scale,
-                        width,
-                        queries.clone().map(|i| self.shape.query(self.b, i, self.h)),
-                        block.q,
-                    );
+                    let rows = queries.clone().map(|i| self.shape.query(self.b, i, self.h));
+                    isa.run(Rows { x: q, rows, width, round, out: &mut *block.q });
                     block.sums.fill(0.0);
                     block.m.fill(f32::NEG_INFINITY);
                     block.l.fill(0.0);
@@ -135,6 +131,8 @@ impl Head<'_> {
             let seen = within(&self.shape.visible(self.b, i), keys);
             isa.run(OnlineSoftmax {
                 scores,
+                scale: p.scale,
+                round: self.shape.round,
                 seen: seen.start.max(columns.start) - columns.start..seen.end.max(columns.start) - columns.start,
                 m: &mut block.m[row + r],
                 l: &mut block.l[row + r],
@@ -170,10 +168,13 @@ impl Head<'_> {
     }
 }
 
-/// One query's scores of a block become exp(s − m), 0 outside `seen`; m, l and the sums follow.
+/// One query's products q·k of a block become exp(s − m), 0 outside `seen`; m, l and the sums follow.
 struct OnlineSoftmax<'a> {
     /// Whole vectors.
     scores: &'a mut [f32],
+    scale: f32,
+    /// Whether exp(s − m) is rounded to bf16 for its product with v; not so in l.
+    round: bool,
     seen: Range<usize>,
     m: &'a mut f32,
     l: &'a mut f32,
@@ -185,11 +186,12 @@ impl Kernel for OnlineSoftmax<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { scores, seen, m, l, sums } = self;
+        let Self { scores, scale, round, seen, m, l, sums } = self;
         assert!(scores.len().is_multiple_of(S::LANES) && sums.len().is_multiple_of(S::LANES));
         if seen.is_empty() {
             return scores.fill(0.0);
         }
+        scores.iter_mut().for_each(|score| *score *= scale);
         scores[..seen.start].fill(f32::NEG_INFINITY);
         scores[seen.end..].fill(f32::NEG_INFINITY);
         // SAFETY: LANES elements from each i.
@@ -203,7 +205,7 @@ impl Kernel for OnlineSoftmax<'_> {
             for i in (0..scores.len()).step_by(S::LANES) {
                 let p = scores.as_mut_ptr().add(i);
                 let e = exp::<S>(S::sub(S::load(p), shift));
-                S::store(p, e);
+                S::store(p, taken::<S>(round, e));
                 sum = S::add(sum, e);
             }
             if new > *m {

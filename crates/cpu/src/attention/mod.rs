@@ -12,6 +12,9 @@
 //! keys together, and only from the first to the last key that one of them sees: blocks outside a segment, a window
 //! or the causal triangle cost nothing, and the diagonal little.
 //!
+//! With bf16 products their inputs are rounded as they are packed or formed, and multiplied in f32: exactly, as bf16
+//! units do.
+//!
 //! In reading order: `product` (the small products), `pack`, then `forward` and `backward`.
 
 mod backward;
@@ -24,7 +27,7 @@ pub(crate) use forward::attention;
 
 use crate::simd::Isa;
 use rankfold_backend::Result;
-use rankfold_backend::params::Attention;
+use rankfold_backend::params::{Attention, Compute};
 use std::ops::Range;
 
 /// Keys of a block.
@@ -44,6 +47,8 @@ struct Shape<'a> {
     starts: Option<&'a [u32]>,
     /// head_dim, padded.
     width: usize,
+    /// Whether the inputs of products are rounded to bf16.
+    round: bool,
 }
 
 impl<'a> Shape<'a> {
@@ -52,7 +57,7 @@ impl<'a> Shape<'a> {
         for (row, start) in starts.into_iter().flatten().enumerate() {
             p.check_start(row % p.queries, *start as usize)?;
         }
-        Ok(Self { p, isa, starts, width: p.head_dim.next_multiple_of(PAD).max(PAD) })
+        Ok(Self { p, isa, starts, width: p.head_dim.next_multiple_of(PAD).max(PAD), round: p.compute == Compute::Bf16 })
     }
 
     /// The keys that query i of sequence b sees.

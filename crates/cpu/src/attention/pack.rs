@@ -3,12 +3,39 @@
 use crate::simd::{Float, Kernel, Simd};
 use std::ops::Range;
 
-/// out row r = factor · x[rows(r)], padded with zeros to `width`.
-pub(super) fn rows(x: &[f32], factor: f32, width: usize, rows: impl Iterator<Item = Range<usize>>, out: &mut [f32]) {
-    for (row, out) in rows.zip(out.chunks_exact_mut(width)) {
-        let (out, padding) = out.split_at_mut(row.len());
-        out.iter_mut().zip(&x[row]).for_each(|(out, x)| *out = factor * x);
-        padding.fill(0.0);
+/// Vector lanes as a product takes them: rounded to bf16 with `round`.
+#[inline(always)]
+pub(super) unsafe fn taken<S: Simd>(round: bool, v: S::V) -> S::V {
+    // SAFETY: the caller's machine has S.
+    unsafe { if round { S::round_bf16(v) } else { v } }
+}
+
+/// out row r = x[rows(r)], padded with zeros to `width`.
+pub(super) struct Rows<'a, I> {
+    pub(super) x: &'a [f32],
+    pub(super) rows: I,
+    /// A multiple of the vector's lanes.
+    pub(super) width: usize,
+    pub(super) round: bool,
+    pub(super) out: &'a mut [f32],
+}
+
+impl<I: Iterator<Item = Range<usize>>> Kernel for Rows<'_, I> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        assert!(self.width.is_multiple_of(S::LANES));
+        for (row, out) in self.rows.zip(self.out.chunks_exact_mut(self.width)) {
+            let x = &self.x[row];
+            for d in (0..self.width).step_by(S::LANES) {
+                let n = x.len().saturating_sub(d).min(S::LANES);
+                // SAFETY: n elements of a row of x, a vector of one of out.
+                unsafe {
+                    let v = if n == 0 { S::splat(0.0) } else { f32::load_part::<S>(x.as_ptr().add(d), n) };
+                    S::store(out.as_mut_ptr().add(d), taken::<S>(self.round, v));
+                }
+            }
+        }
     }
 }
 
@@ -21,6 +48,7 @@ pub(super) struct Transpose<'a> {
     pub(super) depth: usize,
     /// A multiple of the vector's lanes.
     pub(super) columns: usize,
+    pub(super) round: bool,
     pub(super) out: &'a mut [f32],
 }
 
@@ -39,7 +67,8 @@ impl Kernel for Transpose<'_> {
                     let mut tile = [S::splat(0.0); 16];
                     for (r, v) in tile[..S::LANES].iter_mut().enumerate() {
                         if j + r < rows {
-                            *v = f32::load_part::<S>(self.x.as_ptr().add(first + (j + r) * stride + d), n);
+                            let row = self.x.as_ptr().add(first + (j + r) * stride + d);
+                            *v = taken::<S>(self.round, f32::load_part::<S>(row, n));
                         }
                     }
                     S::transpose(&mut tile[..S::LANES]);

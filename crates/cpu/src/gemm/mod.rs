@@ -1,4 +1,5 @@
-//! General matrix multiplication: C [m, n] = or += Σ_terms A·B, f32, on any stored right operand.
+//! General matrix multiplication: C [m, n] = or += Σ_terms A·B on any stored right operand, of f32 or of both operands
+//! rounded to bf16, with sums in f32.
 //!
 //! The scheme of Goto & van de Geijn (2008, "Anatomy of high-performance matrix multiplication"), with the cores'
 //! private caches in its middle:
@@ -18,33 +19,41 @@
 //! So a weight is decoded once for every ROWS rows of activations, in a buffer that never leaves its core's L2. Where
 //! there are few columns, tasks take some of the rows each, and A is read as it lies, without packing.
 //!
-//! An element of C is the sum, in this order, of one chain of FMAs for every DEPTH of k; nothing else of the above
-//! touches its bits, neither tiles nor tasks nor threads.
+//! k is counted in units here: an f32, or two bf16 (`unit.rs`). What else depends on the precision and the machine is
+//! the microkernel (`micro.rs`), which says how large a tile is and how the panels of A lie.
+//!
+//! An element of C is the sum, in this order, of what the microkernel makes of every DEPTH of k; nothing else of the
+//! above touches its bits, neither tiles nor tasks nor threads.
 //!
 //! Products of a few rows are bound by reading the right operand, not by arithmetic, and go another way: `few`.
 //!
-//! Read `operand.rs`, this file, `pack.rs` and `quantized.rs`, `tile.rs`; `few`.
+//! Read `operand.rs`, this file, `unit.rs` and `micro.rs`, `pack.rs` and `quantized.rs`, `tile.rs`, `amx.rs`; `few`.
 
+mod amx;
 mod few;
+mod micro;
 mod operand;
 mod pack;
 mod plan;
 mod quantized;
 mod tile;
+mod unit;
 
 pub(crate) use operand::{Left, QuantSlice, Right, Term, WeightSlice};
 
 use crate::scratch;
-use crate::simd::{Isa, Kernel, Simd};
+use crate::simd::{Isa, Simd};
 use crate::threads::Threads;
+use micro::{Geometry, Micro, Product};
 use plan::Segment;
+use rankfold_backend::Compute;
 use std::ops::Range;
 use tile::Tile;
 
-/// k of one chain of FMAs: a panel of B (2·LANES columns) takes half of L1.
+/// Units of k that a tile of C stays for: a panel of B (2·LANES columns) takes half of L1.
 const DEPTH: usize = 256;
 
-/// k that is packed at a time.
+/// Units of k that are packed at a time.
 const GROUP: usize = 2048;
 
 /// Rows that are packed at a time: with GROUP, at most 8 MiB.
@@ -60,6 +69,8 @@ pub(crate) struct Gemm<'a> {
     pub threads: &'a Threads,
     /// With which instructions.
     pub isa: Isa,
+    /// In which precision the operands are taken.
+    pub compute: Compute,
 }
 
 /// Where a product goes: c ← scale ∘ (c + Σ) + bias, c taken as 0 without `accumulate`.
@@ -99,22 +110,22 @@ impl Gemm<'_> {
         if c.is_empty() {
             return;
         }
+        let geometry = micro::geometry(self.isa, self.compute);
         if few::serves(terms, rows) {
-            return self.few(terms, Output { c, rows, columns, accumulate, scale, bias });
+            return self.few(geometry, terms, Output { c, rows, columns, accumulate, scale, bias });
         }
-        let lanes = self.isa.lanes();
-        let segments = plan::segments(terms, rows, columns, lanes);
+        let segments = plan::segments(terms, rows, columns, geometry);
         if segments.is_empty() && !accumulate {
             c.fill(0.0);
         }
         let c = Shared(c.as_mut_ptr());
-        let plan = plan::Plan::new(rows.min(ROWS), columns, terms, lanes, self.threads.count());
+        let plan = plan::Plan::new(rows.min(ROWS), columns, terms, geometry, self.threads.count());
         for first_row in (0..rows).step_by(ROWS) {
             let rows = first_row..rows.min(first_row + ROWS);
             let mut done = 0;
             loop {
                 let group = plan::group(&segments[done..]);
-                let packed: usize = group.iter().filter(|s| s.packed).map(|s| s.ks.len()).sum();
+                let packed: usize = group.iter().filter(|s| s.packed).map(|s| s.units).sum();
                 let block = Block {
                     rows: rows.clone(),
                     columns: 0..columns,
@@ -124,7 +135,8 @@ impl Gemm<'_> {
                     c_stride: columns,
                     finish: (done + group.len() == segments.len()).then_some((scale, bias)),
                 };
-                scratch::with(packed * rows.len(), |a| self.group(&plan, block, a));
+                let packed = packed * plan::packed_rows(rows.len(), geometry);
+                scratch::with(packed, |a| self.group(&plan, geometry, block, a));
                 done += group.len();
                 if done == segments.len() {
                     break;
@@ -134,17 +146,16 @@ impl Gemm<'_> {
     }
 
     /// Pack the left operand's rows, then run the tasks.
-    fn group(&self, plan: &plan::Plan, block: Block, a: &mut [f32]) {
-        let (lanes, rows) = (self.isa.lanes(), block.rows.clone());
-        let panels = plan::Panels::new(rows.len(), lanes).count;
+    fn group(&self, plan: &plan::Plan, geometry: Geometry, block: Block, a: &mut [f32]) {
+        let panels = plan::Panels::new(block.rows.len(), geometry).count;
         let packed = Shared(a.as_mut_ptr());
         if !a.is_empty() {
             plan.run(self.threads, panels.div_ceil(plan::PACKED_PANELS), |task| {
                 let panels = task * plan::PACKED_PANELS..panels.min((task + 1) * plan::PACKED_PANELS);
-                self.isa.run(PackLeft { block: block.clone(), panels, out: packed });
+                self.run(PackLeft { block: block.clone(), panels, out: packed });
             });
         }
-        let width = plan.panels * tile::columns(lanes);
+        let width = plan.panels * geometry.columns;
         let column_tasks = block.columns.len().div_ceil(width);
         plan.run(self.threads, column_tasks * plan.row_tasks, |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
@@ -152,9 +163,14 @@ impl Gemm<'_> {
             let columns = column_task * width..block.columns.end.min((column_task + 1) * width);
             let block = Block { columns, ..block.clone() };
             scratch::with(width * DEPTH, |b| {
-                self.isa.run(Multiply { block, panels, packed, b });
+                self.run(Multiply { block, panels, packed, b });
             });
         });
+    }
+
+    /// Run `product` on the microkernel for this instruction set and precision.
+    fn run<P: Product>(&self, product: P) -> P::Output {
+        micro::run(self.isa, self.compute, product)
     }
 }
 
@@ -201,26 +217,25 @@ struct PackLeft<'a> {
     out: Shared,
 }
 
-impl Kernel for PackLeft<'_> {
+impl Product for PackLeft<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let cut = plan::Panels::new(self.block.rows.len(), S::LANES);
+    unsafe fn run<S: Simd, M: Micro<S>>(self) {
+        let cut = plan::Panels::new(self.block.rows.len(), M::GEOMETRY);
         let mut offset = 0;
         for segment in self.block.segments.iter().filter(|segment| segment.packed) {
-            let depth = segment.ks.len();
             for panel in self.panels.clone() {
                 let rows = cut.rows(panel);
-                // SAFETY: the buffer holds rows · depth elements of every packed segment, each panel its own part.
+                // SAFETY: the buffer holds the panels of every packed segment, each its own part.
                 unsafe {
-                    let out = self.out.0.add(offset + rows.start * depth);
+                    let out = self.out.0.add(offset + rows.start * segment.units);
                     let first = self.block.rows.start;
                     let rows = first + rows.start..first + rows.end;
-                    pack::left::<S>(segment.term.left, rows, segment.ks.clone(), out);
+                    pack::left::<S, M>(segment.term.left, rows, segment.ks.clone(), out);
                 }
             }
-            offset += depth * self.block.rows.len();
+            offset += segment.units * plan::packed_rows(self.block.rows.len(), M::GEOMETRY);
         }
     }
 }
@@ -233,23 +248,25 @@ struct Multiply<'a> {
     b: &'a mut [f32],
 }
 
-impl Kernel for Multiply<'_> {
+impl Product for Multiply<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let (block, width) = (&self.block, tile::columns(S::LANES));
-        let cut = plan::Panels::new(block.rows.len(), S::LANES);
-        let at_once = L2_ROWS / tile::rows(S::LANES);
+    unsafe fn run<S: Simd, M: Micro<S>>(self) {
+        let (block, width) = (&self.block, M::GEOMETRY.columns);
+        let cut = plan::Panels::new(block.rows.len(), M::GEOMETRY);
+        let at_once = L2_ROWS / M::GEOMETRY.rows;
         let mut offset = 0;
+        // SAFETY: the machine has what M uses.
+        unsafe { M::begin() };
         for (i, segment) in block.segments.iter().enumerate() {
-            let depth = segment.ks.len();
+            let units = segment.units;
             let left = segment.term.left;
             // SAFETY: the buffers hold the panels as they were packed; `product` checked the operands' lengths; this
             // task alone writes its tiles of c.
             unsafe {
                 let b = self.b.as_mut_ptr();
-                pack::right::<S>(segment.term.right, segment.ks.clone(), block.columns.clone(), b);
+                pack::right::<S, M>(segment.term.right, segment.ks.clone(), block.columns.clone(), b);
                 for first in self.panels.clone().step_by(at_once) {
                     let panels = first..self.panels.end.min(first + at_once);
                     for column in block.columns.clone().step_by(width) {
@@ -257,28 +274,30 @@ impl Kernel for Multiply<'_> {
                             let rows = cut.rows(panel);
                             let row = block.rows.start + rows.start;
                             let tile = Tile {
-                                k: depth,
+                                units,
                                 a: if segment.packed {
-                                    self.packed.0.add(offset + rows.start * depth)
+                                    self.packed.0.add(offset + rows.start * units)
                                 } else {
                                     left.data.as_ptr().add(row * left.stride + segment.ks.start)
                                 },
                                 stride: (!segment.packed).then_some(left.stride),
-                                b: b.add((column - block.columns.start) * depth),
+                                b: b.add((column - block.columns.start) * units),
                                 c: block.c.0.add(row * block.c_stride + column),
                                 c_stride: block.c_stride,
                                 columns: width.min(block.columns.end - column),
                                 accumulate: block.accumulate || i > 0,
                             };
-                            tile.run::<S>(rows.len());
+                            M::tile(tile, rows.len());
                         }
                     }
                 }
             }
             if segment.packed {
-                offset += depth * block.rows.len();
+                offset += units * plan::packed_rows(block.rows.len(), M::GEOMETRY);
             }
         }
+        // SAFETY: as above.
+        unsafe { M::end() };
         let Some((scale, bias)) = block.finish else { return };
         if (scale.is_none() && bias.is_none()) || self.panels.is_empty() {
             return;

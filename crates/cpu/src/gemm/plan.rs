@@ -1,7 +1,8 @@
 //! How a product is cut: k into segments, rows and columns into tasks.
 
+use super::micro::{Geometry, Order};
 use super::operand::Term;
-use super::{DEPTH, GROUP, tile};
+use super::{DEPTH, GROUP};
 use crate::threads::Threads;
 use std::ops::Range;
 
@@ -14,33 +15,38 @@ const ALONE: usize = 1 << 20;
 /// Panels of the right operand that a task packs at a time: with DEPTH, an eighth of L2.
 pub(super) const MOST_PANELS: usize = 4;
 
-/// At most DEPTH of one term's k.
+/// At most DEPTH units of one term's k.
 #[derive(Clone, Debug)]
 pub(super) struct Segment<'a> {
     pub term: &'a Term<'a>,
     pub ks: Range<usize>,
+    /// `ks` as units.
+    pub units: usize,
     /// Whether the left operand is packed; else it is read as it lies.
     pub packed: bool,
 }
 
 /// All k of all terms, in order.
-pub(super) fn segments<'a>(terms: &'a [Term<'a>], rows: usize, columns: usize, lanes: usize) -> Vec<Segment<'a>> {
+pub(super) fn segments<'a>(terms: &'a [Term<'a>], rows: usize, columns: usize, g: Geometry) -> Vec<Segment<'a>> {
     // Packing pays where elements are read more than twice afterwards.
-    let reread = columns > 2 * tile::columns(lanes) && rows > tile::rows(lanes);
+    let reread = columns > 2 * g.columns && rows > g.rows;
     let cut = |term: &'a Term<'a>| {
-        let starts = (0..term.k).step_by(DEPTH);
-        let packed = reread || term.left.transposed;
-        starts.map(move |start| Segment { term, ks: start..term.k.min(start + DEPTH), packed })
+        let starts = (0..term.k).step_by(DEPTH * g.k);
+        let packed = reread || term.left.transposed || !g.stored;
+        starts.map(move |start| {
+            let ks = start..term.k.min(start + DEPTH * g.k);
+            Segment { term, units: g.units(ks.len()), ks, packed }
+        })
     };
     terms.iter().flat_map(cut).collect()
 }
 
-/// The first segments, GROUP of k together at most (but one segment at least).
+/// The first segments, GROUP units together at most (but one segment at least).
 pub(super) fn group<'a, 'b>(segments: &'b [Segment<'a>]) -> &'b [Segment<'a>] {
-    let mut depth = 0;
+    let mut units = 0;
     let count = segments.iter().take_while(|segment| {
-        depth += segment.ks.len();
-        depth <= GROUP
+        units += segment.units;
+        units <= GROUP
     });
     &segments[..count.count()]
 }
@@ -50,27 +56,40 @@ pub(super) fn part(len: usize, parts: usize, i: usize) -> Range<usize> {
     len * i / parts..len * (i + 1) / parts
 }
 
-/// Rows cut into panels of nearly equal height, none above a tile's.
+/// Rows cut into panels, none above a tile's height: nearly equal ones, or of whole tiles all but the last.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Panels {
     pub count: usize,
-    /// Every panel's height; the first `taller` have one row more.
+    rows: usize,
+    /// Every panel's height (of whole tiles: all but the last's); the first `taller` have one row more.
     height: usize,
     taller: usize,
 }
 
 impl Panels {
     #[inline(always)]
-    pub(super) fn new(rows: usize, lanes: usize) -> Self {
-        let count = rows.div_ceil(tile::rows(lanes));
-        Self { count, height: rows / count.max(1), taller: rows % count.max(1) }
+    pub(super) fn new(rows: usize, g: Geometry) -> Self {
+        let count = rows.div_ceil(g.rows);
+        match g.left {
+            Order::Columns => Self { count, rows, height: rows / count.max(1), taller: rows % count.max(1) },
+            Order::Tiles => Self { count, rows, height: g.rows, taller: 0 },
+        }
     }
 
-    /// The rows of a panel.
+    /// The rows of a panel; where it is packed, its units start at those of as many whole rows.
     #[inline(always)]
     pub(super) fn rows(&self, panel: usize) -> Range<usize> {
         let start = panel * self.height + panel.min(self.taller);
-        start..start + self.height + usize::from(panel < self.taller)
+        start..self.rows.min(start + self.height + usize::from(panel < self.taller))
+    }
+}
+
+/// Rows that the packed panels of so many take.
+#[inline(always)]
+pub(super) fn packed_rows(rows: usize, g: Geometry) -> usize {
+    match g.left {
+        Order::Columns => rows,
+        Order::Tiles => rows.next_multiple_of(16),
     }
 }
 
@@ -89,12 +108,12 @@ impl Plan {
     ///
     /// A task costs its tiles; packing a panel of columns costs about as much as 3/2 of a tile, and bringing a panel
     /// of rows to L2 about a third.
-    pub(super) fn new(rows: usize, columns: usize, terms: &[Term], lanes: usize, threads: usize) -> Self {
+    pub(super) fn new(rows: usize, columns: usize, terms: &[Term], g: Geometry, threads: usize) -> Self {
         let depth: usize = terms.iter().map(|term| term.k).sum();
         if threads == 1 || rows * columns * depth < ALONE {
             return Self { panels: MOST_PANELS, row_tasks: 1, parallel: false };
         }
-        let (row_panels, column_panels) = (rows.div_ceil(tile::rows(lanes)), columns.div_ceil(tile::columns(lanes)));
+        let (row_panels, column_panels) = (rows.div_ceil(g.rows), columns.div_ceil(g.columns));
         let cost = |panels: usize, row_tasks: usize| {
             let rounds = (column_panels.div_ceil(panels) * row_tasks).div_ceil(threads);
             let task_rows = row_panels.div_ceil(row_tasks);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::quantize4::ScaleSlice;
+use crate::simd::Units;
 use crate::slices::Floats;
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -92,6 +93,7 @@ impl Stored {
 }
 
 struct Case {
+    compute: Compute,
     m: usize,
     n: usize,
     ks: Vec<usize>,
@@ -106,7 +108,11 @@ struct Case {
 impl Case {
     /// The product on every instruction set, at 1, 2 and 3 threads, and with the rows in two calls.
     fn check(&self) {
-        let Self { m, n, .. } = *self;
+        let Self { m, n, compute, .. } = *self;
+        let taken = |x: f32| match compute {
+            Compute::F32 => f64::from(x),
+            Compute::Bf16 => f64::from(bf16::from_f32(x)),
+        };
         let rng = &mut Random { seed: self.seed, position: 0 };
         let lefts: Vec<Vec<f32>> = self.ks.iter().map(|k| rng.vector(m * k)).collect();
         let (before, scale, bias) = (rng.vector(m * n), rng.vector(n), rng.vector(n));
@@ -128,7 +134,7 @@ impl Case {
                 bias: self.finish.then_some(&bias[..]),
                 ..Output::new(&mut c, m, n)
             };
-            Gemm { threads: &Threads::new(Some(threads)), isa }.product(&terms, output);
+            Gemm { threads: &Threads::new(Some(threads)), isa, compute }.product(&terms, output);
             c
         };
 
@@ -139,13 +145,14 @@ impl Case {
                 for j in 0..k {
                     let a = lefts[t][if self.left_transposed { j * m + row } else { row * k + j }];
                     let b = rights[t].value(if self.right_transposed { column * k + j } else { j * n + column });
-                    *sum += f64::from(a) * f64::from(b);
-                    *magnitude += (f64::from(a) * f64::from(b)).abs();
+                    *sum += taken(a) * taken(b);
+                    *magnitude += (taken(a) * taken(b)).abs();
                 }
             }
         }
         let depth: usize = self.ks.iter().sum();
-        for isa in Isa::available().into_iter().chain([Isa::PORTABLE_16]) {
+        let emulated = [Units::None, Units::Pairs, Units::Tiles].map(Isa::portable_16);
+        for isa in Isa::available().into_iter().chain(emulated) {
             let found = run(1, isa);
             for (i, (sum, magnitude)) in exact.iter().enumerate() {
                 let (mut sum, mut magnitude) = (*sum, *magnitude);
@@ -157,14 +164,12 @@ impl Case {
                     let (g, b) = (f64::from(scale[i % n]), f64::from(bias[i % n]));
                     (sum, magnitude) = (sum * g + b, magnitude * g.abs() + b.abs());
                 }
-                // A chain of k FMAs rounds k times, `Portable`'s k products once more each; one more rounding to add
-                // to c, one for the scale, one for the bias, and one in place of the terms of second order.
-                let bound = (depth as f64 * 2.0 + 4.0) * 2f64.powi(-24) * magnitude;
-                let bound = if isa.lanes() == 8 && isa != Isa::PORTABLE {
-                    bound / 2.0 + 2f64.powi(-23) * magnitude
-                } else {
-                    bound
-                };
+                // A chain of k FMAs rounds k times, plain Rust's k products in f32 once more each; one more rounding to
+                // add to c, one for the scale, one for the bias, and one in place of the terms of second order. Products
+                // of bf16 are exact; AMX adds two chains and what they were added to.
+                let fused = !isa.to_string().starts_with("portable") || compute == Compute::Bf16;
+                let roundings = if fused { depth + 2 * depth.div_ceil(32) } else { 2 * depth };
+                let bound = (roundings as f64 + 4.0) * 2f64.powi(-24) * magnitude;
                 assert!((f64::from(found[i]) - sum).abs() <= bound, "{isa} [{i}]: {} for {sum} ± {bound}", found[i]);
             }
             for threads in [2, 3] {
@@ -178,7 +183,7 @@ impl Case {
                     .collect();
                 let mut c = before[..rows * n].to_vec();
                 let output = Output { accumulate: self.accumulate, ..Output::new(&mut c, rows, n) };
-                let gemm = Gemm { threads: &Threads::new(Some(2)), isa };
+                let gemm = Gemm { threads: &Threads::new(Some(2)), isa, compute };
                 if !self.finish {
                     gemm.product(&halves, output);
                     assert_eq!(c, found[..rows * n], "{isa}, half of the rows");
@@ -194,7 +199,7 @@ fn dimension(most: usize) -> impl Strategy<Value = usize> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
+    #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
     fn products_are_within_the_bound_and_equal_at_any_number_of_threads(
@@ -203,16 +208,19 @@ proptest! {
         ks in prop::collection::vec(dimension(530), 1..3),
         [accumulate, finish, left_transposed, right_transposed] in any::<[bool; 4]>(),
         kind in 0..KINDS,
+        bf16 in any::<bool>(),
         seed in any::<u64>(),
     ) {
-        Case { m, n, ks, accumulate, finish, left_transposed, right_transposed, kind, seed }.check();
+        let compute = if bf16 { Compute::Bf16 } else { Compute::F32 };
+        Case { compute, m, n, ks, accumulate, finish, left_transposed, right_transposed, kind, seed }.check();
     }
 }
 
 #[test]
 fn products_beyond_one_block_of_rows_and_one_group_of_k() {
-    for kind in [0, 4] {
+    for (kind, compute) in [(0, Compute::F32), (4, Compute::F32), (0, Compute::Bf16), (4, Compute::Bf16)] {
         let case = Case {
+            compute,
             m: ROWS + 3,
             n: 37,
             ks: vec![GROUP + 70, 16],

@@ -1,32 +1,25 @@
-//! The microkernel: C[R, 2·LANES] = or += Σ_k a_k b_kᵀ, in registers.
+//! The microkernel in registers: C[R, 2·LANES] = or += Σ_l a_l b_lᵀ over units l of k.
 //!
-//! A tile of C lives in 2·R vectors while k runs; each step loads two vectors of b, broadcasts R elements of a, and
-//! does 2·R FMAs. With AVX2 (16 registers) R is 6: 12 accumulators, 8 loads for 12 FMAs; with AVX-512 (32) it is 14:
-//! 28 accumulators, 16 loads for 28 FMAs. Each element of C is one chain of FMAs from 0 in the order of k, whatever
-//! R its tile has, so the bits do not depend on how rows are cut into tiles.
+//! A tile of C lives in 2·R vectors while l runs; each step loads two vectors of b, broadcasts R units of a, and
+//! does 2·R multiply-adds. With AVX2 (16 registers) R is 6: 12 accumulators, 8 loads for 12 of them; with AVX-512 (32)
+//! it is 14: 28 accumulators, 16 loads for 28. Each element of C is one chain of them from 0 in the order of l,
+//! whatever R its tile has, so the bits do not depend on how rows are cut into tiles.
 
+use super::micro::{Geometry, Micro, Order};
+use super::unit::Unit;
 use crate::simd::Simd;
-
-/// Rows of the largest tile.
-pub(super) const fn rows(lanes: usize) -> usize {
-    if lanes == 16 { 14 } else { 6 }
-}
-
-/// Columns of every tile, and of a packed panel of the right operand.
-pub(super) const fn columns(lanes: usize) -> usize {
-    2 * lanes
-}
+use std::marker::PhantomData;
 
 /// One tile's operands.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
-    /// The length of the sums.
-    pub k: usize,
-    /// Element (i, k) of the left operand: at k·rows + i, packed; at i·stride + k, as it is stored.
+pub(crate) struct Tile {
+    /// The length of the sums, in units.
+    pub units: usize,
+    /// The left operand: a packed panel, or its first unit (i, l) at i·stride + l as it is stored.
     pub a: *const f32,
     /// `None` where `a` is packed.
     pub stride: Option<usize>,
-    /// Packed: element (k, j) at k·2·LANES + j.
+    /// Packed: unit (l, j) at l·2·LANES + j.
     pub b: *const f32,
     /// Element (i, j) of the result at i·c_stride + j.
     pub c: *mut f32,
@@ -38,37 +31,49 @@ pub(super) struct Tile {
     pub accumulate: bool,
 }
 
-impl Tile {
-    /// The tile of `rows` rows.
-    ///
-    /// # Safety
-    /// The machine has S; rows is 1 … rows(LANES); the pointers are valid for the elements named.
+/// The microkernel on vectors of U.
+pub(crate) struct Registers<U>(PhantomData<U>);
+
+impl<S: Simd, U: Unit<S>> Micro<S> for Registers<U> {
+    type Unit = U;
+
+    const GEOMETRY: Geometry = Geometry {
+        k: U::K,
+        units: 1,
+        rows: if S::LANES == 16 { 14 } else { 6 },
+        columns: 2 * S::LANES,
+        left: Order::Columns,
+        stored: U::STORED,
+    };
+
     #[inline(always)]
-    pub(super) unsafe fn run<S: Simd>(self, rows: usize) {
+    unsafe fn tile(tile: Tile, rows: usize) {
         // SAFETY: the caller's.
         unsafe {
             match rows {
-                1 => self.rows::<S, 1>(),
-                2 => self.rows::<S, 2>(),
-                3 => self.rows::<S, 3>(),
-                4 => self.rows::<S, 4>(),
-                5 => self.rows::<S, 5>(),
-                6 => self.rows::<S, 6>(),
-                7 if S::LANES == 16 => self.rows::<S, 7>(),
-                8 if S::LANES == 16 => self.rows::<S, 8>(),
-                9 if S::LANES == 16 => self.rows::<S, 9>(),
-                10 if S::LANES == 16 => self.rows::<S, 10>(),
-                11 if S::LANES == 16 => self.rows::<S, 11>(),
-                12 if S::LANES == 16 => self.rows::<S, 12>(),
-                13 if S::LANES == 16 => self.rows::<S, 13>(),
-                14 if S::LANES == 16 => self.rows::<S, 14>(),
+                1 => tile.rows::<S, U, 1>(),
+                2 => tile.rows::<S, U, 2>(),
+                3 => tile.rows::<S, U, 3>(),
+                4 => tile.rows::<S, U, 4>(),
+                5 => tile.rows::<S, U, 5>(),
+                6 => tile.rows::<S, U, 6>(),
+                7 if S::LANES == 16 => tile.rows::<S, U, 7>(),
+                8 if S::LANES == 16 => tile.rows::<S, U, 8>(),
+                9 if S::LANES == 16 => tile.rows::<S, U, 9>(),
+                10 if S::LANES == 16 => tile.rows::<S, U, 10>(),
+                11 if S::LANES == 16 => tile.rows::<S, U, 11>(),
+                12 if S::LANES == 16 => tile.rows::<S, U, 12>(),
+                13 if S::LANES == 16 => tile.rows::<S, U, 13>(),
+                14 if S::LANES == 16 => tile.rows::<S, U, 14>(),
                 _ => debug_assert!(false, "a tile of {rows} rows"),
             }
         }
     }
+}
 
+impl Tile {
     #[inline(always)]
-    unsafe fn rows<S: Simd, const R: usize>(self) {
+    unsafe fn rows<S: Simd, U: Unit<S>, const R: usize>(self) {
         // SAFETY: the caller's.
         unsafe {
             // A tile of c comes from L3 or memory while its sums are formed.
@@ -78,26 +83,26 @@ impl Tile {
                 S::prefetch(row.wrapping_add(4 * (2 * S::LANES - 1)));
             }
             let sums = match self.stride {
-                None => self.sums::<S, R, true>(0),
-                Some(stride) => self.sums::<S, R, false>(stride),
+                None => self.sums::<S, U, R, true>(0),
+                Some(stride) => self.sums::<S, U, R, false>(stride),
             };
             self.store::<S, R>(sums);
         }
     }
 
-    /// The loop over k.
+    /// The loop over units.
     #[inline(always)]
-    unsafe fn sums<S: Simd, const R: usize, const PACKED: bool>(self, stride: usize) -> [[S::V; 2]; R] {
-        // SAFETY: k rows of two vectors of b; R elements of a for each k.
+    unsafe fn sums<S: Simd, U: Unit<S>, const R: usize, const PACKED: bool>(self, stride: usize) -> [[S::V; 2]; R] {
+        // SAFETY: a row of two vectors of b and R units of a for each step.
         unsafe {
             let mut sums = [[S::splat(0.0); 2]; R];
             let (mut a, mut b) = (self.a, self.b);
-            for _ in 0..self.k {
+            for _ in 0..self.units {
                 let (b0, b1) = (S::load(b), S::load(b.add(S::LANES)));
                 for (i, [left, right]) in sums.iter_mut().enumerate() {
                     let x = S::splat(*a.add(if PACKED { i } else { i * stride }));
-                    *left = S::fma(x, b0, *left);
-                    *right = S::fma(x, b1, *right);
+                    *left = U::multiply_add(x, b0, *left);
+                    *right = U::multiply_add(x, b1, *right);
                 }
                 a = a.add(if PACKED { R } else { 1 });
                 b = b.add(2 * S::LANES);

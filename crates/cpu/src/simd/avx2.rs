@@ -14,6 +14,19 @@ unsafe fn first(n: usize) -> __m256i {
     unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
 }
 
+/// The nearest bf16 in the upper halves.
+#[inline(always)]
+unsafe fn rounded(v: __m256) -> __m256i {
+    // SAFETY: the caller's machine has AVX2.
+    unsafe {
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+        _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v)))
+    }
+}
+
 // SAFETY: in every method the caller's machine has AVX2, FMA and F16C, and pointers are valid as the trait says;
 // masked loads and stores do not touch the lanes that are off.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all of them, above
@@ -51,14 +64,13 @@ unsafe impl Simd for Avx2 {
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn round_bf16(v: __m256) -> __m256 {
+        unsafe { _mm256_castsi256_ps(_mm256_and_si256(rounded(v), _mm256_set1_epi32(0xFFFF_0000u32 as i32))) }
+    }
+    #[inline(always)]
     unsafe fn store_bf16(p: *mut half::bf16, v: __m256) {
         unsafe {
-            let bits = _mm256_castps_si256(v);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
-            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(v, v));
-            let upper = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+            let upper = _mm256_srli_epi32::<16>(rounded(v));
             let packed = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256::<1>(upper));
             _mm_storeu_si128(p.cast(), packed);
         }

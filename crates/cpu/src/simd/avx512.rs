@@ -12,6 +12,19 @@ fn first(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
 
+/// The nearest bf16 in the upper halves.
+#[inline(always)]
+unsafe fn rounded(v: __m512) -> __m512i {
+    // SAFETY: the caller's machine has AVX-512.
+    unsafe {
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000))
+    }
+}
+
 // SAFETY: in every method the caller's machine has the features of `run_avx512`, and pointers are valid as the
 // trait says; masked loads and stores do not touch the lanes that are off.
 #[allow(clippy::undocumented_unsafe_blocks)] // one reason for all of them, above
@@ -49,15 +62,12 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn round_bf16(v: __m512) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_and_si512(rounded(v), _mm512_set1_epi32(0xFFFF_0000u32 as i32))) }
+    }
+    #[inline(always)]
     unsafe fn store_bf16(p: *mut half::bf16, v: __m512) {
-        unsafe {
-            let bits = _mm512_castps_si512(v);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(v, v);
-            let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x0040_0000));
-            _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
-        }
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(v)))) }
     }
     #[inline(always)]
     unsafe fn store_f16(p: *mut half::f16, v: __m512) {

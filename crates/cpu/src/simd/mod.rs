@@ -10,10 +10,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bf16;
 mod float;
 mod math;
 mod portable;
+pub(crate) mod tiles;
 
+pub(crate) use bf16::Bf16Units;
 pub(crate) use float::Float;
 pub(crate) use math::{exp, sigmoid, tanh};
 pub(crate) use portable::Portable;
@@ -51,6 +54,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// LANES f16 elements, widened.
     unsafe fn load_f16(p: *const half::f16) -> Self::V;
 
+    /// To the nearest bf16, ties to even; a NaN stays one.
+    unsafe fn round_bf16(a: Self::V) -> Self::V;
     /// LANES elements, rounded to nearest even; a NaN stays one.
     unsafe fn store_bf16(p: *mut half::bf16, v: Self::V);
     /// LANES elements, rounded to nearest even; a NaN stays one.
@@ -126,6 +131,28 @@ pub(crate) trait Kernel {
     unsafe fn run<S: Simd>(self) -> Self::Output;
 }
 
+/// Work that [`Isa::run_bf16`] runs on a machine with bf16 units.
+pub(crate) trait Bf16Kernel {
+    /// What it returns.
+    type Output;
+    /// Do it, as [`Kernel::run`].
+    ///
+    /// # Safety
+    /// The instruction set of `S` exists on this machine, its bf16 units too, and `S::Tiles` where [`Isa::units`] says.
+    unsafe fn run<S: Bf16Units>(self) -> Self::Output;
+}
+
+/// The units of a machine that multiply bf16.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Units {
+    /// It has none: bf16 are widened.
+    None,
+    /// Pairs in vectors: [`Bf16Units`].
+    Pairs,
+    /// Matrices: [`tiles`], and pairs too.
+    Tiles,
+}
+
 /// An instruction set that the kernels are compiled for, and that this machine has: only [`Isa::available`] and
 /// [`Isa::PORTABLE`] are values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,6 +160,12 @@ pub struct Isa(Set);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Set {
+    /// AVX-512 with its bf16, and AMX's tiles: 16 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
+    /// AVX-512 with its bf16: 16 lanes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
     /// AVX-512 F, BW, DQ, VL: 16 lanes.
     #[cfg(target_arch = "x86_64")]
     Avx512,
@@ -141,9 +174,9 @@ enum Set {
     Avx2,
     /// Plain Rust: 8 lanes, left to the compiler.
     Portable,
-    /// Plain Rust at AVX-512's width, so that its tiles are tried on any machine.
+    /// Plain Rust at AVX-512's width, so that its tiles are tried on any machine; bf16 units in plain Rust too.
     #[cfg(test)]
-    Portable16,
+    Portable16(Units),
 }
 
 impl Isa {
@@ -152,7 +185,9 @@ impl Isa {
 
     /// AVX-512's width in plain Rust.
     #[cfg(test)]
-    pub(crate) const PORTABLE_16: Self = Self(Set::Portable16);
+    pub(crate) const fn portable_16(units: Units) -> Self {
+        Self(Set::Portable16(units))
+    }
 
     /// The instruction sets of this machine, the fastest first.
     pub fn available() -> Vec<Self> {
@@ -165,12 +200,14 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if avx2 && avx512 {
-                found.push(Self(Set::Avx512));
-            }
-            if avx2 {
-                found.push(Self(Set::Avx2));
-            }
+            let bf16 = is_x86_feature_detected!("avx512bf16");
+            let sets = [
+                (Set::Amx, avx2 && avx512 && bf16 && tiles::usable()),
+                (Set::Avx512Bf16, avx2 && avx512 && bf16),
+                (Set::Avx512, avx2 && avx512),
+                (Set::Avx2, avx2),
+            ];
+            found.extend(sets.into_iter().filter(|(_, is_there)| *is_there).map(|(set, _)| Self(set)));
         }
         found.push(Self::PORTABLE);
         found
@@ -181,16 +218,23 @@ impl Isa {
         Self::available().into_iter().find(|isa| isa.to_string() == name)
     }
 
-    /// Elements of its vectors.
-    pub fn lanes(self) -> usize {
+    /// Whether it multiplies bf16 in units of their own.
+    pub fn has_bf16_units(self) -> bool {
+        self.units() != Units::None
+    }
+
+    /// What it multiplies bf16 with.
+    pub(crate) fn units(self) -> Units {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Set::Avx512 => 16,
+            Set::Amx => Units::Tiles,
             #[cfg(target_arch = "x86_64")]
-            Set::Avx2 => 8,
-            Set::Portable => 8,
+            Set::Avx512Bf16 => Units::Pairs,
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512 | Set::Avx2 => Units::None,
+            Set::Portable => Units::None,
             #[cfg(test)]
-            Set::Portable16 => 16,
+            Set::Portable16(units) => units,
         }
     }
 
@@ -199,8 +243,8 @@ impl Isa {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `available`, which asked the processor, is the one place that makes this value.
-            Set::Avx512 => unsafe { run_avx512(kernel) },
+            // SAFETY: `available`, which asked the processor, is the one place that makes these values.
+            Set::Amx | Set::Avx512Bf16 | Set::Avx512 => unsafe { run_avx512(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             Set::Avx2 => unsafe { run_avx2(kernel) },
@@ -208,9 +252,33 @@ impl Isa {
             Set::Portable => unsafe { kernel.run::<Portable<8>>() },
             #[cfg(test)]
             // SAFETY: as above.
-            Set::Portable16 => unsafe { kernel.run::<Portable<16>>() },
+            Set::Portable16(_) => unsafe { kernel.run::<Portable<16>>() },
         }
     }
+
+    /// Run `kernel` on this instruction set's bf16 units.
+    ///
+    /// # Panics
+    /// Where it has none: see [`Isa::units`].
+    #[inline]
+    pub(crate) fn run_bf16<K: Bf16Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as in `run`.
+            Set::Amx | Set::Avx512Bf16 => unsafe { run_avx512_bf16(kernel) },
+            #[cfg(test)]
+            // SAFETY: plain Rust runs everywhere.
+            Set::Portable16(_) => unsafe { kernel.run::<Portable<16>>() },
+            _ => unreachable!("{self} has no bf16 units"),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")]
+unsafe fn run_avx512_bf16<K: Bf16Kernel>(kernel: K) -> K::Output {
+    // SAFETY: the caller's machine has the features of this function.
+    unsafe { kernel.run::<Avx512>() }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -231,12 +299,20 @@ impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
             #[cfg(target_arch = "x86_64")]
+            Set::Amx => "amx",
+            #[cfg(target_arch = "x86_64")]
+            Set::Avx512Bf16 => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
             Set::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Set::Avx2 => "avx2",
             Set::Portable => "portable",
             #[cfg(test)]
-            Set::Portable16 => "portable16",
+            Set::Portable16(Units::None) => "portable16",
+            #[cfg(test)]
+            Set::Portable16(Units::Pairs) => "portable16, pairs",
+            #[cfg(test)]
+            Set::Portable16(Units::Tiles) => "portable16, tiles",
         })
     }
 }

@@ -55,6 +55,10 @@ unsafe impl<const N: usize> Simd for Portable<N> {
         std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
     }
     #[inline(always)]
+    unsafe fn round_bf16(a: Self::V) -> Self::V {
+        a.map(|x| half::bf16::from_f32(x).to_f32())
+    }
+    #[inline(always)]
     unsafe fn store_bf16(p: *mut half::bf16, v: Self::V) {
         for (i, x) in v.into_iter().enumerate() {
             // SAFETY: the caller's pointer is valid for N elements.

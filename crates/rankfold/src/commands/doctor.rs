@@ -10,7 +10,7 @@ use rankfold_cpu::CpuBackend;
 use rankfold_cuda::CudaBackend;
 use std::time::Instant;
 
-/// Measure the machine's read, write and f32 rates, and name the instruction set chosen.
+/// Measure the machine's read and write rates and those of its products, and name the instruction set chosen.
 #[derive(Debug, Args)]
 pub struct Doctor {
     /// Threads; all cores if not given.
@@ -45,11 +45,14 @@ impl Doctor {
         say!("read              {:.1} GB/s", size / read / 1e9)?;
         say!("write             {:.1} GB/s", size / write / 1e9)?;
 
-        let p = MatMul { m: EDGE, n: EDGE, k: EDGE, layout: Layout::Nn, accumulate: false, compute: Compute::F32 };
         let square = || (&backend as &dyn Backend).filled(DType::F32, EDGE * EDGE, 1.0);
         let (a, b, mut c) = (square()?, square()?, square()?);
-        let product = best(|| backend.matmul(&p, a.view(), b.view(), c.view_mut()))?;
-        say!("f32 products      {:.1} GFLOP/s", 2.0 * (EDGE * EDGE * EDGE) as f64 / product / 1e9)?;
+        for (name, compute) in [("f32", Compute::F32), ("bf16", Compute::Bf16)] {
+            let p = MatMul { m: EDGE, n: EDGE, k: EDGE, layout: Layout::Nn, accumulate: false, compute };
+            let product = best(|| backend.matmul(&p, a.view(), b.view(), c.view_mut()))?;
+            let rate = 2.0 * (EDGE * EDGE * EDGE) as f64 / product;
+            say!("{:<18}{:.1} GFLOP/s", format!("{name} products"), rate / 1e9)?;
+        }
         say!("this machine runs Rankfold on {} threads with {}", backend.threads(), backend.isa())?;
         Ok(())
     }

@@ -35,9 +35,9 @@ impl Eval {
         count("batch", Some(self.batch))?;
         let folder = self.model.folder()?;
         let (model, _) = self.model.load(&folder)?;
-        let compute = self.model.compute();
         if let Some(path) = &self.tokens {
-            let (loss, targets) = finite(evaluate(&model, [tokens::read(path, folder.config.vocab)?], compute)?)?;
+            let batch = tokens::read(path, folder.config.vocab)?;
+            let (loss, targets) = finite(evaluate(&model, [batch], self.model.device.exact())?)?;
             say!("loss {loss:.6} nat a token over {targets} tokens, perplexity {:.4}", loss.exp())?;
             return Ok(());
         }
@@ -46,7 +46,7 @@ impl Eval {
         let evaluation = Evaluation::new(data, self.seq, tokenizer.end_of_text())?;
         // What is learned to stand before a document stands before a row.
         let evaluation = if model.virtual_tokens().is_some() { evaluation.unpacked() } else { evaluation };
-        let (loss, targets) = finite(evaluate(&model, evaluation.batches(self.batch), compute)?)?;
+        let (loss, targets) = finite(evaluate(&model, evaluation.batches(self.batch), self.model.device.fast())?)?;
         let (tokens, characters) = evaluation.tokens_and_characters();
         let by_character = loss * tokens as f64 / characters.max(1) as f64;
         say!(

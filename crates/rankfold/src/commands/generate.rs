@@ -44,7 +44,7 @@ impl Generate {
             prompt.push(tokenizer.end_of_text());
         }
         let sampling = Sampling { temperature: self.temperature, top_p: self.top_p, seed: self.seed };
-        let compute = self.model.compute();
+        let compute = self.model.device.fast();
         let made = generate(&model, &prompt, self.max_new, tokenizer.stops(), sampling, compute)?;
         say!("{}{}", self.prompt, tokenizer.decode(&made, false)?)?;
         Ok(())

@@ -37,7 +37,7 @@ impl Grads {
         let tape = Tape::new(backend.clone());
         let device = model.batch(&batch)?;
         // No dropout: a gradient to compare is that of a function.
-        let mode = Forward::evaluation(self.model.compute());
+        let mode = Forward::evaluation(self.model.device.exact());
         let (root, mut loss) = model.loss(&tape, &device, device.kept as f64, &mode, false)?;
         let mut gradients = Gradients::new(backend.clone());
         tape.backward_from_loss(&root, &mut gradients)?;

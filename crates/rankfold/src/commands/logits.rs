@@ -29,7 +29,7 @@ impl Logits {
         let folder = self.model.folder()?;
         let batch = tokens::read(&self.tokens, folder.config.vocab)?;
         let (model, _) = self.model.load(&folder)?;
-        let (backend, compute) = (model.backend().clone(), self.model.compute());
+        let (backend, compute) = (model.backend().clone(), self.model.device.exact());
         let logits = model.logits(&model.batch(&batch)?, compute)?;
         let (loss, _) = evaluate(&model, [batch.clone()], compute)?;
 

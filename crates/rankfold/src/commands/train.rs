@@ -127,9 +127,13 @@ impl Job {
         };
         let plan = memory::plan(options, &subject, batches.shape(), threads)?;
         memory::check(options, &plan)?;
-        let (device, compute) = (options.device.unwrap_or_default(), options.compute.unwrap_or_default());
         let tiers = paging::tiers(options, &plan)?;
-        let device = DeviceArgs { device, compute, isa: options.isa.clone(), threads };
+        let device = DeviceArgs {
+            device: options.device.unwrap_or_default(),
+            compute: options.compute,
+            isa: options.isa.clone(),
+            threads,
+        };
         let (backend, paged) = device.open_on(tiers)?;
         let mut model = match done.filter(|_| options.init == Some(Start::Loftq)) {
             // The base that the run made when it began.

@@ -3,17 +3,19 @@
 //!
 //! ```text
 //! for k, SEGMENTS at a time
-//!   tasks: DEPTH of k by STRETCH columns, on all threads
-//!     for rows of the weight, ROWS at a time: sums[task] += Σ x w      (sums in L1 or L2)
+//!   tasks: DEPTH units of k by STRETCH columns, on all threads
+//!     for rows of the weight, ROWS units at a time: sums[task] += Σ x w      (sums in L1 or L2)
 //!   tasks: columns of c: c += the sums of DEPTH after DEPTH            (a hundredth of the weight's bytes)
 //! ```
 //!
 //! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
 //! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM.
 
-use super::{ALONE, GROUP, finish};
+use super::{ALONE, GROUP, Rows, finish};
+use crate::gemm::micro::{Geometry, Micro, Product};
 use crate::gemm::pack::{Elements, with_elements};
 use crate::gemm::plan::{self, Segment};
+use crate::gemm::unit::Unit;
 use crate::gemm::{Gemm, Output, Shared, Term};
 use crate::scratch;
 use crate::simd::{Float, Kernel, Simd};
@@ -22,7 +24,7 @@ use std::ops::Range;
 /// Segments of k whose sums are held at a time.
 const SEGMENTS: usize = 16;
 
-/// Rows of the weight at a time.
+/// Units of rows of the weight at a time.
 const ROWS: usize = 4;
 
 /// Columns of a task, at most: a page of f32 and more, so that rows are read in long runs.
@@ -43,9 +45,13 @@ fn width(segments: usize, columns: usize) -> usize {
 
 impl Gemm<'_> {
     /// [`Gemm::product`] where every right operand is stored as [k, n] and rows are few.
-    pub(super) fn columns(&self, terms: &[Term], output: Output) {
+    pub(super) fn columns(&self, geometry: Geometry, terms: &[Term], lefts: &[Rows], output: Output) {
         let (rows, columns) = (output.rows, output.columns);
-        let segments = plan::segments(terms, rows, columns, self.isa.lanes());
+        let mut segments = Vec::new();
+        for (term, &left) in terms.iter().zip(lefts) {
+            let of_term = plan::segments(std::slice::from_ref(term), rows, columns, geometry);
+            segments.extend(of_term.into_iter().map(|segment| (segment, left)));
+        }
         let width = width(segments.len(), columns);
         let tasks = columns.div_ceil(width);
         let elements: usize = terms.iter().map(|term| term.k * columns).sum();
@@ -68,7 +74,8 @@ impl Gemm<'_> {
                     let part = part * width..columns.min((part + 1) * width);
                     // SAFETY: the segment's own rows of sums.
                     let sums = unsafe { sums.at(segment * held * columns) };
-                    self.isa.run(AddRows { segment: &group[segment], rows, columns, part, sums });
+                    let (segment, left) = &group[segment];
+                    self.run(AddRows { segment, left: *left, rows, columns, part, sums });
                 });
                 run(columns.div_ceil(ADDED), &|task| {
                     let part = task * ADDED..columns.min((task + 1) * ADDED);
@@ -94,6 +101,7 @@ impl Gemm<'_> {
 /// One task: the sums of a segment, in some columns.
 struct AddRows<'a> {
     segment: &'a Segment<'a>,
+    left: Rows,
     /// Rows and columns of c; the sums have as many columns, and rows up to whole groups.
     rows: usize,
     columns: usize,
@@ -101,19 +109,19 @@ struct AddRows<'a> {
     sums: Shared,
 }
 
-impl Kernel for AddRows<'_> {
+impl Product for AddRows<'_> {
     type Output = ();
 
     #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
+    unsafe fn run<S: Simd, M: Micro<S>>(self) {
         // SAFETY: `product` checked the operands' lengths; this task alone writes these columns of the sums.
-        unsafe { with_elements!(S, self.segment.term.right.data, elements => self.from::<S, _>(elements)) }
+        unsafe { with_elements!(S, self.segment.term.right.data, elements => self.from::<S, M::Unit, _>(elements)) }
     }
 }
 
 impl AddRows<'_> {
     #[inline(always)]
-    unsafe fn from<S: Simd, E: Elements<S>>(&self, elements: &E) {
+    unsafe fn from<S: Simd, U: Unit<S>, E: Elements<S>>(&self, elements: &E) {
         let Range { start, end } = self.segment.ks;
         // SAFETY: rows of the weight within the segment; this task's columns of the sums.
         unsafe {
@@ -121,26 +129,26 @@ impl AddRows<'_> {
                 let sums = self.sums.0.add(row * self.columns + self.part.start);
                 std::slice::from_raw_parts_mut(sums, self.part.len()).fill(0.0);
             }
-            let whole = start + (end - start) / ROWS * ROWS;
-            for i in (start..whole).step_by(ROWS) {
-                self.groups::<S, E, ROWS>(elements, i);
+            let whole = start + (end - start) / (ROWS * U::K) * ROWS * U::K;
+            for i in (start..whole).step_by(ROWS * U::K) {
+                self.groups::<S, U, E, ROWS>(elements, i);
             }
-            for i in whole..end {
-                self.groups::<S, E, 1>(elements, i);
+            for i in (whole..end).step_by(U::K) {
+                self.groups::<S, U, E, 1>(elements, i);
             }
         }
     }
 
-    /// All rows of sums += x_i w_i + … + x_(i+R−1) w_(i+R−1)
+    /// All rows of sums += the products of x and R units of rows of w from row i on.
     #[inline(always)]
-    unsafe fn groups<S: Simd, E: Elements<S>, const R: usize>(&self, elements: &E, i: usize) {
+    unsafe fn groups<S: Simd, U: Unit<S>, E: Elements<S>, const R: usize>(&self, elements: &E, i: usize) {
         for row in (0..self.rows).step_by(GROUP) {
             // SAFETY: the caller's.
             unsafe {
                 match self.rows - row {
-                    1 => self.add::<S, E, 1, R>(elements, row, i),
-                    2 => self.add::<S, E, 2, R>(elements, row, i),
-                    _ => self.add::<S, E, GROUP, R>(elements, row, i),
+                    1 => self.add::<S, U, E, 1, R>(elements, row, i),
+                    2 => self.add::<S, U, E, 2, R>(elements, row, i),
+                    _ => self.add::<S, U, E, GROUP, R>(elements, row, i),
                 }
             }
         }
@@ -148,39 +156,50 @@ impl AddRows<'_> {
 
     /// T rows of them, from `row` on.
     #[inline(always)]
-    unsafe fn add<S: Simd, E: Elements<S>, const T: usize, const R: usize>(&self, elements: &E, row: usize, i: usize) {
-        let (left, stride, len) = (self.segment.term.left, self.segment.term.right.stride, self.part.len());
-        let whole = if E::whole(stride) { len / S::LANES * S::LANES } else { 0 };
-        let mut starts = [0; R];
-        for (r, start) in starts.iter_mut().enumerate() {
-            *start = (i + r) * stride + self.part.start;
-        }
+    unsafe fn add<S: Simd, U: Unit<S>, E: Elements<S>, const T: usize, const R: usize>(
+        &self,
+        elements: &E,
+        row: usize,
+        i: usize,
+    ) {
+        let (left, stride, len) = (self.left, self.segment.term.right.stride, self.part.len());
+        // Rows of the weight in a unit: one fewer where k ends within it.
+        let in_unit = U::K.min(self.segment.ks.end - i);
+        let whole = if E::whole(stride) && in_unit == U::K { len / S::LANES * S::LANES } else { 0 };
+        // The first element of row v of unit r.
+        let start = |r: usize, v: usize| (i + r * U::K + v) * stride + self.part.start;
         // SAFETY: vectors lie within the columns, of their rows of the weight and of the sums.
         unsafe {
             let sums = self.sums.0.add(row * self.columns + self.part.start);
             let mut x = [[S::splat(0.0); T]; R];
             for (r, x) in x.iter_mut().enumerate() {
                 for (t, x) in x.iter_mut().take(self.rows - row).enumerate() {
-                    *x = S::splat(*left.data.as_ptr().add((row + t) * left.stride + i + r));
+                    *x = S::splat(*left.units.add((row + t) * left.stride + i / U::K + r));
                 }
             }
             let mut j = 0;
             while j < whole {
-                let (mut factors, mut run) = ([S::splat(0.0); R], STEP.min(whole - j));
-                for (factor, start) in factors.iter_mut().zip(starts) {
-                    *factor = elements.factor(start + j);
-                    run = run.min(elements.run(start + j));
-                    elements.prefetch(start + R * stride + j, STEP);
+                let (mut factors, mut run) = ([[S::splat(0.0); 2]; R], STEP.min(whole - j));
+                for (r, factors) in factors.iter_mut().enumerate() {
+                    for (v, factor) in factors[..U::K].iter_mut().enumerate() {
+                        *factor = elements.factor(start(r, v) + j);
+                        run = run.min(elements.run(start(r, v) + j));
+                        elements.prefetch(start(r + R, v) + j, STEP);
+                    }
                 }
                 for j in (j..j + run).step_by(S::LANES) {
                     let mut sum = [S::splat(0.0); T];
                     for (t, sum) in sum.iter_mut().enumerate() {
                         *sum = S::load(sums.add(t * self.columns + j));
                     }
-                    for ((x, start), factor) in x.iter().zip(starts).zip(factors) {
-                        let w = elements.within(start + j, factor);
+                    for (r, (x, factors)) in x.iter().zip(factors).enumerate() {
+                        let mut w = [S::splat(0.0); 2];
+                        for (v, w) in w[..U::K].iter_mut().enumerate() {
+                            *w = elements.within(start(r, v) + j, factors[v]);
+                        }
+                        let w = U::across(w);
                         for (sum, x) in sum.iter_mut().zip(x) {
-                            *sum = S::fma(*x, w, *sum);
+                            *sum = U::multiply_add(*x, w, *sum);
                         }
                     }
                     for (t, sum) in sum.into_iter().enumerate() {
@@ -191,11 +210,15 @@ impl AddRows<'_> {
             }
             for j in (whole..len).step_by(S::LANES) {
                 let n = S::LANES.min(len - j);
-                for (x, start) in x.iter().zip(starts) {
-                    let w = elements.vector(start + j, n);
+                for (r, x) in x.iter().enumerate() {
+                    let mut w = [S::splat(0.0); 2];
+                    for (v, w) in w[..in_unit].iter_mut().enumerate() {
+                        *w = elements.vector(start(r, v) + j, n);
+                    }
+                    let w = U::across(w);
                     for (t, x) in x.iter().enumerate() {
                         let sum = sums.add(t * self.columns + j);
-                        f32::store_part::<S>(sum, S::fma(*x, w, f32::load_part::<S>(sum, n)), n);
+                        f32::store_part::<S>(sum, U::multiply_add(*x, w, f32::load_part::<S>(sum, n)), n);
                     }
                 }
             }
