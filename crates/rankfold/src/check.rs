@@ -33,8 +33,9 @@ fn ranges(o: &Options) -> Result<()> {
         Some(value) if !fits(value) => Err(Error::Usage(format!("--{name} {value}: expected {expected}"))),
         _ => Ok(()),
     };
-    number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
+    // Before the rate, which is made of it.
     number("lora-plus", o.lora_plus, |x| x > 0.0 && x.is_finite(), "a positive number")?;
+    number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
     number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
     number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
     number("diff-penalty", o.diff_penalty, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
@@ -73,6 +74,7 @@ fn conflicts(o: &Options) -> Result<()> {
         ("bias", o.bias.is_some()),
         ("modules-to-save", o.modules_to_save.is_some()),
     ];
+    let plus = [("lora-plus", o.lora_plus.is_some())];
     let targets = [("targets", o.targets.is_some())];
     // Each with the methods that it belongs to.
     let own: [(&str, bool, &[Method]); 4] = [
@@ -86,7 +88,6 @@ fn conflicts(o: &Options) -> Result<()> {
         ("alpha-pattern", o.alpha_pattern.is_some()),
         ("init", o.init.is_some_and(|init| init != Start::Kaiming)),
     ];
-    let plus = [("lora-plus", o.lora_plus.is_some())];
     let adalora = [
         ("adalora-prune", o.adalora_prune.is_some()),
         ("adalora-target", o.adalora_target.is_some()),
@@ -123,10 +124,11 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(loftq, "--init loftq", &not_nf4, "LoftQ makes its base in nf4, expected nf4")?;
     beside(loftq, "--init loftq", &double, "LoftQ's scales are plain, expected none")?;
     beside(dense, "--init pissa or olora", &quantized, "they begin as a part of a dense base, expected none")?;
-    beside(full, "--method full", &plus, "there is no adapter, expected none")?;
     if let Some(method) = o.method {
         let named = method.to_possible_value().map_or(String::new(), |value| format!("--method {}", value.get_name()));
-        beside(!method.is_low_rank(), &named, &lora, "it has no low-rank update, expected none")?;
+        let why = "it has no low-rank update, expected none";
+        beside(!method.is_low_rank(), &named, &lora, why)?;
+        beside(!method.is_low_rank(), &named, &plus, why)?;
         beside(!method.has_targets(), &named, &targets, "its layers are not to be chosen, expected none")?;
     }
     for (name, given, methods) in own {
@@ -177,6 +179,8 @@ mod tests {
             ("init = 'loftq'\ndouble-quant = true", ["--double-quant", "--init loftq"]),
             ("init = 'gaussian'\nloftq-iter = 3", ["--loftq-iter", "--init loftq"]),
             ("method = 'full'\nlora-plus = 4.0", ["--lora-plus", "--method full"]),
+            ("method = 'ia3'\nlora-plus = 4.0", ["--lora-plus", "--method ia3"]),
+            ("method = 'prefix'\nlora-plus = 4.0", ["--lora-plus", "--method prefix"]),
         ] {
             let why = refused(toml);
             assert!(words.iter().all(|word| why.contains(word)), "{toml}: {why}");

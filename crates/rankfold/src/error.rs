@@ -30,6 +30,8 @@ pub enum Error {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: {why}", path.display())]
     Path { path: PathBuf, why: String },
+    #[error("{run}: {source}")]
+    Run { run: String, source: Box<Self> },
     #[error("{0}")]
     Usage(String),
 }

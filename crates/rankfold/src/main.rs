@@ -5,6 +5,7 @@
 //! of the program's own.
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod builtin;
 mod check;
 mod choices;

@@ -225,6 +225,11 @@ pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<Pef
     Ok(config)
 }
 
+/// Whether an adapter is low-rank updates of the base as it is, and nothing else: what sums and plain adapters are of.
+pub fn is_updates_alone(config: &PeftConfig) -> bool {
+    config.lora().is_some_and(|lora| !lora.init.changes_the_base() && !lora.trains_the_base())
+}
+
 /// Put the sum of saved adapters onto a model, each times its weight.
 fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]) -> Result<()> {
     if !weights.is_empty() && weights.len() != adapters.len() {
@@ -235,7 +240,7 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
     for (name, adapter) in names.iter().zip(adapters) {
         let config = attach_saved(model, of, adapter)?;
-        if !config.lora().is_some_and(|lora| !lora.init.changes_the_base() && !lora.trains_the_base()) {
+        if !is_updates_alone(&config) {
             let why = "no sum can be made with it: expected LoRA or AdaLoRA that leave the base as it is";
             return Err(Error::Path { path: adapter.clone(), why: why.into() });
         }

@@ -171,7 +171,9 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accumulate: Option<usize>,
-    /// Learning rate [default: 6e-3 for builtin, else 2e-4].
+    /// Learning rate [default for builtin: 6e-3 for lora, dora, houlsby and pfeiffer, 2e-2 for adalora, 0.1 for ia3,
+    /// prompt and prefix (projected, 6e-3), 3e-2 for bitfit, 1e-3 for diff, 5e-4 for full; for other models a
+    /// thirtieth of it; with --lora-plus that is B's].
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
@@ -302,6 +304,7 @@ impl Options {
         let is = |methods: &[Method]| method.is_some_and(|method| methods.contains(&method));
         let adalora = self.method == Some(Method::Adalora);
         let adaloras = adalora::AdaLora::default();
+        let rate = method.unwrap_or(Method::Lora).rate(builtin, self.prefix_projection == Some(true));
         let steps = self.steps.unwrap_or(200);
         let (rank, device) = (self.rank.unwrap_or(16), self.device.unwrap_or_default());
         // A start out of the base says what the base is in, and is scaled by 1.
@@ -323,7 +326,7 @@ impl Options {
             alpha_pattern: None,
             init: own.then_some(Start::Kaiming),
             loftq_iter: (self.init == Some(Start::Loftq)).then_some(1),
-            lora_plus: (!full).then_some(1.0),
+            lora_plus: method.is_none_or(Method::is_low_rank).then_some(1.0),
             bias: own.then_some(Biases::None),
             modules_to_save: None,
             targets: (own || is(&[Method::Bitfit, Method::Diff])).then(|| "all-linear".into()),
@@ -344,7 +347,7 @@ impl Options {
             batch: self.tokens.is_none().then_some(8),
             seq: self.tokens.is_none().then_some(256),
             accumulate: Some(1),
-            lr: Some(if builtin { 6e-3 } else { 2e-4 }),
+            lr: Some(rate / self.lora_plus.unwrap_or(1.0)),
             schedule: Some(Schedule::Cosine),
             warmup: Some(steps / 20),
             weight_decay: Some(0.0),
@@ -410,6 +413,14 @@ mod tests {
             assert_eq!((flag.moments(), flag.is_paged()), (moments, is_paged));
         }
         assert_eq!(Options::default().defaults().optimizer, Some(Optimizer::Adamw));
+    }
+
+    #[test]
+    fn a_method_has_a_rate_of_its_own_and_lora_plus_keeps_it_for_b() {
+        let rate = |toml: &str| toml::from_str::<Options>(toml).unwrap().defaults().lr.unwrap();
+        assert_eq!((rate(""), rate("model = 'a'")), (6e-3, 2e-4));
+        assert_eq!((rate("method = 'prompt'"), rate("lora-plus = 4.0")), (0.1, 1.5e-3));
+        assert_eq!(rate("init-adapter = 'a'"), rate(""));
     }
 
     #[test]

@@ -62,9 +62,11 @@ fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     };
     assert_eq!(losses("whole"), losses("killed"));
 
-    let before = adapter(&place.path("killed"));
+    let (before, report) = (adapter(&place.path("killed")), place.path("killed/report.html"));
+    // As a kill after the adapter and before the report would leave it.
+    std::fs::remove_file(&report).unwrap();
     assert!(succeed(&["train", "--out", &killed, "--resume"]).contains("finished"));
-    assert!(before == adapter(&place.path("killed")));
+    assert!(before == adapter(&place.path("killed")) && report.exists());
 }
 
 /// A run that goes on from its checkpoint, on other threads, too.

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, progress, refuse, succeed};
 use rankfold_files::Checkpoint;
 use std::path::Path;
 
@@ -60,12 +60,13 @@ fn losses(folder: &str) -> Vec<f64> {
     text.lines().filter_map(line).collect()
 }
 
-/// Take its product away from a run and let it go on from its last checkpoint, on another number of threads.
-fn finish_again(folder: &str) {
+/// Take its product away from a run and let it go on from its last checkpoint, on another number of threads; what it
+/// then says of its progress.
+fn finish_again(folder: &str) -> String {
     for product in ["adapter_model.safetensors", "adapter_config.json"] {
         std::fs::remove_file(Path::new(folder).join(product)).unwrap();
     }
-    succeed(&["train", "--out", folder, "--resume", "--threads", "3"]);
+    progress(&["train", "--out", folder, "--resume", "--threads", "3"])
 }
 
 #[test]
@@ -87,6 +88,10 @@ fn a_run_that_begins_as_a_part_of_its_base_goes_on_with_the_same_bits_and_is_a_p
         assert!(losses[5] < losses[0]);
         let after = small.loss(&["--model", &small.model, "--adapter", &out]);
         assert!(after < losses[5], "{init}: the adapter on the original base is at {after}, the run at {losses:?}");
+        // In a checkpoint the update is of what is left of the base, and no plain adapter on the whole of it.
+        let (checkpoint, plain) = (format!("{out}/checkpoints/step-000004"), small.place.text("plain"));
+        let merge = ["merge", "--model", &small.model, "--as-adapter", "--out", &plain, "--adapter"];
+        refuse(&[&merge[..], &[&checkpoint]].concat(), &["--as-adapter", "leave the base as it is"]);
         let whole = tensors(&out);
         finish_again(&out);
         assert!(whole == tensors(&out), "{init}: a resumed run has other bits");
@@ -110,7 +115,8 @@ fn a_loftq_run_keeps_its_base_begins_nearer_to_the_dense_one_and_goes_on_with_th
     assert!(after < losses(&out)[5], "{after} {:?}", losses(&out));
     assert!(succeed(&["inspect", &base]).contains("nf4"));
     let whole = tensors(&out);
-    finish_again(&out);
+    let said = finish_again(&out);
+    assert!(!said.contains("was made for"), "{said}");
     assert!(whole == tensors(&out), "a resumed run has other bits");
     let no = small.place.text("no");
     refuse(&[&small.args(&no)[..], &["--init", "loftq", "--quantize", "none"]].concat(), &["--quantize", "nf4"]);
@@ -159,7 +165,13 @@ fn patterns_biases_and_saved_modules_are_written_counted_and_used() {
     succeed(&[&plan[..], &flags, &beside].concat());
     let plan: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
     let elements: usize = file.names().map(|name| file.info(name).unwrap().elements()).sum();
-    assert_eq!(plan["plan"]["parameters"]["trained"], elements);
+    let parameters = &plan["plan"]["parameters"];
+    assert_eq!(parameters["trained"], elements);
+    // The run says the same share: what is trained of the base is not counted twice.
+    let all = parameters["frozen"].as_u64().unwrap() as usize + elements;
+    let said = progress(&[&small.args(&small.place.text("again"))[..], &flags, &beside].concat());
+    let share = format!("({:.2} %)", 100.0 * elements as f64 / all as f64);
+    assert!(said.lines().any(|line| line.starts_with("training ") && line.ends_with(&share)), "{share}: {said}");
 
     let adapted = small.loss(&["--model", &small.model, "--adapter", &out]);
     assert!(adapted < losses(&out)[5]);

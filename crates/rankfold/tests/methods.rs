@@ -143,13 +143,13 @@ fn prefix_goes_all_the_way() {
 
 #[test]
 fn a_projected_prefix_goes_all_the_way() {
-    let place = round_trip("prefix", &["--virtual-tokens", "5", "--prefix-projection"]);
+    let place = round_trip("prefix", &["--virtual-tokens", "5", "--prefix-projection", "--lr", "2e-4"]);
     assert_eq!(names(&place.path("run/adapter_model.safetensors")), ["prompt_embeddings"]);
 }
 
 #[test]
 fn diff_goes_all_the_way_and_says_how_sparse_it_is() {
-    let place = round_trip("diff", &["--diff-penalty", "1000"]);
+    let place = round_trip("diff", &["--diff-penalty", "1000", "--lr", "2e-4"]);
     merges(&place);
     let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

@@ -56,6 +56,11 @@ impl Metrics {
         self.line(metrics)
     }
 
+    /// Wait until the disk has all lines: before anything that is of a later step, or of the run's end, is written.
+    pub fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(Error::io(&self.path))
+    }
+
     fn line(&mut self, value: &impl Serialize) -> Result<()> {
         let mut line = serde_json::to_string(value).map_err(|e| Error::file(&self.path, e.to_string()))?;
         line.push('\n');

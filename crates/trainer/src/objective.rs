@@ -1,12 +1,12 @@
 //! What the objective has beside the tokens' loss: AdaLoRA's orthogonality term, diff pruning's penalty.
 
 use crate::Result;
-use crate::model::Model;
 use rankfold_adapters::adalora::{AdaLora, orthogonality};
 use rankfold_adapters::diff::expected_share;
-use rankfold_adapters::{PeftConfig, Relative};
+use rankfold_adapters::{Linear, PeftConfig, Relative};
 use rankfold_autograd::{Gradients, Tape};
-use rankfold_backend::DType;
+use rankfold_backend::{Backend, DType};
+use std::sync::Arc;
 
 /// The terms that a method adds, each where it has it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -54,19 +54,24 @@ impl Terms {
         terms
     }
 
-    /// Form the terms, and add their gradients to `gradients`.
-    pub fn add_to(&self, model: &Model, gradients: &mut Gradients) -> Result<Added> {
+    /// Form the terms over a model's layers, and add their gradients to `gradients`.
+    pub fn add_to<'a>(
+        &self,
+        backend: &Arc<dyn Backend>,
+        layers: impl IntoIterator<Item = &'a Linear> + Clone,
+        gradients: &mut Gradients,
+    ) -> Result<Added> {
         let mut added = Added { value: 0.0, changed: None };
         if let Some(Orthogonality { weight, squared }) = self.orthogonality {
-            let tape = Tape::new(model.backend().clone());
-            if let Some((root, value)) = orthogonality(&tape, model.linears(), squared)? {
+            let tape = Tape::new(backend.clone());
+            if let Some((root, value)) = orthogonality(&tape, layers.clone(), squared)? {
                 added.value += weight * value;
-                let seed = model.backend().filled(DType::F32, 1, weight)?;
+                let seed = backend.filled(DType::F32, 1, weight)?;
                 tape.backward(&root, seed, gradients)?;
             }
         }
         if let Some(penalty) = self.diff_penalty {
-            added.changed = expected_share(model.backend().as_ref(), model.linears(), penalty, gradients)?;
+            added.changed = expected_share(backend.as_ref(), layers, penalty, gradients)?;
             added.value += penalty * added.changed.unwrap_or_default();
         }
         Ok(added)

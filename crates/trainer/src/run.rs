@@ -101,6 +101,7 @@ impl Run<'_> {
             let pending = tally.over(|| gradients(model, &mut batches, &recipe, &optimizer, t))?;
             // Only now is it known that the weights of step t − 1 give a finite loss: they are worth keeping.
             if t - 1 > done && due(checkpoint_every, t - 1) {
+                metrics.sync()?;
                 checkpoints.save(t - 1, Product { model, kind }, &optimizer, allocator.as_ref(), keep)?;
             }
             let spender = allocator.as_mut().map(|allocator| (allocator, &mut *model));
@@ -116,6 +117,7 @@ impl Run<'_> {
         if let Some(allocator) = &mut allocator {
             allocator.finish(backend.as_ref(), &mut model.linears_mut())?;
         }
+        metrics.sync()?;
         Product { model, kind }.save(folder, false)
     }
 }

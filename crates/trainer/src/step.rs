@@ -163,7 +163,7 @@ pub fn gradients(
         }
         tape.backward_from_loss(&root, &mut gradients)?;
     }
-    let Added { value, changed } = recipe.terms.add_to(model, &mut gradients)?;
+    let Added { value, changed } = recipe.terms.add_to(backend, model.linears(), &mut gradients)?;
     loss += value;
     if !loss.is_finite() {
         return Err(Error::NotFinite { step, what: "loss", value: loss });

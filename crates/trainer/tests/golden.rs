@@ -95,7 +95,7 @@ fn assert_gradients(model: &Model, vectors: &Checkpoint, terms: Terms, key: impl
     let (root, _) = model.loss(&tape, &device, device.kept as f64, &mode, false).unwrap();
     let mut gradients = Gradients::new(model.backend().clone());
     tape.backward_from_loss(&root, &mut gradients).unwrap();
-    terms.add_to(model, &mut gradients).unwrap();
+    terms.add_to(model.backend(), model.linears(), &mut gradients).unwrap();
     let named = model.parameters();
     assert!(!named.is_empty());
     for n in &named {

@@ -13,6 +13,9 @@ use crate::page::escape;
 use rankfold_backend::Format;
 use std::fmt::Write;
 
+/// The colours and dashes of series, in their order.
+pub const CLASSES: [&str; 3] = ["first", "second", "third"];
+
 pub(crate) const WIDTH: f64 = 480.0;
 pub(crate) const HEIGHT: f64 = 320.0;
 const LEFT: f64 = 84.0;
@@ -94,7 +97,7 @@ impl Frame {
         );
     }
 
-    /// A line through points, in the colour and the dashes of a class: a format, or `first`, `second`, `third`.
+    /// A line through points, in the colour and the dashes of a class: a format, or one of [`CLASSES`].
     pub fn path(&mut self, class: &str, points: &[(f64, f64)]) {
         let mut path = String::new();
         for (i, (x, y)) in points.iter().enumerate() {
@@ -227,10 +230,16 @@ pub fn ticks_between(least: f64, most: f64) -> (Vec<f64>, (f64, f64)) {
     ((first..=last).map(|i| i as f64 * step).collect(), (first as f64 * step, last as f64 * step))
 }
 
-/// A percentage without needless zeros.
+/// A number without needless zeros.
+pub fn number(x: f64) -> String {
+    let text = format!("{x:.4}");
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    if text == "-0" { "0".into() } else { text.into() }
+}
+
+/// A percentage, likewise.
 pub fn percent(x: f64) -> String {
-    let text = format!("{x:.3}");
-    format!("{} %", text.trim_end_matches('0').trim_end_matches('.'))
+    format!("{} %", number(x))
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ impl Grads {
         let mut gradients = Gradients::new(backend.clone());
         tape.backward_from_loss(&root, &mut gradients)?;
         if let Some(config) = &config {
-            loss += Terms::of(config).add_to(&model, &mut gradients)?.value;
+            loss += Terms::of(config).add_to(&backend, model.linears(), &mut gradients)?.value;
         }
 
         let named = model.parameters();

@@ -2,7 +2,7 @@
 
 use crate::check::count;
 use crate::error::{Error, Result};
-use crate::open::{BUILTIN, ModelArgs};
+use crate::open::{BUILTIN, ModelArgs, is_updates_alone};
 use crate::show::say;
 use clap::Args;
 use rankfold_adapters::algebra::{config_of, of_rank, weighted_sum};
@@ -37,9 +37,9 @@ impl Merge {
         let folder = self.model.folder()?;
         let (mut model, config) = self.model.load(&folder)?;
         if self.as_adapter {
-            let only = config.as_ref().is_none_or(|config| config.lora().is_some_and(|lora| !lora.trains_the_base()));
-            if !only {
-                let why = "expected LoRA or AdaLoRA that train nothing of the base";
+            // Of several the sum is updates alone.
+            if !config.as_ref().is_none_or(is_updates_alone) {
+                let why = "expected LoRA or AdaLoRA that leave the base as it is";
                 return Err(Error::Usage(format!("--as-adapter: {why}")));
             }
             return self.write_adapter(&mut model);
@@ -55,7 +55,7 @@ impl Merge {
         };
         super::copy_tokenizer(&folder, staged.path())?;
         staged.commit()?;
-        say!("{} linear layers merged, the model is in {}", done.layers, self.out.display())?;
+        say!("{done} linear layers merged, the model is in {}", self.out.display())?;
         Ok(())
     }
 }

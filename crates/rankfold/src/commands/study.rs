@@ -23,7 +23,7 @@ pub struct Study {
     /// The folder to write: new or empty [default: studies/NAME].
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Runs of each kind, each with a seed of its own [default: 3].
+    /// Runs of each kind, each with a seed of its own [default: the study's own].
     #[arg(long, value_name = "N")]
     seeds: Option<usize>,
     /// Steps of a run [default: the study's own].
@@ -42,9 +42,10 @@ impl Study {
         check_threads(self.threads)?;
         count("seeds", self.seeds)?;
         count("steps", self.steps)?;
+        let (seeds, steps) = self.name.extent();
         let full = Setting {
-            seeds: self.seeds.unwrap_or(3) as u64,
-            steps: self.steps.unwrap_or(self.name.steps()),
+            seeds: self.seeds.unwrap_or(seeds) as u64,
+            steps: self.steps.unwrap_or(steps),
             rows: 4,
             seq: 128,
             held_out: None,
@@ -82,16 +83,20 @@ impl Study {
         });
         let write =
             |end: &str, text: String| write_atomically(&staged.path().join(format!("{name}.{end}")), text.as_bytes());
-        write("json", format!("{json:#}\n"))?;
-        write("svg", plot::file(&plots))?;
-        staged.commit()?;
+        let written = write("json", format!("{json:#}\n")).and_then(|()| write("svg", plot::file(&plots)));
+        let written = written.and_then(|()| staged.commit());
+        // Said even where nothing could be written: it took minutes.
         say!("the claim: {claim}\n")?;
         table(&rows)?;
+        if rows.iter().flatten().any(|cell| cell.contains('±')) {
+            say!("±: to either end of the 95 % interval of the mean")?;
+        }
         if !measured.is_empty() {
             say!("\nmeasured on this machine in this run:")?;
             table(&measured)?;
         }
         say!("\n{conclusion}")?;
+        written?;
         say!("{name}.json and {name}.svg in {}", out.display())?;
         Ok(())
     }

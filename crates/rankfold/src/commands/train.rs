@@ -1,5 +1,6 @@
 //! `rankfold train`: the main job.
 
+use crate::adapter;
 use crate::builtin;
 use crate::check::check;
 use crate::choices::{Method, Prune, Start};
@@ -67,6 +68,10 @@ impl Train {
             false => given.clone().or(given.defaults())?,
         };
         if let Some(out) = self.out.as_deref().filter(|out| self.resume && folder::is_finished(out)) {
+            // A kill after the run's last file but this one.
+            if report::is_missing(out) {
+                report::write(out, options.memory_limit.as_ref().map(Size::bytes))?;
+            }
             say!("the run in {} is finished: nothing to do", out.display())?;
             return Ok(());
         }
@@ -115,7 +120,7 @@ impl Job {
     fn open(options: &Options, threads: Option<usize>, done: Option<&Done>) -> Result<Self> {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let precision = precision(options, &folder)?;
-        let adapter = memory::adapter(options, folder.builtin)?;
+        let adapter = adapter::asked_for(options, folder.builtin)?;
         let alone = adapter.as_ref().is_some_and(|adapter| adapter.virtual_tokens().is_some());
         let (batches, held_out, tokenizer) = data(options, &folder, alone)?;
         let subject = Subject {
@@ -292,7 +297,9 @@ fn attach(
     let name = options.model.as_deref().unwrap_or_default();
     match (done, &options.init_adapter) {
         // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
+        // LoftQ's was made for the run's own base.
         (Some(done), _) if fresh.lora().is_some_and(|lora| lora.init.changes_the_base()) => {
+            let name = if options.init == Some(Start::Loftq) { folder::BASE } else { name };
             crate::open::attach_saved(model, name, &done.path)
         }
         (_, Some(saved)) => crate::open::attach_saved(model, name, saved),
@@ -312,8 +319,11 @@ fn allocator(options: &Options, config: &PeftConfig, model: &Model) -> Result<Op
 fn describe(options: &Options, folder: &Folder, precision: Precision, model: &Model, batches: &Batches) {
     let adapted: Vec<_> = model.linears().filter_map(|linear| Some((linear, linear.attached()?))).collect();
     let trained: usize = model.parameters().iter().map(|n| n.parameter.shape().elements()).sum();
-    let frozen = if precision == Precision::Trained { 0 } else { folder.config.parameters() };
-    let total = frozen + trained;
+    let of_the_base: usize = model.trained_of_the_base().iter().map(|(_, p)| p.shape().elements()).sum();
+    let total = match precision {
+        Precision::Trained => trained,
+        _ => folder.config.parameters() + trained - of_the_base,
+    };
     let name = options.model.as_deref().unwrap_or_default();
     if !adapted.is_empty() {
         let mut names: Vec<&str> = adapted.iter().filter_map(|(linear, _)| linear.path().rsplit('.').next()).collect();

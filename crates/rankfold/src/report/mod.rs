@@ -9,9 +9,15 @@ mod triplets;
 
 use crate::error::{Error, Result};
 use crate::show::bytes;
+use crate::study::spread::median;
 use lines::Lines;
 use rankfold_audit::page::{Page, fact, figure};
 use std::path::{Path, PathBuf};
+
+/// Whether a run has what a report is made of, and no report.
+pub fn is_missing(folder: &Path) -> bool {
+    folder.join("metrics.jsonl").exists() && !folder.join("report.html").exists()
+}
 
 /// Write the report of the run in `folder`, which was to stay within `limit` bytes if that is given; where it is.
 pub fn write(folder: &Path, limit: Option<u64>) -> Result<PathBuf> {
@@ -46,12 +52,13 @@ fn facts(page: &mut String, lines: &Lines) {
     };
     let sum = |field: &str| lines.steps(field).iter().map(|(_, y)| y).sum::<f64>();
     let most = |field: &str| lines.steps(field).iter().map(|(_, y)| *y).fold(0.0, f64::max);
+    let rates: Vec<f64> = lines.steps("tokens_per_second").iter().map(|(_, rate)| *rate).collect();
     let paged = !lines.steps("paged_in").is_empty();
     let facts = [
         ("Steps", Some(format!("{}", lines.last()))),
         ("Loss", from_to(&lines.steps("loss"))),
         ("Held-out loss", from_to(&lines.evaluations("eval_loss"))),
-        ("Tokens a second", median(&lines.steps("tokens_per_second")).map(|rate| format!("{rate:.0}"))),
+        ("Tokens a second", median(&rates).map(|rate| format!("{rate:.0}"))),
         ("Memory at the most", Some(most("peak_rss")).filter(|peak| *peak > 0.0).map(|peak| bytes(peak as u64))),
         ("Memory limit", lines.limit.map(bytes)),
         ("Paged in", paged.then(|| bytes(sum("paged_in") as u64))),
@@ -63,12 +70,6 @@ fn facts(page: &mut String, lines: &Lines) {
             fact(page, name, &value);
         }
     }
-}
-
-fn median(points: &[(f64, f64)]) -> Option<f64> {
-    let mut values: Vec<f64> = points.iter().map(|(_, y)| *y).collect();
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
 
 #[cfg(test)]

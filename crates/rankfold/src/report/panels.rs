@@ -3,7 +3,7 @@
 use super::lines::Lines;
 use super::triplets;
 use rankfold_audit::page::escape;
-use rankfold_audit::svg::{Frame, line_key, percent, ticks, ticks_between};
+use rankfold_audit::svg::{CLASSES, Frame, line_key, number, percent, ticks, ticks_between};
 
 /// A drawing with its heading and its caption.
 pub struct Panel {
@@ -146,9 +146,6 @@ impl Plot {
     }
 }
 
-/// The lines' colours and dashes.
-const CLASSES: [&str; 3] = ["first", "second", "third"];
-
 fn legend(series: &[Series]) -> String {
     let keys = series.iter().zip(CLASSES);
     let keys = keys.map(|(series, class)| format!("<li>{}{}</li>", line_key(class), escape(series.name)));
@@ -159,10 +156,4 @@ fn legend(series: &[Series]) -> String {
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let every = points.len().div_ceil(MOST_POINTS).max(1);
     points.iter().rev().step_by(every).rev().copied().collect()
-}
-
-/// Without needless zeros.
-pub(super) fn number(x: f64) -> String {
-    let text = format!("{x:.3}");
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

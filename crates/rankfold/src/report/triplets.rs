@@ -1,9 +1,10 @@
 //! What AdaLoRA did: its budget over the steps, and the map of the ranks that are left.
 
 use super::lines::Lines;
-use super::panels::{Panel, Plot, Series, number};
+use super::panels::{Panel, Plot, Series};
 use crate::ranks::{Rank, RankMap};
 use rankfold_audit::page::escape;
+use rankfold_audit::svg::number;
 use serde_json::Value;
 use std::fmt::Write;
 

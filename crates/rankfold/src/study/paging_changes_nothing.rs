@@ -149,6 +149,7 @@ pub fn run(bench: &Bench) -> Result<Report> {
         x_name: "memory allowed, % of what the run takes".into(),
         ticks: LIMITS.iter().rev().map(|limit| (*limit as f64, format!("{limit} %"))).collect(),
         y_name: "written and read, MiB a step".into(),
+        over: "seeds",
         series: series.collect(),
         level: None,
     };

@@ -13,12 +13,14 @@
 //! found where nothing hides them: the most that can be asked.
 
 use crate::error::Result;
-use rankfold_adapters::adalora::{Allocator, Prune, orthogonality};
-use rankfold_adapters::streams::{LAYERS, RESERVED};
+use rankfold_adapters::adalora::{Allocator, Prune};
+use rankfold_adapters::streams::RESERVED;
 use rankfold_adapters::{AdapterConfig, Forward, Linear, Lora, LoraSpec, Part, attach_new};
 use rankfold_autograd::{Gradients, Parameter, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer, Compute, DType, philox};
+use rankfold_trainer::Error::NotFinite;
 use rankfold_trainer::model::Model;
+use rankfold_trainer::objective::Terms;
 use rankfold_trainer::optimizer::{AdamW, Hyper, Moments, Named, clip_scale};
 use rankfold_trainer::schedule::Schedule;
 use std::collections::BTreeMap;
@@ -43,7 +45,7 @@ enum Draw {
 }
 
 fn stream(draw: Draw, number: usize) -> u64 {
-    RESERVED + LAYERS + ((draw as u64) << 40) + number as u64
+    RESERVED + ((draw as u64 + 1) << 40) + number as u64
 }
 
 /// The layers and their planted updates.
@@ -101,7 +103,7 @@ impl Task {
         let named = |(name, parameter)| Named { name, parameter };
         let parameters = layers.iter().flat_map(Linear::parameters).map(named).collect();
         let mut optimizer = AdamW::new(self.backend.clone(), Moments::F32, Hyper::default(), parameters)?;
-        let steps = schedule.steps;
+        let (steps, terms) = (schedule.steps, Terms::of(&config.clone().into()));
         let mut allocator = match &config.adalora {
             Some(adalora) => Some(Allocator::new(backend, adalora, prune, steps, &layers)?),
             None => None,
@@ -119,13 +121,12 @@ impl Task {
                 backend.scale_in_place(1.0 / (ROWS * layers.len()) as f64, residual.view_mut())?;
                 tape.backward(&y, residual, &mut gradients)?;
             }
-            if let Some(adalora) = &config.adalora {
-                let tape = Tape::new(self.backend.clone());
-                if let Some((term, _)) = orthogonality(&tape, &layers, adalora.squared)? {
-                    tape.backward(&term, backend.filled(DType::F32, 1, adalora.orthogonality)?, &mut gradients)?;
-                }
+            terms.add_to(&self.backend, &layers, &mut gradients)?;
+            let norm = optimizer.grad_norm(&gradients)?;
+            if !norm.is_finite() {
+                return Err(NotFinite { step, what: "gradient's norm", value: norm }.into());
             }
-            let scale = clip_scale(optimizer.grad_norm(&gradients)?, 1.0);
+            let scale = clip_scale(norm, 1.0);
             optimizer.update(&gradients, schedule.at(step), scale)?;
             if let Some(allocator) = &mut allocator {
                 let mut layers: Vec<&mut Linear> = layers.iter_mut().collect();
@@ -146,17 +147,19 @@ impl Task {
 
     /// Of what was planted, the share that these layers miss.
     fn missing(&self, layers: &[Linear], draw: Draw) -> Result<f64> {
+        Ok(self.distance(layers, draw)? / self.distance(&self.base, draw)?)
+    }
+
+    /// Σ ‖y − target‖² over the layers and the rows that errors are measured on.
+    fn distance(&self, layers: &[Linear], draw: Draw) -> Result<f64> {
         let inputs = self.inputs(draw, 0, MEASURED_ROWS)?;
         let tape = Tape::inference(self.backend.clone());
-        let (mut missing, mut planted) = (0.0, 0.0);
-        for ((layer, base), target) in layers.iter().zip(&self.base).zip(self.targets(&inputs)?) {
-            let mode = Forward::evaluation(Compute::F32);
-            let y = layer.forward(&tape, of(&inputs, layer), &mode)?;
-            let before = base.forward(&tape, of(&inputs, base), &mode)?;
-            planted += self.backend.sum_squares(self.residual(&before, target.clone())?.view())?;
-            missing += self.backend.sum_squares(self.residual(&y, target)?.view())?;
+        let mut sum = 0.0;
+        for (layer, target) in layers.iter().zip(self.targets(&inputs)?) {
+            let y = layer.forward(&tape, of(&inputs, layer), &Forward::evaluation(Compute::F32))?;
+            sum += self.backend.sum_squares(self.residual(&y, target)?.view())?;
         }
-        Ok(missing / planted)
+        Ok(sum)
     }
 
     /// What the layers with planted updates give.
@@ -205,4 +208,57 @@ fn of<'a>(inputs: &'a BTreeMap<usize, Tensor>, layer: &Linear) -> &'a Tensor {
 /// Bytes of what a budget keeps of every trained value.
 fn sensitivities(allocator: &Allocator) -> usize {
     allocator.tensors().iter().map(|(_, buffer)| buffer.bytes()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::study::training::{Bench, Setting};
+    use rankfold_adapters::streams::VIRTUAL_TOKENS;
+    use rankfold_trainer::model::Precision;
+
+    fn task() -> Task {
+        let setting = Setting { seeds: 1, steps: 1, rows: 1, seq: 32, held_out: Some(1), rates: None };
+        let bench = Bench::open(setting, None).unwrap();
+        Task::plant(&bench.model(&bench.backend, Precision::AsStored, None, 0).unwrap(), 3).unwrap()
+    }
+
+    #[test]
+    fn what_is_missing_is_the_share_of_the_planted_update_that_is_not_there() {
+        let task = task();
+        assert_eq!(task.missing(&task.teacher, Draw::HeldOut).unwrap(), 0.0);
+        // Half of every update leaves a quarter of the squares: α is halved, all else is the teacher's.
+        let mut half = task.teacher.clone();
+        for layer in half.iter_mut().filter(|layer| layer.adapter().is_some()) {
+            let lora = layer.adapter().unwrap();
+            let spec = LoraSpec::new(lora.rank(), lora.rank() as f64 / 2.0);
+            let update = Lora::new(layer.path(), lora.a().clone(), lora.b().clone(), Part::None, spec).unwrap();
+            layer.set_adapter(update).unwrap();
+        }
+        // A y is a sum of about 1000 terms in f32 (2⁻²⁴ each) of no more than a few units, an update one of about 1.
+        let missing = task.missing(&half, Draw::HeldOut).unwrap();
+        assert!((missing - 0.25).abs() < 1e-3, "{missing}");
+    }
+
+    /// ‖ΔWx‖² is Σ_ij b_i·b_j (a_i·x)(a_j·x), over n rows on average Σ_ij b_i·b_j a_iᵀS a_j with S near I. Its sum over
+    /// the layers has the mean R, their ranks together. With w the least side, the squares (i = j) have a variance of at
+    /// most R (2/w + 2 (1/w + 1/n)), the cross terms one of at most 2 Σ r (r − 1) (1/w) (1/w + 1/n).
+    #[test]
+    fn every_planted_direction_weighs_one() {
+        let task = task();
+        let w = task.base.iter().map(|layer| layer.inputs().min(layer.outputs())).min().unwrap() as f64;
+        let (n, sum) =
+            (MEASURED_ROWS as f64, |of: &dyn Fn(f64) -> f64| PLANTED.map(|r| of(r as f64)).iter().sum::<f64>());
+        let (ranks, pairs) = (sum(&|r| r), sum(&|r| r * (r - 1.0)));
+        let variance = ranks * (2.0 / w + 2.0 * (1.0 / w + 1.0 / n)) + 2.0 * pairs / w * (1.0 / w + 1.0 / n);
+        let mean = task.distance(&task.base, Draw::HeldOut).unwrap() / n;
+        assert!((mean - ranks).abs() < 5.0 * variance.sqrt(), "{mean} of {ranks}, variance {variance}");
+    }
+
+    #[test]
+    fn a_task_draws_from_streams_that_no_adapter_has() {
+        for draw in [Draw::Order, Draw::Update, Draw::Training, Draw::Tuning, Draw::HeldOut] {
+            assert!((VIRTUAL_TOKENS + 1..).contains(&stream(draw, 0)), "{}", draw as u64);
+        }
+    }
 }

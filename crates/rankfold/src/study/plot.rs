@@ -1,11 +1,9 @@
-//! A study's drawings: points with their spread over an axis of numbers or of names, in [`rankfold_audit`]'s frames.
+//! A study's drawings: means with their 95 % intervals over an axis of numbers or of names, in [`rankfold_audit`]'s
+//! frames.
 
 use super::spread::Spread;
 use rankfold_audit::page::{Drawing, drawings};
-use rankfold_audit::svg::{Frame, ticks_between};
-
-/// The colours and dashes of series.
-const CLASSES: [&str; 3] = ["first", "second", "third"];
+use rankfold_audit::svg::{self, CLASSES, Frame, ticks_between};
 
 /// What is measured of one thing: at most three of them in a plot.
 #[derive(Debug)]
@@ -29,6 +27,8 @@ pub struct Plot {
     pub ticks: Vec<(f64, String)>,
     /// The vertical axis's name, with its unit.
     pub y_name: String,
+    /// What means and intervals are over.
+    pub over: &'static str,
     /// What is drawn.
     pub series: Vec<Series>,
     /// A dashed level, and what it is.
@@ -75,15 +75,15 @@ impl Plot {
         let width = (right - left).max(1.0);
         let margin = width / (2 * self.ticks.len().max(2)) as f64;
         let level = self.level.iter().map(|(y, _)| *y);
-        let heights = points().flat_map(|(_, y)| [y.mean - y.deviation, y.mean + y.deviation]).chain(level).collect();
+        let heights = points().flat_map(|(_, y)| <[f64; 2]>::from(ends_of(y))).chain(level).collect();
         let (least, most) = ends(heights);
         let (y_ticks, y_ends) = ticks_between(least, most);
         let names: Vec<&str> = self.series.iter().map(|series| series.name.as_str()).collect();
         let description =
-            format!("Means over seeds, with bars of one standard deviation to either side: {}.", names.join(", "));
+            format!("Means over {}, with bars over their 95 % intervals: {}.", self.over, names.join(", "));
         let x_ends = (left - margin, right + margin);
         let mut frame = Frame::new(&format!("plot-{number}"), &self.title, &description, x_ends, y_ends);
-        frame.y_axis(&self.y_name, &y_ticks.iter().map(|y| (*y, label(*y))).collect::<Vec<_>>());
+        frame.y_axis(&self.y_name, &y_ticks.iter().map(|y| (*y, svg::number(*y))).collect::<Vec<_>>());
         frame.x_axis(&self.x_name, &self.ticks);
         if let Some((y, _)) = self.level {
             frame.level("even", y);
@@ -96,7 +96,7 @@ impl Plot {
                 frame.path(class, &points.iter().map(|(x, y)| (*x, y.mean)).collect::<Vec<_>>());
             }
             for (x, y) in points {
-                frame.interval(class, x, (y.mean - y.deviation, y.mean + y.deviation));
+                frame.interval(class, x, ends_of(&y));
                 frame.dot(class, (x, y.mean), &format!("{}: {}", series.name, y.text(4)));
             }
         }
@@ -104,11 +104,10 @@ impl Plot {
     }
 }
 
-/// Without needless zeros.
-fn label(x: f64) -> String {
-    let text = format!("{x:.4}");
-    let text = text.trim_end_matches('0').trim_end_matches('.');
-    if text == "-0" { "0".into() } else { text.into() }
+/// Of a mean's bar: nothing to either side of a single number.
+fn ends_of(spread: &Spread) -> (f64, f64) {
+    let half = spread.half_width().unwrap_or(0.0);
+    (spread.mean - half, spread.mean + half)
 }
 
 #[cfg(test)]
@@ -137,6 +136,7 @@ mod tests {
                 x_name: "place".into(),
                 ticks: points.iter().map(|(x, _)| (*x, x.to_string())).collect(),
                 y_name: "value, nat".into(),
+                over: "coins",
                 series: vec![series("one"), series("two")],
                 level: Some((0.0, "nothing".into())),
             };
@@ -159,7 +159,7 @@ mod tests {
                 let rises = spreads[0].1.mean < spreads[1].1.mean;
                 prop_assert!(rises == (heights[0] > heights[1]) || (heights[0] - heights[1]).abs() < 0.11);
             }
-            for said in ["A &lt;title&gt;", ">place<", ">value, nat<", ">one<", ">two<", ">nothing<"] {
+            for said in ["A &lt;title&gt;", ">place<", ">value, nat<", ">one<", ">two<", ">nothing<", "over coins"] {
                 prop_assert!(svg.contains(said), "{said}");
             }
             prop_assert!(!svg.contains("NaN") && !svg.contains("inf"));

@@ -37,17 +37,28 @@ impl Spread {
 
     /// Where the mean of ever more seeds is to be expected, 19 times in 20; everywhere after one seed.
     pub fn interval(&self) -> (f64, f64) {
-        let half = match self.n {
-            0 | 1 => f64::INFINITY,
-            n => T[(n - 2).min(T.len() - 1)] * self.deviation / (n as f64).sqrt(),
-        };
+        let half = self.half_width().unwrap_or(f64::INFINITY);
         (self.mean - half, self.mean + half)
     }
 
-    /// "3.4567 ± 0.0123": mean and standard deviation.
-    pub fn text(&self, decimals: usize) -> String {
-        format!("{:.decimals$} ± {:.decimals$}", self.mean, self.deviation)
+    /// How far the interval reaches to either side; one number has none.
+    pub fn half_width(&self) -> Option<f64> {
+        let t = T[self.n.checked_sub(2)?.min(T.len() - 1)];
+        Some(t * self.deviation / (self.n as f64).sqrt())
     }
+
+    /// "3.4567 ± 0.0123": the mean and the interval's half-width; of one number the mean alone.
+    pub fn text(&self, decimals: usize) -> String {
+        let half = self.half_width().map(|half| format!(" ± {half:.decimals$}"));
+        format!("{:.decimals$}{}", self.mean, half.unwrap_or_default())
+    }
+}
+
+/// The middle one of some numbers, the upper of two.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
 }
 
 /// What became of a claim.
@@ -133,6 +144,15 @@ mod tests {
             // Five standard deviations of a share of 0.95: 5·√(0.95·0.05/4000) = 0.017.
             assert!((share - 0.95).abs() < 0.017, "{n} seeds: {share}");
         }
+    }
+
+    #[test]
+    fn what_is_printed_is_the_interval_that_decides() {
+        let spread = Spread::of(&[1.0, 2.0, 6.0]);
+        // t of two degrees times √7/√3.
+        assert_eq!(spread.text(2), "3.00 ± 6.57");
+        assert!((spread.interval().1 - 9.57).abs() < 0.005);
+        assert_eq!(Spread::of(&[1.0]).text(1), "1.0");
     }
 
     #[test]

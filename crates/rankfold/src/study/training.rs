@@ -4,6 +4,7 @@
 //! measured on, so that a method with more rates to choose from has no better figures by that alone.
 
 use super::spread::Spread;
+use super::tuning::{CHOOSING, Tuned, tune};
 use crate::builtin;
 use crate::error::Result;
 use crate::open::{BUILTIN, Folder};
@@ -94,9 +95,8 @@ impl Bench {
 
     /// Train a model for the setting's steps by AdamW, at [`rates`].
     pub fn train(&self, model: Model, lr: f64, seed: u64) -> Result<Trained> {
-        let Setting { steps, rows, seq, .. } = self.setting;
-        let loader = Loader::new(self.train.clone(), Shape { rows, seq, accumulate: 1 }, seed, self.padding)?;
-        let mut batches = Batches::Loader(Box::new(loader));
+        let steps = self.setting.steps;
+        let mut batches = Batches::Loader(Box::new(self.loader(seed)?));
         let recipe = Recipe { clip: 1.0, seed, ..Recipe::new(rates(lr, steps)) };
         let parameters = model.parameters();
         let mut optimizer = AdamW::new(model.backend().clone(), Moments::F32, Hyper::default(), parameters)?;
@@ -109,17 +109,30 @@ impl Bench {
         Ok(Trained { model, losses })
     }
 
+    fn loader(&self, seed: u64) -> Result<Loader> {
+        let Setting { rows, seq, .. } = self.setting;
+        Ok(Loader::new(self.train.clone(), Shape { rows, seq, accumulate: 1 }, seed, self.padding)?)
+    }
+
+    /// What a run is trained on, in words.
+    pub fn extent(&self) -> Result<String> {
+        let Setting { steps, rows, seq, .. } = self.setting;
+        let epochs = (steps * rows) as f64 / self.loader(0)?.rows_an_epoch() as f64;
+        Ok(format!("{steps} steps of {} tokens, {epochs:.2} epochs", rows * seq))
+    }
+
     /// Mean loss of the held-out text, nat a token.
     pub fn held_out(&self, model: &Model) -> Result<f64> {
         Ok(evaluate(model, together(&self.held_out), Compute::F32)?.0)
     }
 
-    /// The same, row by row.
+    /// What each row adds to it, times the rows: numbers whose mean it is.
     pub fn held_out_rows(&self, model: &Model) -> Result<Vec<f64>> {
-        self.held_out.iter().map(|row| Ok(evaluate(model, [row.clone()], Compute::F32)?.0)).collect()
+        let of_row = |row: &Batch| Ok(evaluate(model, [row.clone()], Compute::F32)?);
+        Ok(by_row(&self.held_out.iter().map(of_row).collect::<Result<Vec<_>>>()?))
     }
 
-    /// How far a model's predictions are from another's, row by row of the held-out text: the mean of
+    /// How far a model's predictions are from another's, by row of the held-out text likewise: the mean of
     /// D(p‖q) = Σ p ln p/q over its tokens, nat (Kullback & Leibler 1951), p the other's.
     pub fn divergence_rows(&self, model: &Model, from: &Model) -> Result<Vec<f64>> {
         let vocab = model.config.vocab;
@@ -127,15 +140,15 @@ impl Bench {
             let batch = DeviceBatch::new(model.backend().as_ref(), row)?;
             Ok(model.backend().download(model.logits(&batch, Compute::F32)?.view())?)
         };
-        let of_row = |row: &Batch| -> Result<f64> {
+        let of_row = |row: &Batch| -> Result<(f64, usize)> {
             let (p, q) = (predictions(from, row)?, predictions(model, row)?);
             // The last token of a row, and those before padding, predict nothing that the loss counts.
             let counted = row.labels[1..].iter().map(|label| *label != IGNORED);
             let pairs = p.chunks(vocab).zip(q.chunks(vocab)).zip(counted).filter(|(_, counted)| *counted);
             let divergences: Vec<f64> = pairs.map(|((p, q), _)| divergence(p, q)).collect();
-            Ok(Spread::of(&divergences).mean)
+            Ok((Spread::of(&divergences).mean, divergences.len()))
         };
-        self.held_out.iter().map(of_row).collect()
+        Ok(by_row(&self.held_out.iter().map(of_row).collect::<Result<Vec<_>>>()?))
     }
 
     /// Mean loss of the text that chooses rates.
@@ -154,7 +167,7 @@ impl Bench {
             let trained = self.train(model(seed)?, lr, seed)?;
             Ok((self.tuning(&trained.model)?, self.held_out(&trained.model)?))
         };
-        tune(self.setting, said, rates, measure)
+        tune(self.setting, CHOOSING, said, rates, measure)
     }
 }
 
@@ -168,6 +181,12 @@ fn together(rows: &[Batch]) -> impl Iterator<Item = Batch> {
         rows: rows.len(),
         seq: rows[0].seq,
     })
+}
+
+/// Of rows' means over so many tokens: numbers whose mean is that over all tokens.
+fn by_row(rows: &[(f64, usize)]) -> Vec<f64> {
+    let tokens: usize = rows.iter().map(|(_, tokens)| tokens).sum();
+    rows.iter().map(|(mean, of)| mean * (of * rows.len()) as f64 / tokens.max(1) as f64).collect()
 }
 
 /// D(p‖q) of the distributions that logits stand for.
@@ -218,75 +237,15 @@ pub fn trained_bytes(model: &Model) -> Result<Vec<u8>> {
     Ok(all)
 }
 
-/// What came of one learning rate, by seed.
-#[derive(Clone, Debug, Serialize)]
-pub struct AtRate {
-    /// The rate.
-    pub lr: f64,
-    /// What chooses.
-    pub tuning: Vec<f64>,
-    /// What is reported.
-    pub held_out: Vec<f64>,
-}
-
-/// What came of a method at each of its rates.
-#[derive(Clone, Debug, Serialize)]
-pub struct Tuned {
-    /// By rate.
-    pub rates: Vec<AtRate>,
-    /// The place of the rate with the least mean of what chooses.
-    pub best: usize,
-}
-
-impl Tuned {
-    /// At its own best rate.
-    pub fn best(&self) -> &AtRate {
-        &self.rates[self.best]
-    }
-
-    /// At it, what is reported.
-    pub fn spread(&self) -> Spread {
-        Spread::of(&self.best().held_out)
-    }
-}
-
-/// Measure (what chooses, what is reported) at the first rates that the setting allows, at every seed.
-pub fn tune(
-    setting: Setting,
-    said: &str,
-    rates: &[f64],
-    mut measure: impl FnMut(f64, u64) -> Result<(f64, f64)>,
-) -> Result<Tuned> {
-    let mut tuned = Tuned { rates: Vec::new(), best: 0 };
-    for lr in rates.iter().copied().take(setting.rates.unwrap_or(usize::MAX)) {
-        let mut at = AtRate { lr, tuning: Vec::new(), held_out: Vec::new() };
-        for seed in 0..setting.seeds {
-            let (tuning, held_out) = measure(lr, seed)?;
-            eprintln!("{said}, rate {lr:e}, seed {seed}: {held_out:.4}");
-            at.tuning.push(tuning);
-            at.held_out.push(held_out);
-        }
-        tuned.rates.push(at);
-    }
-    let mean = |place: &usize| Spread::of(&tuned.rates[*place].tuning).mean;
-    tuned.best = (0..tuned.rates.len()).min_by(|a, b| mean(a).total_cmp(&mean(b))).unwrap_or(0);
-    Ok(tuned)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
     #[test]
-    fn the_rate_is_chosen_by_one_part_of_the_text_and_reported_on_the_other() {
-        let setting = Setting { seeds: 2, steps: 1, rows: 1, seq: 2, held_out: None, rates: None };
-        // The mean of what chooses is least at 2, what is reported at 3.
-        let measured = |lr: f64, seed: u64| Ok(((lr - 2.0).abs() + seed as f64, (lr - 3.0).abs()));
-        let tuned = tune(setting, "", &[1.0, 2.0, 3.0], measured).unwrap();
-        assert_eq!((tuned.best().lr, tuned.spread().mean, tuned.rates.len()), (2.0, 1.0, 3));
-        let limited = tune(Setting { rates: Some(1), ..setting }, "", &[1.0, 2.0], measured).unwrap();
-        assert_eq!((limited.best().lr, limited.rates.len()), (1.0, 1));
+    fn the_mean_of_rows_is_that_of_their_tokens() {
+        assert_eq!(by_row(&[(1.0, 3), (2.0, 1)]), [1.5, 1.0]);
+        assert_eq!(Spread::of(&by_row(&[(1.0, 3), (2.0, 1)])).mean, 1.25);
     }
 
     proptest! {

@@ -6,14 +6,15 @@
 
 use super::plot::{Plot, Series};
 use super::spread::{Spread, Verdict};
-use super::training::{Bench, Tuned, lora, trained_parameters};
+use super::training::{Bench, lora, trained_parameters};
+use super::tuning::{Tuned, judged};
 use super::{MARGIN, Report, row};
 use crate::error::Result;
 use crate::show::count;
 use rankfold_trainer::model::Precision;
 use serde_json::json;
 
-const RATES: [f64; 3] = [3e-3, 6e-3, 1.2e-2];
+const RATES: [f64; 5] = [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2];
 
 /// A name, modules, a rank: of one size, the claim's own first.
 const PLACEMENTS: [(&str, &[&str], usize); 6] = [
@@ -35,6 +36,12 @@ struct Run {
     tuned: Tuned,
 }
 
+impl Run {
+    fn title(&self) -> String {
+        format!("{} {}", self.name, self.rank)
+    }
+}
+
 fn measure(bench: &Bench, name: String, modules: &[&str], rank: usize) -> Result<Run> {
     let config = lora(rank, modules);
     let model = |seed| bench.model(&bench.backend, Precision::AsStored, Some(&config), seed);
@@ -53,7 +60,8 @@ pub fn run(bench: &Bench) -> Result<Report> {
     let losses = |run: &Run| run.tuned.best().held_out.clone();
     let (pair, largest) = (&placements[0], &ranks[RANKS.len() - 1]);
     let beyond = |run: &Run, other: &Run| Spread::between(&losses(run), &losses(other));
-    let mut table = vec![row(["adapted", "rank", "trained", "best rate", "held-out loss, nat", "against", "nat more"])];
+    let mut table =
+        vec![row(["adapted", "rank", "trained", "best rate", "loss over seeds, nat", "against", "nat more"])];
     let mut line = |run: &Run, other: &Run, against: &str| {
         let Run { name, rank, parameters, tuned } = run;
         let lr = format!("{:e}", tuned.best().lr);
@@ -71,16 +79,19 @@ pub fn run(bench: &Bench) -> Result<Report> {
     let enough = |run: &Run| Verdict::at_most(&beyond(run, largest), MARGIN);
     let small = &ranks[..RANKS.len() - 1];
     let named = |runs: &[Run], which: &dyn Fn(&Run) -> bool| -> String {
-        let names: Vec<String> =
-            runs.iter().filter(|run| which(run)).map(|run| format!("{} {}", run.name, run.rank)).collect();
+        let names: Vec<String> = runs.iter().filter(|run| which(run)).map(Run::title).collect();
         if names.is_empty() { "none".into() } else { names.join(", ") }
     };
     let best_single = singles.iter().min_by(|a, b| a.tuned.spread().mean.total_cmp(&b.tuned.spread().mean));
     let best_single = best_single.unwrap_or(pair);
+    let all = Verdict::all(verdicts.iter().copied().chain(small.iter().map(enough)));
+    let names: Vec<String> = placements.iter().chain(&ranks).map(Run::title).collect();
+    let tuned = names.iter().map(String::as_str).zip(placements.iter().chain(&ranks).map(|run| &run.tuned));
+    let (verdict, remarks) = judged(all, &tuned.collect::<Vec<_>>());
     let because = format!(
         "with {} parameters each, Wq and Wv together end at {} nat a token, the best single matrix ({}, rank {}) at \
          {}; by 95 % intervals the pair beats {} and is worse than {}. Of ranks 4, 8 and 16 of Wq and Wv, those as \
-         good as rank 64 within {MARGIN} nat: {}; those worse: {}.",
+         good as rank 64 within {MARGIN} nat: {}; those worse: {}. Each run is of {}.{remarks}",
         count(pair.parameters),
         pair.tuned.spread().text(4),
         best_single.name,
@@ -90,6 +101,7 @@ pub fn run(bench: &Bench) -> Result<Report> {
         named(singles, &|run| beats(run) == Verdict::DoesNotReproduce),
         named(small, &|run| enough(run) == Verdict::Reproduces),
         named(small, &|run| enough(run) == Verdict::DoesNotReproduce),
+        bench.extent()?,
     );
     let result = |run: &Run, other: &Run| {
         json!({
@@ -97,7 +109,6 @@ pub fn run(bench: &Bench) -> Result<Report> {
             "more": beyond(run, other), "tuned": run.tuned,
         })
     };
-    let all: Vec<Verdict> = verdicts.iter().copied().chain(small.iter().map(enough)).collect();
     Ok(Report {
         claim: "At one budget Wq and Wv together beat any one matrix, and ranks of 4, 8 and 16 do as well as 64",
         table,
@@ -108,7 +119,7 @@ pub fn run(bench: &Bench) -> Result<Report> {
         }),
         measured: Vec::new(),
         plots: plots(&placements, &ranks),
-        verdict: Verdict::all(all),
+        verdict,
         because,
     })
 }
@@ -119,8 +130,9 @@ fn plots(placements: &[Run], ranks: &[Run]) -> Vec<Plot> {
     let which = Plot {
         title: "Which matrices, at one budget".into(),
         x_name: "matrices adapted, and rank".into(),
-        ticks: places().zip(placements).map(|(x, run)| (x, format!("{} {}", run.name, run.rank))).collect(),
+        ticks: places().zip(placements).map(|(x, run)| (x, run.title())).collect(),
         y_name: y_name(),
+        over: "seeds",
         series: vec![Series::points("LoRA", places().zip(placements).map(|(x, run)| (x, run.tuned.spread())))],
         level: None,
     };
@@ -130,8 +142,26 @@ fn plots(placements: &[Run], ranks: &[Run]) -> Vec<Plot> {
         x_name: "rank (logarithmic)".into(),
         ticks: ranks.iter().map(|run| (of(run), run.rank.to_string())).collect(),
         y_name: y_name(),
+        over: "seeds",
         series: vec![Series::line("LoRA on Wq and Wv", ranks.iter().map(|run| (of(run), run.tuned.spread())))],
         level: None,
     };
     vec![which, rank]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::study::training::Setting;
+
+    #[test]
+    fn all_placements_train_as_many_parameters() {
+        let setting = Setting { seeds: 1, steps: 1, rows: 1, seq: 32, held_out: Some(1), rates: None };
+        let bench = Bench::open(setting, None).unwrap();
+        let sizes = PLACEMENTS.map(|(_, modules, rank)| {
+            let config = lora(rank, modules);
+            trained_parameters(&bench.model(&bench.backend, Precision::AsStored, Some(&config), 0).unwrap())
+        });
+        assert_eq!(sizes, [sizes[0]; PLACEMENTS.len()]);
+    }
 }

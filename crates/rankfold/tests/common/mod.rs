@@ -12,10 +12,19 @@ fn rankfold(args: &[&str]) -> Output {
 }
 
 pub fn succeed(args: &[&str]) -> String {
-    let output = rankfold(args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{args:?}: {stderr}");
-    String::from_utf8(output.stdout).unwrap()
+    both(args).0
+}
+
+/// What a command that succeeds says on standard error.
+pub fn progress(args: &[&str]) -> String {
+    both(args).1
+}
+
+fn both(args: &[&str]) -> (String, String) {
+    let Output { status, stdout, stderr } = rankfold(args);
+    let [stdout, stderr] = [stdout, stderr].map(|said| String::from_utf8(said).unwrap());
+    assert!(status.success(), "{args:?}: {stderr}");
+    (stdout, stderr)
 }
 
 /// That a command ends with exit code 2 and one line that holds every one of `words`.

@@ -120,15 +120,15 @@ impl Model {
         let backend = self.backend.clone();
         let Some(learned) = config.virtual_tokens() else {
             let architecture = self.config.architecture.model_type();
-            let attached = config.attach(backend.as_ref(), &mut self.linears_mut(), architecture, values)?;
-            if let Some(lora) = attached.config.lora().filter(|lora| !lora.modules_to_save.is_empty()) {
-                let folder = match values {
-                    Values::Saved(folder) => Some(AdapterFolder::open(folder)?),
-                    Values::New(_) | Values::Blank => None,
-                };
-                self.train_modules(lora, folder.as_ref())?;
-            }
-            return Ok(attached);
+            let folder = match (values, config.lora()) {
+                (Values::Saved(folder), Some(lora)) if !lora.modules_to_save.is_empty() => {
+                    Some(AdapterFolder::open(folder)?)
+                }
+                _ => None,
+            };
+            return self.training_modules(config.lora(), folder.as_ref(), |model| {
+                Ok(config.attach(backend.as_ref(), &mut model.linears_mut(), architecture, values)?)
+            });
         };
         let ModelConfig { width, heads, kv_heads, head_dim, layers, .. } = self.config;
         let dimensions = virtual_tokens::Dimensions { width, heads, kv_heads, head_dim, layers };
@@ -147,9 +147,9 @@ impl Model {
         dense: &dyn Fn(&str) -> rankfold_adapters::Result<Vec<f32>>,
     ) -> Result<AttachedPeft> {
         let (backend, architecture) = (self.backend.clone(), self.config.architecture.model_type());
-        let attached = attach_loftq(backend.as_ref(), &mut self.linears_mut(), config, architecture, dense)?;
-        self.train_modules(&attached.config, None)?;
-        Ok(attached.into())
+        self.training_modules(Some(config), None, |model| {
+            Ok(attach_loftq(backend.as_ref(), &mut model.linears_mut(), config, architecture, dense)?.into())
+        })
     }
 
     /// What was learned to stand before the text, if anything.
@@ -337,7 +337,7 @@ impl Model {
     }
 
     /// All linear layers but the head, in the order of the forward pass.
-    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> + Clone {
         self.blocks.iter().flat_map(|block| block.linears())
     }
 
@@ -386,11 +386,28 @@ impl Model {
         self.values().into_iter().filter_map(trained).collect()
     }
 
+    /// Attach, and train the modules that the configuration's `modules_to_save` names; where either is refused, the
+    /// modules are as they were.
+    fn training_modules(
+        &mut self,
+        config: Option<&AdapterConfig>,
+        folder: Option<&AdapterFolder>,
+        attach: impl FnOnce(&mut Self) -> Result<AttachedPeft>,
+    ) -> Result<AttachedPeft> {
+        let before: Vec<Value> = self.modules_mut().into_iter().map(|(_, value)| value.clone()).collect();
+        let trained = config.map_or(Ok(()), |config| self.train_modules(config, folder));
+        let attached = trained.and_then(|()| attach(self));
+        if attached.is_err() {
+            self.modules_mut().into_iter().zip(before).for_each(|((_, value), before)| *value = before);
+        }
+        attached
+    }
+
     /// Train the modules that a configuration's `modules_to_save` names: from the values that they have or, with a
     /// folder, from its.
     ///
     /// Errors: a name that means no embedding, head or norm; the embedding or the head where they are one matrix, which
-    /// an adapter's file, that has the two apart, cannot say.
+    /// an adapter's file, that has the two apart, cannot say. Some may then be trained already.
     fn train_modules(&mut self, config: &AdapterConfig, folder: Option<&AdapterFolder>) -> Result<()> {
         if let (true, Some(path)) =
             (self.config.tied, ["model.embed_tokens", "lm_head"].iter().find(|p| config.saves(p)))
@@ -398,6 +415,12 @@ impl Model {
             let expected = "none of the two: here the head is the embedding, and would be trained under one name alone";
             return Err(Error::Setting { setting: "modules_to_save", found: (*path).into(), expected });
         }
+        let backend = self.backend.clone();
+        Ok(train_modules(backend.as_ref(), self.modules_mut(), config, folder)?)
+    }
+
+    /// The embedding, the norms and the head, by path.
+    fn modules_mut(&mut self) -> Vec<(String, &mut Value)> {
         let Self { embedding, blocks, norm, head, .. } = self;
         let mut modules = vec![("model.embed_tokens".to_owned(), embedding)];
         for (layer, block) in blocks.iter_mut().enumerate() {
@@ -412,11 +435,11 @@ impl Model {
         }
         modules.push(("model.norm".into(), norm));
         modules.extend(head.iter_mut().map(|head| ("lm_head".into(), head)));
-        Ok(train_modules(self.backend.as_ref(), modules, config, folder)?)
+        modules
     }
 
     /// What is trained of the base itself, under the names that the model's own files give it.
-    pub(crate) fn trained_of_the_base(&self) -> Vec<(String, Parameter)> {
+    pub fn trained_of_the_base(&self) -> Vec<(String, Parameter)> {
         let values = self.values().into_iter().filter_map(|(name, value)| Some((name, value.parameter()?.clone())));
         let bias = |linear: &Linear| Some((format!("{}.bias", linear.path()), linear.bias()?.parameter()?.clone()));
         values.chain(self.linears().filter_map(bias)).collect()

@@ -37,7 +37,7 @@ pub struct Hyper {
     pub beta2: f64,
     /// ε
     pub eps: f64,
-    /// Decoupled decay, of matrices alone: norms and biases have none, as is the custom.
+    /// Decoupled decay, of matrices alone: norms, biases and (IA)³'s scales have none, as is the custom.
     pub weight_decay: f64,
     /// λ of LoRA+ (Hayou et al. 2024, §4): the rate of every B over that of all else.
     pub lora_plus: f64,
@@ -47,6 +47,13 @@ impl Default for Hyper {
     fn default() -> Self {
         Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lora_plus: 1.0 }
     }
+}
+
+/// Whether a parameter is a matrix: one with a side of 1 is a vector, whatever form its file gives it, but that A and B
+/// of rank 1 are what they are at any rank.
+fn is_matrix(Named { name, parameter }: &Named) -> bool {
+    let sides = parameter.shape().dims().iter().filter(|side| **side > 1).count();
+    sides > 1 || is_b(name) || name.ends_with(".lora_A.weight") || name.ends_with(".lora_A")
 }
 
 /// One parameter with its moments.
@@ -131,8 +138,8 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step at rate `lr` (B's at that times LoRA+'s λ), every gradient multiplied by `grad_scale` first. A parameter that no loss reached has
-    /// no gradient and stays.
+    /// One step at rate `lr` (B's at that times LoRA+'s λ), every gradient multiplied by `grad_scale` first. A
+    /// parameter that no loss reached has no gradient and stays.
     pub fn update(&mut self, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         self.update_by(PIECE, gradients, lr, grad_scale)
     }
@@ -143,8 +150,7 @@ impl AdamW {
         let Hyper { beta1, beta2, eps, weight_decay, lora_plus } = self.hyper;
         for Slot { named, state } in &mut self.slots {
             let Some(grad) = gradients.of(&named.parameter) else { continue };
-            let matrix = named.parameter.shape().dims().len() > 1;
-            let weight_decay = if matrix { weight_decay } else { 0.0 };
+            let weight_decay = if is_matrix(named) { weight_decay } else { 0.0 };
             let lr = if is_b(&named.name) { lora_plus * lr } else { lr };
             let p = params::AdamW { lr, beta1, beta2, eps, weight_decay, step: self.step, grad_scale };
             named.parameter.update(|value| {
@@ -183,7 +189,7 @@ mod tests {
         let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)));
         let named = |(i, n): (usize, &usize)| {
             let value = backend.upload(&numbers(i as u64, *n)).unwrap();
-            Named { name: format!("p{i}"), parameter: Parameter::new(value, [1, *n]).unwrap() }
+            Named { name: format!("p{i}.lora_A"), parameter: Parameter::new(value, [1, *n]).unwrap() }
         };
         let parameters = sizes.iter().enumerate().map(named).collect();
         let hyper = Hyper { weight_decay: 0.01, ..Hyper::default() };
@@ -225,11 +231,10 @@ mod tests {
         }
     }
 
-    /// The bits of a parameter of this name after three steps.
-    fn stepped(name: &str, lora_plus: f64, lr: f64) -> Vec<u32> {
+    /// The bits of a parameter of this name and shape, 300 elements, after three steps.
+    fn stepped(name: &str, dims: &[usize], lr: f64, hyper: Hyper) -> Vec<u32> {
         let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(1)));
-        let parameter = Parameter::new(backend.upload(&numbers(0, 300)).unwrap(), [3, 100]).unwrap();
-        let hyper = Hyper { weight_decay: 0.01, lora_plus, ..Hyper::default() };
+        let parameter = Parameter::new(backend.upload(&numbers(0, 300)).unwrap(), dims).unwrap();
         let named = Named { name: name.into(), parameter: parameter.clone() };
         let mut optimizer = AdamW::new(backend.clone(), Moments::F32, hyper, vec![named]).unwrap();
         for step in 1..4 {
@@ -247,7 +252,25 @@ mod tests {
             [("lora_B.weight", 8.0), ("lora_B", 8.0), ("lora_A.weight", 1.0), ("base_layer.bias", 1.0), ("weight", 1.0)]
         {
             let name = format!("base_model.model.m.{end}");
-            assert_eq!(stepped(&name, 8.0, 1e-3), stepped(&name, 1.0, by * 1e-3), "{name}");
+            let with = |lora_plus| Hyper { weight_decay: 0.01, lora_plus, ..Hyper::default() };
+            let of = |lr, lora_plus| stepped(&name, &[3, 100], lr, with(lora_plus));
+            assert_eq!(of(1e-3, 8.0), of(by * 1e-3, 1.0), "{name}");
+        }
+    }
+
+    #[test]
+    fn matrices_are_decayed_and_vectors_in_any_form_are_not() {
+        for (name, dims, is_decayed) in [
+            ("m.weight", &[3, 100][..], true),
+            ("m.lora_A.weight", &[1, 300], true),
+            ("m.lora_B.weight", &[300, 1], true),
+            ("norm.weight", &[300], false),
+            ("m.ia3_l", &[300, 1], false),
+            ("m.ia3_l", &[1, 300], false),
+            ("m.lora_E", &[300, 1], false),
+        ] {
+            let of = |weight_decay| stepped(name, dims, 1e-2, Hyper { weight_decay, ..Hyper::default() });
+            assert_eq!(of(0.1) != of(0.0), is_decayed, "{name} {dims:?}");
         }
     }
 

@@ -7,10 +7,10 @@ use super::counting::{CountingBackend, buffers, piece};
 use super::ledger::{Ledger, Record};
 use super::{Category, Phase, Setup};
 use crate::model::{DeviceBatch, Model};
+use crate::objective::Terms;
 use crate::optimizer::{AdamW, Hyper, PIECE};
 use crate::{Error, Result};
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
-use rankfold_adapters::diff::expected_share;
 use rankfold_adapters::{AttachedPeft, DropoutKey, Forward, PeftConfig, Values, VirtualTokens};
 use rankfold_autograd::{Base, Gradients, Tape};
 use rankfold_backend::{Backend, Buffer};
@@ -152,7 +152,7 @@ fn step(setup: &Setup, model: &Model, optimizer: &AdamW, ledger: &Ledger) -> Res
         ledger.begin(Phase::Backward);
         tape.backward_from_loss(&root, &mut gradients).map_err(Error::from)?;
     }
-    expected_share(backend.as_ref(), model.linears(), 1.0, &mut gradients)?;
+    setup.adapter.map(Terms::of).unwrap_or_default().add_to(backend, model.linears(), &mut gradients)?;
     ledger.begin(Phase::Update);
     for slot in &optimizer.slots {
         let Some(gradient) = gradients.of(&slot.named.parameter) else { continue };

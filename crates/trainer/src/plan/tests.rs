@@ -6,11 +6,13 @@ use super::replay::replay;
 use super::*;
 use crate::data::Batch;
 use crate::model::{Model, ModelConfig, Precision, Quantization};
+use crate::objective::Terms;
 use crate::optimizer::{AdamW, Hyper, Moments};
 use crate::schedule::{Decay, Schedule};
 use crate::step::{Batches, Recipe, evaluate, gradients};
 use proptest::prelude::*;
-use rankfold_adapters::{AdapterConfig, LoraSpec, PeftConfig, Targets, Values};
+use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
+use rankfold_adapters::{AdapterConfig, Form, LoraSpec, PeftConfig, Relative, RelativeConfig, Targets, Values};
 use rankfold_backend::{Backend, Compute, DType, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer};
@@ -60,6 +62,9 @@ fn real(setup: &Setup) -> [u64; 3] {
         model.attach(adapter, Values::New(0)).unwrap();
     }
     let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
+    let adalora = setup.adapter.and_then(PeftConfig::lora).and_then(|lora| lora.adalora.as_ref());
+    let _allocator = adalora
+        .map(|adalora| Allocator::new(model.backend().as_ref(), adalora, Prune::Mask, 2, model.linears()).unwrap());
     let batch = |rows: usize| {
         let tokens = rows * setup.seq;
         let last = setup.seq - 1;
@@ -75,7 +80,8 @@ fn real(setup: &Setup) -> [u64; 3] {
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
     let Setup { accumulate, checkpointing, compute, .. } = *setup;
-    let recipe = Recipe { accumulate, checkpointing, compute, ..Recipe::new(schedule) };
+    let terms = setup.adapter.map(Terms::of).unwrap_or_default();
+    let recipe = Recipe { accumulate, checkpointing, compute, terms, ..Recipe::new(schedule) };
     let eval = |model: &Model| {
         evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
     };
@@ -164,5 +170,21 @@ fn a_larger_run_takes_what_was_counted() {
         let adapter = (precision != Precision::Trained).then_some(&adapter);
         let setup = Setup { rows: 4, seq: 256, checkpointing, ..setup(&config, precision, adapter) };
         assert_eq!(counted(&setup), real(&setup), "{precision:?}, checkpointing {checkpointing}");
+    }
+}
+
+/// AdaLoRA's rank is far above the widths, so that its term's matrices take more than all else of backward.
+#[test]
+fn what_a_method_adds_to_the_objective_is_counted() {
+    let config = config((8, 32, 2, 1, 1, 32, true));
+    let adalora = AdaLora { target_rank: 1, tinit: 0, tfinal: 1, delta_t: 1, ..AdaLora::default() };
+    let spec = LoraSpec { form: Form::AdaLora, ..LoraSpec::new(300, 1.0) };
+    let targets = Targets::AllLinear;
+    let adalora = AdapterConfig { spec, adalora: Some(adalora), targets, ..AdapterConfig::default() };
+    let targets = Targets::AllLinear;
+    let diff = RelativeConfig { targets, ..RelativeConfig::new(Relative::Diff { penalty: 1.0 }) };
+    for adapter in [adalora.into(), PeftConfig::Relative(diff)] {
+        let setup = Setup { seq: 4, ..setup(&config, Precision::AsStored, Some(&adapter)) };
+        assert_eq!(counted(&setup), real(&setup), "{adapter:?}");
     }
 }
