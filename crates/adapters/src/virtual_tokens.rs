@@ -292,8 +292,9 @@ impl VirtualTokens {
         (self.form == Form::Prompt).then(|| self.parameters[0].tensor())
     }
 
-    /// Keys and values [tokens, kv] of a layer; `None` where they are embeddings.
-    pub fn keys_and_values(&self, tape: &Tape, layer: usize, compute: Compute) -> Result<Option<[Tensor; 2]>> {
+    /// Keys and values [tokens, kv] of a layer; `None` where they are embeddings. The MLP's few products are taken in f32,
+    /// so that what is saved is what was trained.
+    pub fn keys_and_values(&self, tape: &Tape, layer: usize) -> Result<Option<[Tensor; 2]>> {
         let (n, kv) = (self.count, self.kv);
         let own = layer * 2 * kv..(layer + 1) * 2 * kv;
         let (flat, first) = match (self.form, &self.parameters[..]) {
@@ -302,10 +303,10 @@ impl VirtualTokens {
                 let columns = 0..w2.shape().width();
                 let rows = tape.part(&w2.tensor(), own.clone(), columns)?;
                 let bias = tape.part(&b2.tensor(), 0..1, own)?;
-                let inner =
-                    tape.linear(&table.tensor(), &Base::Dense(w1.tensor()), Some(&b1.tensor()), None, compute)?;
+                let (first, exact) = (Base::Dense(w1.tensor()), Compute::F32);
+                let inner = tape.linear(&table.tensor(), &first, Some(&b1.tensor()), None, exact)?;
                 let inner = tape.activate(Activation::Tanh, &inner)?;
-                (tape.linear(&inner, &Base::Dense(rows), Some(&bias), None, compute)?, 0)
+                (tape.linear(&inner, &Base::Dense(rows), Some(&bias), None, exact)?, 0)
             }
             (Form::Prefix, [flat]) => (flat.tensor(), own.start),
             _ => return Ok(None),
@@ -327,7 +328,7 @@ impl VirtualTokens {
         let (tape, columns) = (Tape::inference(backend.clone()), self.parameters[4].shape().elements());
         let mut flat = backend.alloc(self.parameters[0].tensor().dtype(), self.count * columns)?;
         for layer in 0..columns / (2 * self.kv) {
-            let parts = self.keys_and_values(&tape, layer, Compute::F32)?.into_iter().flatten();
+            let parts = self.keys_and_values(&tape, layer)?.into_iter().flatten();
             for (i, part) in parts.enumerate() {
                 for token in 0..self.count {
                     let to = token * columns + (2 * layer + i) * self.kv;

@@ -7,7 +7,7 @@ use rankfold_adapters::virtual_tokens::{Dimensions, Kind};
 use rankfold_adapters::{PeftConfig, Purpose, Values, VirtualConfig, VirtualTokens};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
 use rankfold_autograd::{Tape, Tensor};
-use rankfold_backend::{Backend, Compute};
+use rankfold_backend::Backend;
 use rankfold_files::Checkpoint;
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ fn learned(b: &Arc<dyn Backend>, kind: Kind) -> (VirtualTokens, PeftConfig) {
 /// Bits of what a model sees of the tokens.
 fn seen(b: &Arc<dyn Backend>, tokens: &VirtualTokens) -> Vec<Vec<u32>> {
     let tape = Tape::inference(b.clone());
-    let of_layers = (0..MODEL.layers).filter_map(|layer| tokens.keys_and_values(&tape, layer, Compute::F32).unwrap());
+    let of_layers = (0..MODEL.layers).filter_map(|layer| tokens.keys_and_values(&tape, layer).unwrap());
     let bits = |t: Tensor| b.download::<f32>(t.view()).unwrap().into_iter().map(f32::to_bits).collect();
     of_layers.flatten().chain(tokens.embeddings()).map(bits).collect()
 }
@@ -63,7 +63,7 @@ fn gradients_of_a_projected_prefix_match_differences() {
     let parts = [f64s(1, &[2, 4]), f64s(2, &[3, 4]), f64s(3, &[3]), f64s(4, &[24, 3]), f64s(5, &[24])];
     let tokens = VirtualTokens::projected(parts.clone(), 4);
     let worst = worst_error(&b, &parts, |tape| {
-        let of = |layer| tokens.keys_and_values(tape, layer, Compute::F32).unwrap().unwrap();
+        let of = |layer| tokens.keys_and_values(tape, layer).unwrap().unwrap();
         let ([k0, v0], [k2, v2]) = (of(0), of(2));
         tape.add(&tape.silu_mul(&k0, &v2)?, &tape.silu_mul(&k2, &v0)?)
     });

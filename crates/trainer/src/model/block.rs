@@ -78,7 +78,7 @@ impl Block {
             None => {
                 let shape = AttentionShape { batch: place.batch, compute: mode.compute, ..self.shape };
                 let learned = place.prefix.as_ref();
-                let learned = learned.map(|(tokens, layer)| tokens.keys_and_values(tape, *layer, mode.compute));
+                let learned = learned.map(|(tokens, layer)| tokens.keys_and_values(tape, *layer));
                 match learned.transpose()?.flatten() {
                     None => tape.attention(shape, [&q, &k, &v], place.starts.as_ref())?,
                     Some([keys, values]) => {

@@ -257,7 +257,7 @@ impl Model {
             Some(h) => drop(self.append(&tape, h.detach(), cache, compute)?),
             None => {
                 for layer in 0..self.blocks.len() {
-                    if let Some([k, v]) = learned.keys_and_values(&tape, layer, compute)? {
+                    if let Some([k, v]) = learned.keys_and_values(&tape, layer)? {
                         cache.put(layer, learned.count(), [&k, &v])?;
                     }
                 }
