@@ -120,9 +120,13 @@ pub struct Rack {
 
 impl Rack {
     /// Take the adapter off the layers and keep it under a name, in place of one that had it.
-    pub fn keep(&mut self, name: &str, layers: &mut [&mut Linear]) {
-        let adapter = layers.iter_mut().map(|layer| layer.take_adapter()).collect();
+    ///
+    /// Errors: one that began by taking a part out of some layer's base. It stays where it is.
+    pub fn keep(&mut self, name: &str, layers: &mut [&mut Linear]) -> Result<()> {
+        layers.iter().try_for_each(|layer| layer.check_whole())?;
+        let adapter = layers.iter_mut().map(|layer| layer.take_adapter()).collect::<Result<_>>()?;
         self.adapters.insert(name.into(), adapter);
+        Ok(())
     }
 
     /// The names.
@@ -132,11 +136,11 @@ impl Rack {
 
     /// Put the adapter of that name on the layers that it was taken from, in place of what is there: nothing is copied.
     ///
-    /// Errors: no such name; other layers than those.
+    /// Errors: no such name; other layers than those; what [`Linear::take_adapter`] refuses.
     pub fn put(&self, name: &str, layers: &mut [&mut Linear]) -> Result<()> {
         let adapter = self.of(name, layers.len())?;
         for (layer, adapter) in layers.iter_mut().zip(adapter) {
-            layer.take_adapter();
+            layer.take_adapter()?;
             if let Some(adapter) = adapter {
                 layer.set_adapter(adapter.clone())?;
             }
@@ -159,7 +163,7 @@ impl Rack {
                     None => {}
                 }
             }
-            layer.take_adapter();
+            layer.take_adapter()?;
             if !parts.is_empty() {
                 let sum = weighted_sum(backend, layer.path(), &parts)?;
                 layer.set_adapter(sum)?;

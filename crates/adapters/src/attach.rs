@@ -42,8 +42,8 @@ impl Attached {
 
 /// Attach new updates, their first values drawn from `seed`.
 ///
-/// `layers` are all linear layers of the model, the head among them; `architecture` is the `model_type` of its
-/// `config.json`, for targets that are not given.
+/// `layers` are the linear layers of the model's blocks; `architecture` is the `model_type` of its `config.json`, for
+/// targets that are not given.
 ///
 /// A start that takes something out of the base leaves W − s·B₀·A₀ there; LoftQ's is
 /// [`attach_loftq`](crate::attach_loftq)'s.

@@ -5,6 +5,7 @@
 //! its order.
 
 use crate::adalora::AdaLora;
+use crate::lora::check_rows;
 use crate::peft::KNOWN;
 use crate::{Bias, Error, Form, Init, LoraSpec, Names, Result, Targets};
 use serde_json::{Map, Value, json};
@@ -160,7 +161,10 @@ impl AdapterConfig {
             "modules_to_save" if !is_empty(value) => {
                 let names = value
                     .as_array()
-                    .and_then(|list| list.iter().map(|name| name.as_str().map(str::to_owned)).collect());
+                    // An empty one would be the end of every path.
+                    .and_then(|list| {
+                        list.iter().map(|name| name.as_str().filter(|n| !n.is_empty()).map(str::to_owned)).collect()
+                    });
                 self.modules_to_save = names.ok_or_else(|| Error::field(field, value, "a list of names"))?;
             }
             _ if IGNORED.contains(&field) || is_empty(value) => {}
@@ -188,9 +192,11 @@ impl AdapterConfig {
             return Err(Error::field("loftq_config: loftq_iter", 0, "1 or more"));
         }
         for (key, rank) in &self.rank_pattern {
-            if *rank == 0 {
-                return Err(Error::field(format!("rank_pattern: {key}"), rank, "1 or more"));
-            }
+            check_rows(&format!("rank_pattern: {key}"), *rank)?;
+        }
+        if let (Some(_), Some((key, alpha))) = (&self.adalora, self.alpha_pattern.first()) {
+            let found = format!("{alpha} for {key}");
+            return Err(Error::field("alpha_pattern", found, "none with AdaLoRA, where PEFT passes over it"));
         }
         for (key, alpha) in &self.alpha_pattern {
             if !alpha.is_finite() {

@@ -13,9 +13,13 @@
 //!
 //! Σ and n over all elements of all layers: the expected share of W that is changed. γ = −1.5, ζ = 1.5 and β = 1 are
 //! its authors' (whose 1.25·10⁻⁷ an element is a penalty of 42 for BERT's 335 million). δ begins at zero, so that
-//! training begins at the base, and log α at 1, where a gate is open with probability 0.73: the authors begin at 5, from
-//! where Adam's steps of a few thousandths reach no gate's end within a short run. At the end z is fixed at its middle
-//! and what it closes is gone: δ' = z ∘ δ, zero where z is.
+//! training begins at the base. Adam moves a number by about the sum of its rates, however large the gradient, so that
+//! log α, which has some way to go to a gate's end, is trained at a rate of its own: 0.1 at the most ([`RATE`]), the
+//! authors'. At the end z is fixed at its middle and what it closes is gone: δ' = z ∘ δ, zero where z is.
+//!
+//! Otherwise than with the authors log α begins at 1, where a gate is open with probability 0.73, and not at 5, as runs
+//! are shorter than theirs; no gate is shared by a group (their structured variant); and no second run follows that
+//! projects δ' onto its largest magnitudes and trains what is left.
 //!
 //! Merged: W' = W + δ', W in f32: off by u·(|w| + |δ'|), u = 2⁻²⁴, and half a unit in the last place of w'.
 //!
@@ -33,8 +37,13 @@ use rankfold_backend::{Backend, Buffer, Compute};
 /// The ends of its tensors' names in a folder.
 const DIFF: &str = "diff";
 const LOG_ALPHA: &str = "log_alpha";
+/// The learning rate of log α where that of all else is at its highest.
+pub const RATE: f64 = 0.1;
 /// Where log α begins; a gate's middle is closed from 0 downwards.
 const OPEN: f64 = 1.0;
+
+/// A gate of these ends is 0 or 1: of the next number above σ = ½, in f64 too, (σ − ½)·2⁶¹ is more than 1.
+const STEEP: f64 = (1u64 << 60) as f64;
 
 /// The gate of the layer of number `index`: with noise where a draw is given.
 fn gate(index: u64, draw: Option<DropoutKey>) -> HardConcrete {
@@ -103,6 +112,27 @@ impl Diff {
         backend.add_in_place(self.fixed(backend)?.view(), w.view_mut())?;
         Ok(w)
     }
+}
+
+/// Whether a name in a folder is that of a log α.
+pub fn is_gate(name: &str) -> bool {
+    name.ends_with(".log_alpha")
+}
+
+/// The share of elements that are as they were in evaluation, their gates closed, over all layers whose gates are
+/// trained; `None` where none are.
+pub fn closed_share<'a>(backend: &dyn Backend, layers: impl IntoIterator<Item = &'a Linear>) -> Result<Option<f64>> {
+    let (mut open, mut elements) = (0.0, 0);
+    for gates in layers.into_iter().filter_map(|layer| layer.diff()?.log_alpha.as_ref()) {
+        let log_alpha = gates.tensor();
+        let mut z = backend.alloc(log_alpha.dtype(), log_alpha.shape().elements())?;
+        // So steep that a gate which is not closed is 1: the squares count them.
+        let steep = HardConcrete { low: -STEEP, high: STEEP, ..gate(0, None) };
+        backend.hard_concrete(&steep, log_alpha.view(), z.view_mut())?;
+        open += backend.sum_squares(z.view())?;
+        elements += z.len();
+    }
+    Ok((elements > 0).then(|| 1.0 - open / elements as f64))
 }
 
 /// The expected share of elements that differ, over all layers whose gates are trained; `None` where none are. The

@@ -49,6 +49,9 @@ pub enum Error {
     /// A target that is no linear layer's name.
     #[error("target '{target}' matches no linear layer of the model, which has {examples}")]
     NoMatch { target: String, examples: String },
+    /// A target that takes no adapter.
+    #[error("target '{target}' is the model's embedding or head: not supported yet, expected layers of its blocks")]
+    Outside { target: String },
     /// Every target is excluded.
     #[error("'exclude_modules' leaves none of the {targeted} linear layers that 'target_modules' matches")]
     AllExcluded { targeted: usize },
@@ -61,6 +64,11 @@ pub enum Error {
     /// An adapter on a layer whose base is trained itself.
     #[error("{module}: an adapter needs a frozen base, and this one is trained")]
     TrainedBase { module: String },
+    /// An adapter that cannot be taken off.
+    #[error(
+        "{module}: its adapter began as a part of the base, which stays without that part: expected a model read anew"
+    )]
+    PartialBase { module: String },
     /// An update that cannot be a term of a sum.
     #[error("{module}: what sits on it is no term of a sum, expected LoRA or AdaLoRA")]
     NoSum { module: String },

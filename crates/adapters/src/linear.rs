@@ -50,7 +50,6 @@ pub struct DropoutKey {
 pub struct Linear {
     pub(crate) path: String,
     index: u64,
-    is_head: bool,
     pub(crate) weight: Weight,
     pub(crate) bias: Option<Value>,
     outputs: usize,
@@ -81,12 +80,7 @@ impl Linear {
             let expected = format!("[{outputs}]");
             return Err(Error::Shape { module: path, tensor: "bias", expected, found });
         }
-        Ok(Self { path, index, is_head: false, weight, bias, outputs, inputs, adapter: None, unmerged: None })
-    }
-
-    /// The same layer as the model's output head, which "all-linear" passes over.
-    pub fn into_head(self) -> Self {
-        Self { is_head: true, ..self }
+        Ok(Self { path, index, weight, bias, outputs, inputs, adapter: None, unmerged: None })
     }
 
     /// Its name in the model.
@@ -97,11 +91,6 @@ impl Linear {
     /// Its number among the model's linear layers.
     pub fn index(&self) -> u64 {
         self.index
-    }
-
-    /// Whether it is the model's output head.
-    pub fn is_head(&self) -> bool {
-        self.is_head
     }
 
     /// Columns of x.
@@ -162,7 +151,8 @@ impl Linear {
 
     /// Attach an adapter in place of the one there is, if any, merged or not.
     ///
-    /// Errors: shapes that are not the layer's; a base that is trained itself.
+    /// Errors: shapes that are not the layer's; a base that is trained itself, or of which the adapter that there is
+    /// took a part.
     pub fn set_adapter(&mut self, adapter: impl Into<Adapter>) -> Result<()> {
         let adapter = adapter.into();
         self.check_adapter(&adapter)?;
@@ -172,16 +162,29 @@ impl Linear {
     }
 
     /// Take off what sits on it, merged or not.
-    pub fn take_adapter(&mut self) -> Option<Adapter> {
+    ///
+    /// Errors: an adapter that began by taking a part out of the base, which would not come back with it.
+    pub fn take_adapter(&mut self) -> Result<Option<Adapter>> {
+        self.check_whole()?;
         self.unmerge();
-        self.adapter.take()
+        Ok(self.adapter.take())
     }
 
     /// What [`Linear::set_adapter`] refuses.
     pub(crate) fn check_adapter(&self, adapter: &Adapter) -> Result<()> {
         match &self.weight {
             Weight::Trained(_) => Err(Error::TrainedBase { module: self.path.clone() }),
-            Weight::Frozen(_) => adapter.check(self),
+            Weight::Frozen(_) => self.check_whole().and_then(|()| adapter.check(self)),
+        }
+    }
+
+    /// That the base is the file's, whatever sits on it: only W₀ = W − s·B₀·A₀ is kept, not W.
+    pub(crate) fn check_whole(&self) -> Result<()> {
+        match self.adapter.as_ref().or(self.unmerged.as_ref().map(|before| &before.adapter)) {
+            Some(Adapter::Lora(lora)) if lora.start().is_some() => {
+                Err(Error::PartialBase { module: self.path.clone() })
+            }
+            _ => Ok(()),
         }
     }
 

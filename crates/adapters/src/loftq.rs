@@ -46,7 +46,7 @@ pub fn loftq(
     let (rank, scale) = (spec.rank, f64::from(spec.scale()));
     let mut best: Option<Found> = None;
     let mut update = vec![0.0; w.len()];
-    for _ in 0..iterations.max(1) {
+    for _ in 0..iterations {
         let rest: Vec<f32> = w.iter().zip(&update).map(|(w, u)| (f64::from(*w) - u) as f32).collect();
         let q = Quantized::quantize(backend, backend.upload(&rest)?.view(), dims, Format::Nf4, block, false)?;
         let mut values = backend.alloc(DType::F32, w.len())?;

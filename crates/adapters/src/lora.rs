@@ -42,6 +42,9 @@ impl Form {
     }
 }
 
+/// The most of a rank: beyond it, a mistake of the file's is likelier than a matrix that has it.
+const MOST_ROWS: usize = 1 << 20;
+
 /// The hyper-parameters of one layer's update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LoraSpec {
@@ -63,12 +66,9 @@ impl LoraSpec {
         Self { rank, alpha, rslora: false, dropout: 0.0, form: Form::Plain }
     }
 
-    /// A rank from 1, a finite alpha, a dropout probability in [0, 1).
+    /// A rank from 1 to 2²⁰, a finite alpha, a dropout probability in [0, 1).
     pub fn check(&self) -> Result<()> {
-        if self.rank == 0 {
-            let field = if self.form == Form::AdaLora { "init_r" } else { "r" };
-            return Err(Error::field(field, self.rank, "1 or more"));
-        }
+        check_rows(if self.form == Form::AdaLora { "init_r" } else { "r" }, self.rank)?;
         if !self.alpha.is_finite() {
             return Err(Error::field("lora_alpha", self.alpha, "a finite number"));
         }
@@ -78,6 +78,10 @@ impl LoraSpec {
         }
         if self.rslora && self.form == Form::AdaLora {
             return Err(Error::field("use_rslora", true, "false with AdaLoRA, which has a scale of its own"));
+        }
+        // PEFT's AdaLoRA takes r for such an alpha.
+        if self.alpha <= 0.0 && self.form == Form::AdaLora {
+            return Err(Error::field("lora_alpha", self.alpha, "a positive number with AdaLoRA"));
         }
         Ok(())
     }
@@ -96,6 +100,15 @@ impl LoraSpec {
     /// Whether the rank is above min(outputs, inputs): legal, but a full matrix would be smaller. For a warning.
     pub fn is_wasteful(&self, dims: [usize; 2]) -> bool {
         self.rank > dims[0].min(dims[1])
+    }
+}
+
+/// That a rank, or what else counts an adapter's rows, is one that memory could hold.
+pub(crate) fn check_rows(field: &str, rank: usize) -> Result<()> {
+    match rank {
+        0 => Err(Error::field(field, rank, "1 or more")),
+        _ if rank > MOST_ROWS => Err(Error::field(field, rank, "1048576 or less")),
+        _ => Ok(()),
     }
 }
 

@@ -22,7 +22,7 @@ use rankfold_backend::{Backend, Buffer, Compute, DType, View};
 pub(crate) struct Unmerged {
     weight: Weight,
     bias: Option<Value>,
-    adapter: Adapter,
+    pub(crate) adapter: Adapter,
 }
 
 /// The layer's matrix with its update folded in, [outputs, inputs] as `dtype`; W of 4 bits is dequantised.

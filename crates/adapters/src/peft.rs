@@ -115,8 +115,8 @@ impl PeftConfig {
         }
     }
 
-    /// Put what sits on linear layers onto those of a model, the head among them; `architecture` is the `model_type`
-    /// of its `config.json`. Learned tokens are the model's to attach, not its layers'.
+    /// Put what sits on linear layers onto those of a model's blocks; `architecture` is the `model_type` of its
+    /// `config.json`. Learned tokens are the model's to attach, not its layers'.
     ///
     /// Errors: targets that match nothing; hyper-parameters out of range; a base that is trained; with a folder,
     /// tensors that are missing, left over, of other shapes, or not finite; learned tokens. No layer is then changed.

@@ -9,6 +9,7 @@ use crate::bottleneck::{Bottleneck, Placement};
 use crate::config::{IGNORED, is_empty, json_number, number, rank, take_origin};
 use crate::diff::Diff;
 use crate::ia3::{self, Ia3, Side};
+use crate::lora::check_rows;
 use crate::targets::{Names, Targets, compile, select, unmatched};
 use crate::values::{Opened, Source, Values};
 use crate::{Error, Linear, Result, peft_name};
@@ -101,7 +102,7 @@ impl Relative {
 
     fn check(&self) -> Result<()> {
         match self {
-            Self::Bottleneck { bottleneck: 0, .. } => Err(Error::field("bottleneck", 0, "1 or more")),
+            Self::Bottleneck { bottleneck, .. } => check_rows("bottleneck", *bottleneck),
             Self::Diff { penalty } if !(*penalty >= 0.0 && penalty.is_finite()) => {
                 Err(Error::field("diff_penalty", penalty, "0 or more"))
             }

@@ -1,8 +1,10 @@
 //! What is trained beside the updates: biases, and modules that are trained whole.
 //!
-//! PEFT's `bias` is "none", "all" (of every layer) or "lora_only" (of the adapted ones); its `modules_to_save` names
-//! modules as `target_modules` does. Both are saved with the adapter, whole: a bias as `base_model.model.PATH.bias`, of
-//! an adapted layer as `….PATH.base_layer.bias`; a module as `base_model.model.PATH.weight`. In f32.
+//! PEFT's `bias` is "none", "all" (of every layer) or "lora_only" (of the adapted ones); an entry of its
+//! `modules_to_save` means every module whose path ends in it, whether or not a part of the path begins there: "norm"
+//! is every layer's norms and the last one, where in `target_modules` it would be the last alone. Both are saved with
+//! the adapter, whole: a bias as `base_model.model.PATH.bias`, of an adapted layer as `….PATH.base_layer.bias`; a module
+//! as `base_model.model.PATH.weight`. In f32.
 
 use crate::linear::peft_name;
 use crate::{AdapterConfig, AdapterFolder, Error, Linear, Result};
@@ -72,7 +74,7 @@ pub fn train_modules(
     folder: Option<&AdapterFolder>,
 ) -> Result<()> {
     for name in &config.modules_to_save {
-        if !modules.iter().any(|(path, _)| is_meant(path, name)) {
+        if !modules.iter().any(|(path, _)| path.ends_with(name)) {
             let mut known: Vec<&str> = modules.iter().filter_map(|(path, _)| path.rsplit('.').next()).collect();
             known.sort_unstable();
             known.dedup();
@@ -98,12 +100,8 @@ impl AdapterConfig {
 
     /// Whether the module at `path` is trained whole.
     pub fn saves(&self, path: &str) -> bool {
-        self.modules_to_save.iter().any(|name| is_meant(path, name))
+        self.modules_to_save.iter().any(|name| path.ends_with(name))
     }
-}
-
-fn is_meant(path: &str, name: &str) -> bool {
-    path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
 /// A parameter in f32 with a tensor's values.

@@ -3,7 +3,8 @@
 //! A list names a layer where the layer's whole path is an entry or ends in ".entry"; a single string is a regular
 //! expression for the whole path, but for "all-linear" in any case, which is every linear layer but the output
 //! head. What `exclude_modules` names, by the same two rules, is left out. One rule is ours: each entry must match
-//! some layer, where PEFT is content if any of them does.
+//! some layer, where PEFT is content if any of them does. The layers are those of the model's blocks: the embedding and
+//! the head take no adapter, and an entry that means them is refused as such.
 
 use crate::{Error, Linear, Result};
 use regex::Regex;
@@ -81,11 +82,7 @@ impl Targets {
                 None => Err(Error::NoDefault { architecture: architecture.into() }),
             },
             Self::AllLinear => {
-                let (heads, others): (Vec<&Linear>, Vec<&Linear>) = layers.iter().partition(|layer| layer.is_head());
-                let mut names: BTreeSet<String> = others.iter().map(|layer| last_part(layer.path()).into()).collect();
-                if heads.iter().any(|head| names.iter().any(|name| is_named(head.path(), name))) {
-                    names = others.iter().map(|layer| layer.path().into()).collect();
-                }
+                let names: BTreeSet<String> = layers.iter().map(|layer| last_part(layer.path()).into()).collect();
                 if names.is_empty() { Err(no_match(ALL_LINEAR, layers)) } else { Ok(Names::List(names)) }
             }
         }
@@ -93,6 +90,9 @@ impl Targets {
 }
 
 const ALL_LINEAR: &str = "all-linear";
+
+/// What PEFT would adapt and no list of linear layers has: they are the embedding's and the loss's own.
+const OUTSIDE: [&str; 2] = ["model.embed_tokens", "lm_head"];
 
 impl Names {
     /// From the value of `field`: a list of strings or a string.
@@ -198,6 +198,9 @@ fn last_part(path: &str) -> &str {
 
 /// With one path of each kind of layer, the first few.
 fn no_match(target: &str, layers: &[&Linear]) -> Error {
+    if OUTSIDE.iter().any(|path| is_named(path, target)) {
+        return Error::Outside { target: target.into() };
+    }
     const SHOWN: usize = 8;
     let mut examples: Vec<&str> = Vec::new();
     let mut left_out = 0;

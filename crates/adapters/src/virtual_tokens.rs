@@ -20,6 +20,7 @@
 //! training goes on without a projection, which cannot be had back.
 
 use crate::config::{IGNORED, is_empty, rank, take_origin};
+use crate::lora::check_rows;
 use crate::streams;
 use crate::values::{Opened, Start, Values};
 use crate::{Error, Result};
@@ -141,11 +142,8 @@ impl VirtualConfig {
     }
 
     fn check(&self) -> Result<()> {
-        match (self.tokens, self.hidden) {
-            (0, _) => Err(Error::field("num_virtual_tokens", 0, "1 or more")),
-            (_, Some(0)) => Err(Error::field("encoder_hidden_size", 0, "1 or more")),
-            _ => Ok(()),
-        }
+        check_rows("num_virtual_tokens", self.tokens)?;
+        self.hidden.map_or(Ok(()), |hidden| check_rows("encoder_hidden_size", hidden))
     }
 
     /// The text of the file, as PEFT lays it out.

@@ -50,6 +50,26 @@ fn cases() -> impl Strategy<Value = ([usize; 2], Vec<f32>, Vec<Term>)> {
     })
 }
 
+/// The singular values of a matrix of so many columns, the largest first, by one-sided rotations (Hestenes 1958):
+/// columns are turned against each other until all are orthogonal, and then their lengths are the values. It converges
+/// quadratically; of five columns in a few of these sweeps.
+fn singular_values(matrix: &[f64], columns: usize) -> Vec<f64> {
+    let mut turned: Vec<Vec<f64>> =
+        (0..columns).map(|j| matrix.iter().skip(j).step_by(columns).copied().collect()).collect();
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for (q, p) in (0..20).flat_map(|_| (1..columns).flat_map(|q| (0..q).map(move |p| (q, p)))) {
+        let [pp, qq, pq] = [(p, p), (q, q), (p, q)].map(|(x, y)| dot(&turned[x], &turned[y]));
+        let (sin, cos) = (0.5 * (2.0 * pq).atan2(pp - qq)).sin_cos();
+        for i in 0..turned[0].len() {
+            let (x, y) = (turned[p][i], turned[q][i]);
+            (turned[p][i], turned[q][i]) = (cos * x + sin * y, cos * y - sin * x);
+        }
+    }
+    let mut values: Vec<f64> = turned.iter().map(|column| dot(column, column).sqrt()).collect();
+    values.sort_by(|a, b| b.total_cmp(a));
+    values
+}
+
 proptest! {
     /// With R = Σ r and M = |w| + Σ_i |w_i s_i| Σ_k |b e a|, all of R products: an element of B is off by one rounding of
     /// what f64 has, and the merged sum by (R + 4)·u·M, as `merge` has it: together (R + 5)·u·M, and 2⁻⁵⁰ M for f64's.
@@ -82,9 +102,9 @@ proptest! {
         }
     }
 
-    /// Of the sum's rank or more nothing is lost but the rounding of its elements; of less, no other matrix of that rank
-    /// is nearer, the update's own first triples among them: so an update of which the last triple is cut off is as near
-    /// as that triple is long, at the most. Householder's and the SVD's errors are far below f32's (decompose).
+    /// What is lost is the length of the singular values that are left out, and the rounding of the elements; no matrix
+    /// of that rank is nearer (Eckart & Young 1936). Householder's and the SVD's errors are far below f32's (decompose),
+    /// and so are the rotations' here.
     #[test]
     fn a_smaller_update_is_the_nearest(([outputs, inputs], _, parts) in cases(), less in 0..3usize) {
         let backend = reference();
@@ -110,13 +130,9 @@ proptest! {
         let smaller = of_rank(backend, "m", &sum, rank).unwrap();
         prop_assert_eq!(smaller.rank(), rank);
         let lost = distance(&dense(&smaller), &dense(&sum));
-        // No further than the sum with its last triples simply left out.
-        let mut cut = sum.b().clone();
-        let values = backend.download::<f32>(cut.tensor().view()).unwrap();
-        let kept = values.iter().enumerate().map(|(i, b)| if i % sum.rank() < rank { *b } else { 0.0 });
-        cut = Parameter::new(backend.upload(&kept.collect::<Vec<f32>>()).unwrap(), [outputs, sum.rank()]).unwrap();
-        let cut = Lora::new("m", sum.a().clone(), cut, Part::None, *sum.spec()).unwrap();
-        prop_assert!(lost <= distance(&dense(&cut), &dense(&sum)) + rounding, "{lost}");
+        let tail = singular_values(&dense(&sum), inputs).into_iter().skip(rank);
+        let tail = tail.map(|s| s * s).sum::<f64>().sqrt();
+        prop_assert!((lost - tail).abs() <= rounding, "{lost} is lost, expected {tail}");
     }
 
     #[test]
@@ -130,7 +146,7 @@ proptest! {
         for seed in &seeds {
             let lora = Lora::init(backend, &layer, LoraSpec::new(2, 4.0), Init::Random, *seed).unwrap();
             layer.set_adapter(lora).unwrap();
-            rack.keep(&seed.to_string(), &mut [&mut layer]);
+            rack.keep(&seed.to_string(), &mut [&mut layer]).unwrap();
             prop_assert!(layer.adapter().is_none());
         }
         let as_merged = |rack: &Rack, seed: &u64, layer: &mut Linear| {
@@ -147,7 +163,7 @@ proptest! {
             prop_assert_eq!(&as_merged(&rack, seed, &mut layer), merged);
             prop_assert_ne!(merged, &base);
         }
-        layer.take_adapter();
+        layer.take_adapter().unwrap();
         prop_assert_eq!(matrix(backend, &layer), base);
     }
 }

@@ -4,10 +4,10 @@ mod common;
 
 use common::{UNIT, grid, layer, matrix, reference};
 use proptest::prelude::*;
-use rankfold_adapters::{Error, Form, Forward, Init, Linear, Lora, LoraSpec, Part};
+use rankfold_adapters::{Error, Form, Forward, Init, Linear, Lora, LoraSpec, Part, Weight};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
-use rankfold_autograd::{Parameter, Tape, Tensor};
-use rankfold_backend::{Backend, Compute};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor};
+use rankfold_backend::{Backend, Compute, DType, Format, Quantized};
 use rankfold_cpu::CpuBackend;
 use std::sync::Arc;
 
@@ -44,6 +44,16 @@ fn cases(form: Form) -> impl Strategy<Value = Case> {
 impl Case {
     fn layer(&self, backend: &dyn Backend) -> Linear {
         layer(backend, "m", 0, [self.outputs, self.inputs], &self.w)
+    }
+
+    /// A layer over w in 4 bits, and the case of what these decode to.
+    fn in_4_bits(&self, backend: &dyn Backend) -> (Linear, Self) {
+        let (w, dims) = (backend.upload(&self.w).unwrap(), [self.outputs, self.inputs]);
+        let q = Quantized::quantize(backend, w.view(), dims, Format::Nf4, 32, false).unwrap();
+        let mut values = backend.alloc(DType::F32, q.elements()).unwrap();
+        backend.dequantize_4bit(&q, values.view_mut()).unwrap();
+        let decoded = Self { w: backend.download(values.view()).unwrap(), ..self.clone() };
+        (Linear::new("m", 0, Weight::Frozen(Base::Quantized(Arc::new(q))), None).unwrap(), decoded)
     }
 
     fn lora(&self, backend: &dyn Backend, form: Form) -> Lora {
@@ -114,8 +124,6 @@ fn doras_gradients_by_input_and_magnitude_match_differences() {
 }
 
 fn layer_f64(backend: &Arc<dyn Backend>, w: &[f64; 12]) -> Linear {
-    use rankfold_adapters::Weight;
-    use rankfold_autograd::Base;
     let w = Tensor::constant(backend.upload(w).unwrap(), [3, 4]).unwrap();
     Linear::new("m", 0, Weight::Frozen(Base::Dense(w)), None).unwrap()
 }
@@ -186,14 +194,20 @@ proptest! {
         }
     }
 
-    /// Both take m/‖·‖ from the same kernels. Then as for LoRA: outputs differ by |g|·Σ_j |x_j| (r + 10)·u·M_oj.
+    /// Both take m/‖·‖ from the same kernels. Then as for LoRA: outputs differ by |g|·Σ_j |x_j| (r + 10)·u·M_oj. Over 4
+    /// bits W is what they decode to, and the merged base is in f32.
     #[test]
     fn the_merged_layer_computes_what_the_unmerged_one_does(
-        (form, case) in prop_oneof![Just(Form::Dora), Just(Form::AdaLora)]
-            .prop_flat_map(|form| (Just(form), cases(form)))
+        (form, case) in prop_oneof![Just(Form::Plain), Just(Form::Dora), Just(Form::AdaLora)]
+            .prop_flat_map(|form| (Just(form), cases(form))),
+        four_bits: bool
     ) {
         let backend = reference();
-        let (mut layer, lora) = (case.layer(backend.as_ref()), case.lora(backend.as_ref(), form));
+        let (mut layer, case) = match four_bits {
+            true => case.in_4_bits(backend.as_ref()),
+            false => (case.layer(backend.as_ref()), case),
+        };
+        let lora = case.lora(backend.as_ref(), form);
         layer.set_adapter(lora.clone()).unwrap();
         let unmerged = forward(&backend, &layer, &case.x);
         layer.merge(backend.as_ref()).unwrap();

@@ -83,8 +83,8 @@ fn modules_are_trained_whole_in_f32_and_come_back_and_unknown_ones_are_named() {
         train_modules(b.as_ref(), modules, &config(names), folder)
     };
     let mut values = [value(1.0), value(2.0)];
-    let message = train(&mut values, &["lm_head", "head"], None).unwrap_err().to_string();
-    assert_eq!(message, "'modules_to_save' has 'head', expected one of lm_head, norm");
+    let message = train(&mut values, &["lm_head", "tail"], None).unwrap_err().to_string();
+    assert_eq!(message, "'modules_to_save' has 'tail', expected one of lm_head, norm");
     assert!(values.iter().all(|value| value.parameter().is_none()));
     train(&mut values, &["lm_head"], None).unwrap();
     assert!(values[0].parameter().is_none());
@@ -101,4 +101,24 @@ fn modules_are_trained_whole_in_f32_and_come_back_and_unknown_ones_are_named() {
     assert_eq!(b.download::<f32>(others[1].tensor().view()).unwrap(), [2.0, 2.0]);
     let message = train(&mut others, &["norm"], Some(&opened)).unwrap_err().to_string();
     assert!(message.contains("no tensor 'base_model.model.a.norm.weight'"), "{message}");
+}
+
+/// What PEFT 0.21.2 saved of a model of these modules for each entry.
+#[test]
+fn an_entry_means_every_module_whose_path_ends_in_it_as_with_peft() {
+    let norms = ["layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"].map(|n| format!("model.{n}"));
+    let [embedding, head] = ["model.embed_tokens", "lm_head"].map(str::to_owned);
+    let all: Vec<String> = [&embedding].into_iter().chain(&norms).chain([&head]).cloned().collect();
+    for (names, expected) in [
+        (vec!["norm"], norms.to_vec()),
+        (vec!["layernorm"], norms[..2].to_vec()),
+        (vec!["model.norm"], norms[2..].to_vec()),
+        (vec!["head"], vec![head]),
+        (vec!["tokens", "norm"], [&[embedding], &norms[..]].concat()),
+    ] {
+        let modules_to_save = names.iter().map(|name| name.to_string()).collect();
+        let config = AdapterConfig { modules_to_save, ..config(Bias::None) };
+        let saved: Vec<String> = all.iter().filter(|path| config.saves(path)).cloned().collect();
+        assert_eq!(saved, expected, "{names:?}");
+    }
 }

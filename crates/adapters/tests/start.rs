@@ -4,12 +4,13 @@ mod common;
 
 use common::{UNIT, all, layer, matrix, reference};
 use proptest::prelude::*;
+use rankfold_adapters::algebra::Rack;
 use rankfold_adapters::loftq::loftq;
 use rankfold_adapters::{
-    AdapterConfig, AdapterFolder, Form, Forward, Init, Linear, LoraSpec, Names, Purpose, Targets, Weight,
+    AdapterConfig, AdapterFolder, Error, Form, Forward, Init, Linear, LoraSpec, Names, Part, Purpose, Targets, Weight,
     attach_folder, attach_loftq, attach_new, write_folder,
 };
-use rankfold_autograd::{Base, Tape, Tensor};
+use rankfold_autograd::{Base, Parameter, Tape, Tensor};
 use rankfold_backend::{Backend, Compute, DType, Format, Quantized, philox};
 use std::path::Path;
 use std::sync::Arc;
@@ -71,6 +72,19 @@ fn write(backend: &dyn Backend, folder: &Path, config: &AdapterConfig, layer: &L
     write_folder(backend, folder, config, [layer], Vec::new(), purpose).unwrap();
 }
 
+/// m and the length of W + s·B A of every row, with DoRA.
+fn factors(backend: &dyn Backend, layer: &Linear) -> Vec<[f64; 2]> {
+    let lora = layer.adapter().unwrap();
+    let Part::Magnitude(m) = lora.part() else { return Vec::new() };
+    let values = |p: &Parameter| backend.download::<f32>(p.tensor().view()).unwrap();
+    let (w, [a, b, m]) = (wide(backend, layer), [lora.a(), lora.b(), m].map(values));
+    let ([_, inputs], rank, scale) = (lora.dims(), lora.rank(), f64::from(lora.spec().scale()));
+    let product = |i: usize, k: usize| f64::from(b[i / inputs * rank + k]) * f64::from(a[k * inputs + i % inputs]);
+    let sum = |i: usize| w[i] + scale * (0..rank).map(|k| product(i, k)).sum::<f64>();
+    let length = |row: usize| (row * inputs..(row + 1) * inputs).map(|i| sum(i).powi(2)).sum::<f64>().sqrt();
+    m.iter().enumerate().map(|(row, m)| [f64::from(*m), length(row)]).collect()
+}
+
 fn bits(backend: &dyn Backend, layer: &Linear) -> Vec<Vec<u32>> {
     let of = |buffer: Vec<f32>| buffer.into_iter().map(f32::to_bits).collect();
     let lora = layer.adapter().unwrap();
@@ -127,15 +141,20 @@ proptest! {
 
     /// The trained layer is W₀ + s·B A with W₀ as above, the exchanged one W + s'·[B, −B₀]·[A; A₀]: the same but for
     /// W₀'s rounding, one of each output, and s' = s·(1 + 2u), of which √2 is why; M has both updates in it.
+    ///
+    /// With DoRA each is multiplied by m/n, n the length of its own row, which kernels form of sums in f32, (r + 4)·u·M
+    /// and (2r + 4)·u·M off: the two n are within d = ‖((4r + 17)·u + half)·M‖, so that m/n differs by ρ = d/(n − d) of
+    /// itself, and its own roundings and the output's are 8u at most. (A row of no length is what rounding made of it.)
     #[test]
     fn the_exchanged_folder_computes_what_the_trained_layer_does(
-        [outputs, inputs, rank] in dims(), (init, rslora, alpha) in starts(), stream: u64, by_pattern: bool
+        [outputs, inputs, rank] in dims(), (init, rslora, alpha) in starts(), stream: u64, by_pattern: bool, dora: bool
     ) {
         let (backend, folder) = (reference(), tempfile::tempdir().unwrap());
         for (dtype, half) in [(DType::F32, 0.0), (DType::Bf16, 2f64.powi(-8))] {
             let fresh = || stored(backend.as_ref(), [outputs, inputs], &numbers(stream, outputs * inputs), dtype);
             let (mut layer, mut other) = (fresh(), fresh());
-            let spec = LoraSpec { rslora, ..LoraSpec::new(rank, alpha) };
+            let form = if dora { Form::Dora } else { Form::Plain };
+            let spec = LoraSpec { rslora, form, ..LoraSpec::new(rank, alpha) };
             let begun = match by_pattern {
                 false => config(init, spec),
                 true => AdapterConfig {
@@ -154,14 +173,21 @@ proptest! {
             prop_assert!(lora.start().is_none() && lora.rank() == 2 * rank);
             let update = sizes(backend.as_ref(), lora);
             let (mine, theirs) = (forward(&backend, &layer, &x), forward(&backend, &other, &x));
+            let r = rank as f64;
+            let factors = factors(backend.as_ref(), &layer);
             for (i, (mine, theirs)) in mine.iter().zip(&theirs).enumerate() {
-                let size: f64 = (0..inputs)
-                    .map(|j| {
-                        let at = i % outputs * inputs + j;
-                        f64::from(x[i / outputs * inputs + j].abs()) * (w[at].abs() + update[at])
-                    })
-                    .sum();
-                let bound = ((rank as f64 + 9.0) * UNIT + half) * size * (1.0 + 1e-5);
+                let (row, token) = (i % outputs * inputs, i / outputs * inputs);
+                let mass = |j: usize| w[row + j].abs() + update[row + j];
+                let size: f64 = (0..inputs).map(|j| f64::from(x[token + j].abs()) * mass(j)).sum();
+                let mut bound = ((r + 9.0) * UNIT + half) * size * (1.0 + 1e-5);
+                if let Some([m, n]) = factors.get(i % outputs) {
+                    let length = (0..inputs).map(|j| mass(j).powi(2)).sum::<f64>().sqrt();
+                    let d = ((4.0 * r + 17.0) * UNIT + half) * length;
+                    if d > 0.5 * n {
+                        continue;
+                    }
+                    bound = m.abs() / n * (bound + (d / (n - d) + 8.0 * UNIT) * size * (1.0 + 2f64.powi(-7)));
+                }
                 let off = (f64::from(*mine) - f64::from(*theirs)).abs();
                 prop_assert!(off <= bound, "{init} in {dtype}: off by {off:e} of {bound:e}");
             }
@@ -252,6 +278,8 @@ fn starts_that_the_base_cannot_give_are_refused_and_change_nothing() {
         message.to_string()
     };
     let dense = || layer(b.as_ref(), "m", 0, dims, &w);
+    let none = loftq(b.as_ref(), "m", &w, dims, 32, LoraSpec::new(2, 2.0), 0).unwrap_err().to_string();
+    assert_eq!(none, "'loftq_iter' is 0, expected 1 or more");
     let loftq = Init::Loftq { iterations: 1 };
     for init in [Init::Pissa, Init::Olora] {
         let message = refuse(in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false), init, 2);
@@ -275,4 +303,32 @@ fn starts_that_the_base_cannot_give_are_refused_and_change_nothing() {
     let opened = AdapterFolder::open(folder.path()).unwrap();
     let message = attach_folder(b.as_ref(), &mut all(&mut layers), &opened, "llama").unwrap_err().to_string();
     assert!(message.contains("the base in 4 bits that LoftQ made"), "{message}");
+}
+
+/// W₀ without its adapter is nobody's base.
+#[test]
+fn an_adapter_that_took_a_part_of_the_base_stays_on_it() {
+    let b = reference();
+    for init in [Init::Pissa, Init::Olora] {
+        let mut layer = layer(b.as_ref(), "m", 0, [4, 3], &numbers(1, 12));
+        let config = config(init, LoraSpec::new(2, 2.0));
+        attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap();
+        let plain = layer.adapter().unwrap().start().unwrap().clone();
+        for merged in [false, true] {
+            if merged {
+                layer.merge(b.as_ref()).unwrap();
+            }
+            let before = matrix(b.as_ref(), &layer);
+            let refused = [
+                Rack::default().keep("a", &mut [&mut layer]).unwrap_err(),
+                layer.take_adapter().unwrap_err(),
+                layer.set_adapter(plain.clone()).unwrap_err(),
+                attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap_err(),
+            ];
+            assert!(refused.iter().all(|why| matches!(why, Error::PartialBase { .. })), "{refused:?}");
+            assert_eq!(matrix(b.as_ref(), &layer), before);
+        }
+        layer.unmerge();
+        assert!(layer.adapter().is_some_and(|lora| lora.start().is_some()));
+    }
 }

@@ -13,7 +13,7 @@ const PATHS: [&str; 5] = [
     "model.layers.0.self_attn.v_proj",
     "model.layers.1.self_attn.q_proj",
     "model.layers.1.self_attn.v_proj",
-    "lm_head",
+    "model.layers.1.mlp.up_proj",
 ];
 
 fn list(names: &[&str]) -> Names {
@@ -38,7 +38,7 @@ fn named(paths: &[&str], targets: Targets, architecture: &str) -> Result<Names, 
 fn a_list_names_whole_paths_or_their_last_parts() {
     let select = |names: &[&str]| selected(&PATHS, &list(names), None).unwrap();
     assert_eq!(select(&["q_proj"]), [0, 2]);
-    assert_eq!(select(&["self_attn.q_proj", "lm_head"]), [0, 2, 4]);
+    assert_eq!(select(&["self_attn.q_proj", "up_proj"]), [0, 2, 4]);
     assert_eq!(select(&["model.layers.1.self_attn.v_proj"]), [3]);
     assert_eq!(select(&["layers.1.self_attn.v_proj", "v_proj"]), [1, 3]);
 }
@@ -48,7 +48,7 @@ fn a_string_is_a_regular_expression_for_the_whole_path() {
     let select = |text: &str| selected(&PATHS, &pattern(text), None);
     assert_eq!(select(r".*\.(q|v)_proj").unwrap(), [0, 1, 2, 3]);
     assert_eq!(select(r"model\.layers\.0\..*").unwrap(), [0, 1]);
-    assert_eq!(select(r".*q_proj|lm_head").unwrap(), [0, 2, 4]);
+    assert_eq!(select(r".*q_proj|.*up_proj").unwrap(), [0, 2, 4]);
     assert!(matches!(select("q_proj"), Err(Error::NoMatch { .. })), "not the whole path");
     let message = select("(").unwrap_err().to_string();
     assert_eq!(message, "'target_modules': '(' is not a regular expression: unclosed group");
@@ -60,12 +60,21 @@ fn a_string_is_a_regular_expression_for_the_whole_path() {
 fn each_target_must_match() {
     let message = selected(&PATHS, &list(&["q_proj", "proj"]), None).unwrap_err().to_string();
     let expected = "target 'proj' matches no linear layer of the model, which has model.layers.0.self_attn.q_proj, \
-                    model.layers.0.self_attn.v_proj, lm_head and 2 more";
+                    model.layers.0.self_attn.v_proj, model.layers.1.mlp.up_proj and 2 more";
     assert_eq!(message, expected);
     for targets in [list(&["q_pro"]), list(&[""]), list(&["_proj"]), list(&[]), pattern("x")] {
         assert!(matches!(selected(&PATHS, &targets, None), Err(Error::NoMatch { .. })), "{targets}");
     }
     assert!(selected(&[], &list(&["a"]), None).unwrap_err().to_string().ends_with("which has none"));
+}
+
+#[test]
+fn an_adapter_of_the_embedding_or_the_head_is_refused_as_such() {
+    for target in ["lm_head", "embed_tokens", "model.embed_tokens"] {
+        let message = selected(&PATHS, &list(&["q_proj", target]), None).unwrap_err().to_string();
+        let why = "is the model's embedding or head: not supported yet, expected layers of its blocks";
+        assert_eq!(message, format!("target '{target}' {why}"));
+    }
 }
 
 #[test]
@@ -80,19 +89,16 @@ fn exclusions_beat_targets_and_may_not_leave_nothing() {
 }
 
 #[test]
-fn all_linear_in_any_case_is_every_layer_but_the_head() {
+fn all_linear_in_any_case_is_every_layer_of_the_blocks() {
     for text in ["all-linear", "ALL-LINEAR", "All-Linear"] {
         assert_eq!(Targets::parse(text), Targets::AllLinear);
         let json = format!(r#"{{"peft_type": "LORA", "target_modules": "{text}"}}"#);
         assert_eq!(AdapterConfig::from_json(&json).unwrap().targets, Targets::AllLinear);
     }
-    assert_eq!(named(&PATHS, Targets::AllLinear, "any").unwrap(), list(&["q_proj", "v_proj"]));
-    // Where a last part would name the head too, whole paths.
-    let paths = ["a.lm_head", "b.x", "lm_head"];
-    let names = named(&paths, Targets::AllLinear, "any").unwrap();
-    assert_eq!(names, list(&["a.lm_head", "b.x"]));
-    assert_eq!(selected(&paths, &names, None).unwrap(), [0, 1]);
-    assert!(matches!(named(&["lm_head"], Targets::AllLinear, "any"), Err(Error::NoMatch { .. })));
+    let names = named(&PATHS, Targets::AllLinear, "any").unwrap();
+    assert_eq!(names, list(&["q_proj", "v_proj", "up_proj"]));
+    assert_eq!(selected(&PATHS, &names, None).unwrap(), [0, 1, 2, 3, 4]);
+    assert!(matches!(named(&[], Targets::AllLinear, "any"), Err(Error::NoMatch { .. })));
 }
 
 #[test]
@@ -137,7 +143,7 @@ fn patterns_override_rank_and_alpha_by_layer_and_unused_ones_are_told() {
     let config = AdapterConfig {
         spec: LoraSpec { rslora: true, dropout: 0.1, ..LoraSpec::new(8, 16.0) },
         targets: Targets::Named(list(&["q_proj", "v_proj"])),
-        exclude: Some(list(&["lm_head", "norm"])),
+        exclude: Some(list(&["up_proj", "norm"])),
         rank_pattern: vec![("layers.0.self_attn.q_proj".into(), 2), ("o_proj".into(), 3)],
         alpha_pattern: vec![("v_proj".into(), 1.5), ("lm_head".into(), 2.0)],
         ..AdapterConfig::default()

@@ -38,6 +38,7 @@ fn ranges(o: &Options) -> Result<()> {
     number("lr", o.lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
     number("clip", o.clip, |x| x >= 0.0, "0 or more")?;
     number("weight-decay", o.weight_decay, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
+    number("diff-gate-lr", o.diff_gate_lr, |x| x > 0.0 && x.is_finite(), "a positive number")?;
     number("diff-penalty", o.diff_penalty, |x| x >= 0.0 && x.is_finite(), "0 or more")?;
     number("beta2", o.beta2, |x| (0.0..1.0).contains(&x), "at least 0 and below 1")?;
     match (o.warmup, o.steps) {
@@ -88,6 +89,7 @@ fn conflicts(o: &Options) -> Result<()> {
         ("alpha-pattern", o.alpha_pattern.is_some()),
         ("init", o.init.is_some_and(|init| init != Start::Kaiming)),
     ];
+    let gates = [("diff-gate-lr", o.diff_gate_lr.is_some())];
     let adalora = [
         ("adalora-prune", o.adalora_prune.is_some()),
         ("adalora-target", o.adalora_target.is_some()),
@@ -118,6 +120,8 @@ fn conflicts(o: &Options) -> Result<()> {
     beside(o.init_adapter.is_some(), "--init-adapter", &adalora[1..], its_own)?;
     let no_adalora = o.init_adapter.is_none() && o.method != Some(Method::Adalora);
     beside(no_adalora, "no --method adalora", &adalora, "it is AdaLoRA's, expected none")?;
+    let no_diff = o.init_adapter.is_none() && o.method != Some(Method::Diff);
+    beside(no_diff, "no --method diff", &gates, "it is diff pruning's, expected none")?;
     let adaloras = o.method == Some(Method::Adalora);
     beside(adaloras, "--method adalora", &no_adaloras, "AdaLoRA gives ranks and begins by itself, expected none")?;
     beside(!loftq, "no --init loftq", &[("loftq-iter", o.loftq_iter.is_some())], "it is LoftQ's, expected none")?;
@@ -167,6 +171,7 @@ mod tests {
             ("method = 'prompt'\nprefix-projection = true", ["--prefix-projection", "a method"]),
             ("init-adapter = 'a'\nbottleneck = 3", ["--bottleneck", "--init-adapter"]),
             ("virtual-tokens = 3", ["--virtual-tokens", "a method"]),
+            ("method = 'ia3'\ndiff-gate-lr = 0.5", ["--diff-gate-lr", "--method diff"]),
             ("method = 'full'\nquantize = 'nf4'", ["--quantize", "--method full"]),
             ("page-folder = '/tmp'", ["--page-folder", "--memory-limit"]),
             ("page-io = 'direct'\noptimizer = 'adamw8bit'", ["--page-io", "paged optimiser"]),
@@ -199,6 +204,7 @@ mod tests {
             "lora-plus = 0.0",
             "init = 'loftq'\nloftq-iter = 0",
             "diff-penalty = -1.0",
+            "diff-gate-lr = 0.0",
             "bottleneck = 0",
             "virtual-tokens = 0",
             "batch = 1000000000000",

@@ -4,6 +4,7 @@ use crate::builtin;
 use crate::choices::Quantize;
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
+use crate::folder;
 use crate::options::Options;
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
@@ -13,7 +14,7 @@ use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
 use rankfold_trainer::plan::Stored;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 /// The name of the embedded model.
@@ -218,8 +219,7 @@ impl ModelArgs {
 /// `name` is the model's: a base of another name is warned of.
 pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<PeftConfig> {
     let config = attach(model, &PeftConfig::open(adapter)?, Values::Saved(adapter))?;
-    let last = |path: &str| path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_owned();
-    if let Some(base) = config.base_model().filter(|base| last(base) != last(name)) {
+    if let Some(base) = config.base_model().filter(|base| !is_the_same(base, name)) {
         tracing::warn!("{}: the adapter was made for '{base}', and the model is '{name}'", adapter.display());
     }
     Ok(config)
@@ -228,6 +228,14 @@ pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<Pef
 /// Whether an adapter is low-rank updates of the base as it is, and nothing else: what sums and plain adapters are of.
 pub fn is_updates_alone(config: &PeftConfig) -> bool {
     config.lora().is_some_and(|lora| !lora.init.changes_the_base() && !lora.trains_the_base())
+}
+
+/// Whether two models' names may mean one model: by their last parts, and, where these are LoftQ's, by those before
+/// them, as far as both have any.
+fn is_the_same(one: &str, other: &str) -> bool {
+    let parts = |name| Path::new(name).components().rev().filter(|part| matches!(part, Component::Normal(_)));
+    let compared = if parts(one).next() == Some(Component::Normal(folder::BASE.as_ref())) { 2 } else { 1 };
+    parts(one).zip(parts(other)).take(compared).all(|(one, other)| one == other)
 }
 
 /// Put the sum of saved adapters onto a model, each times its weight.
@@ -244,7 +252,7 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
             let why = "no sum can be made with it: expected LoRA or AdaLoRA that leave the base as it is";
             return Err(Error::Path { path: adapter.clone(), why: why.into() });
         }
-        rack.keep(name, &mut model.linears_mut());
+        rack.keep(name, &mut model.linears_mut())?;
     }
     let weights = weights.iter().copied().chain(std::iter::repeat(1.0));
     let parts: Vec<(f64, &str)> = weights.zip(names.iter().map(String::as_str)).collect();
@@ -273,4 +281,23 @@ fn warned(attached: AttachedPeft) -> PeftConfig {
         tracing::warn!("{warning}");
     }
     attached.config
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_are_told_apart_by_their_last_parts_and_loftqs_bases_by_their_runs() {
+        for (one, other, same) in [
+            ("meta/llama", "/models/llama/", true),
+            ("meta/llama", "meta/mistral", false),
+            ("runs/001/base", "/data/runs/001/base", true),
+            ("runs/001/base", "runs/002/base", false),
+            ("runs/001/base", "./base", true),
+            ("runs/001/base", "runs/001/lora", false),
+        ] {
+            assert_eq!((is_the_same(one, other), is_the_same(other, one)), (same, same), "{one} and {other}");
+        }
+    }
 }

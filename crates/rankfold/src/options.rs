@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::open::{BLOCK, BUILTIN};
 use crate::size::Size;
 use clap::Args;
-use rankfold_adapters::adalora;
+use rankfold_adapters::{adalora, diff};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -151,6 +151,10 @@ pub struct Options {
     #[arg(long, value_name = "X")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diff_penalty: Option<f64>,
+    /// Diff: the gates' learning rate where --lr is that of all else [default: 0.1].
+    #[arg(long, value_name = "X")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub diff_gate_lr: Option<f64>,
     /// Start from this PEFT adapter; the method and its hyper-parameters are the folder's.
     #[arg(long, value_name = "DIR")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -334,6 +338,7 @@ impl Options {
             virtual_tokens: is(&[Method::Prompt, Method::Prefix]).then_some(20),
             prefix_projection: is(&[Method::Prefix]).then_some(false),
             diff_penalty: is(&[Method::Diff]).then_some(50.0),
+            diff_gate_lr: is(&[Method::Diff]).then_some(diff::RATE),
             adalora_prune: adalora.then_some(Prune::Shrink),
             adalora_target: adalora.then_some((rank / 2).max(1)),
             adalora_tinit: adalora.then_some(steps / 10),

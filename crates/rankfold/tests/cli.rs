@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, loss, refuse, succeed};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -99,10 +99,7 @@ fn a_run_learns_and_its_adapter_is_used_by_every_command() {
     let place = Place::new();
     let (out, base) = (place.text("run"), place.base());
     succeed(&run(&out, &["--steps", "30", "--lr", "3e-3", "--rank", "4", "--targets", "q_proj,v_proj"]));
-    let tokens = |args: &[&str]| -> f64 {
-        let text = succeed(&[&["eval", "--seq", "64"], args].concat());
-        text.strip_prefix("loss ").unwrap().split(' ').next().unwrap().parse().unwrap()
-    };
+    let tokens = |args: &[&str]| loss(&[&["eval", "--seq", "64"], args].concat());
     let data = place.file("held.txt", "The LORD is my light and my salvation; whom shall I fear?\n".repeat(20));
     let plain = tokens(&["--model", &base, "--data", &data]);
     let adapted = tokens(&["--model", &base, "--data", &data, "--adapter", &out]);

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, progress, refuse, succeed};
+use common::{Place, both, refuse, succeed};
 use rankfold_files::Checkpoint;
 use std::path::Path;
 
@@ -40,8 +40,7 @@ impl Small {
 
     /// The loss of a model on the batch.
     fn loss(&self, args: &[&str]) -> f64 {
-        let said = succeed(&[&["eval", "--compute", "f32", "--tokens", &self.tokens], args].concat());
-        said.strip_prefix("loss ").unwrap().split(' ').next().unwrap().parse().unwrap()
+        common::loss(&[&["eval", "--compute", "f32", "--tokens", &self.tokens], args].concat())
     }
 }
 
@@ -66,7 +65,8 @@ fn finish_again(folder: &str) -> String {
     for product in ["adapter_model.safetensors", "adapter_config.json"] {
         std::fs::remove_file(Path::new(folder).join(product)).unwrap();
     }
-    progress(&["train", "--out", folder, "--resume", "--threads", "3"])
+    let [_, said] = both(&["train", "--out", folder, "--resume", "--threads", "3"]);
+    said
 }
 
 #[test]
@@ -124,6 +124,20 @@ fn a_loftq_run_keeps_its_base_begins_nearer_to_the_dense_one_and_goes_on_with_th
 }
 
 #[test]
+fn a_base_that_an_adapter_was_not_made_for_is_warned_of() {
+    let small = Small::new(MODEL);
+    let [one, other] = ["one", "other"].map(|out| small.train(out, &["--init", "loftq", "--rank", "4"]));
+    let plain = small.train("plain", &["--rank", "4"]);
+    let warned = |model: &str, adapter: &str| {
+        let eval = ["eval", "--tokens", &small.tokens, "--model", model, "--adapter", adapter];
+        both(&eval)[1].contains("the adapter was made for")
+    };
+    let [ones, others] = [&one, &other].map(|run| format!("{run}/base"));
+    assert!(!warned(&ones, &one) && warned(&others, &one), "each LoftQ base is its own run's");
+    assert!(!warned(&small.model, &plain) && warned(&ones, &plain));
+}
+
+#[test]
 fn lora_plus_of_1_changes_nothing_and_another_is_kept_by_a_resumed_run() {
     let small = Small::new(MODEL);
     let plain = small.train("plain", &[]);
@@ -169,7 +183,7 @@ fn patterns_biases_and_saved_modules_are_written_counted_and_used() {
     assert_eq!(parameters["trained"], elements);
     // The run says the same share: what is trained of the base is not counted twice.
     let all = parameters["frozen"].as_u64().unwrap() as usize + elements;
-    let said = progress(&[&small.args(&small.place.text("again"))[..], &flags, &beside].concat());
+    let [_, said] = both(&[&small.args(&small.place.text("again"))[..], &flags, &beside].concat());
     let share = format!("({:.2} %)", 100.0 * elements as f64 / all as f64);
     assert!(said.lines().any(|line| line.starts_with("training ") && line.ends_with(&share)), "{share}: {said}");
 

@@ -13,8 +13,7 @@ fn adapter(place: &Place, base: &str, name: &str, seed: &str) -> String {
 }
 
 fn loss(args: &[&str]) -> f64 {
-    let text = succeed(&[&["eval", "--seq", "32"], args].concat());
-    text.strip_prefix("loss ").unwrap().split(' ').next().unwrap().parse().unwrap()
+    common::loss(&[&["eval", "--seq", "32"], args].concat())
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, loss, refuse, succeed};
 use rankfold_files::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
@@ -16,10 +16,6 @@ fn bytes(folder: &Path) -> Vec<u8> {
 
 fn names(file: &Path) -> Vec<String> {
     Checkpoint::open(file).unwrap().names().map(str::to_owned).collect()
-}
-
-fn loss(said: &str) -> f64 {
-    said.strip_prefix("loss ").unwrap().split([' ', ';']).next().unwrap().parse().unwrap()
 }
 
 fn losses(run: &Path) -> [f64; 2] {
@@ -44,9 +40,8 @@ fn round_trip(method: &str, more: &[&str]) -> Place {
     // It learns, and what is saved is what was measured: the six digits that are printed.
     let [first, last] = losses(&run);
     assert!(last < first, "{method}: {last} is not below {first}");
-    let evaluate = |adapter: &str| {
-        loss(&succeed(&["eval", "--model", &base, "--adapter", adapter, "--data", &held, "--seq", "32"]))
-    };
+    let evaluate =
+        |adapter: &str| loss(&["eval", "--model", &base, "--adapter", adapter, "--data", &held, "--seq", "32"]);
     assert!((evaluate(&out) - last).abs() <= 1e-6, "{method}: {} after {last}", evaluate(&out));
 
     // From its checkpoint, the last steps again.
@@ -75,7 +70,7 @@ fn round_trip(method: &str, more: &[&str]) -> Place {
     let tokens = place.tokens([2, 9]);
     let (logits, grads) = (place.text("logits.safetensors"), place.text("grads.safetensors"));
     let with = |command: &str, file: &str| {
-        loss(&succeed(&[command, "--model", &base, "--adapter", &checkpoint, "--tokens", &tokens, "--out", file]))
+        loss(&[command, "--model", &base, "--adapter", &checkpoint, "--tokens", &tokens, "--out", file])
     };
     assert!(with("logits", &logits).is_finite() && with("grads", &grads).is_finite());
     let mut expected = names(&place.path("run/checkpoints/step-000010/adapter_model.safetensors"));
@@ -92,7 +87,7 @@ fn merges(place: &Place) {
         (place.text("base"), place.text("run"), place.text("merged"), place.text("held.txt"));
     succeed(&["merge", "--model", &base, "--adapter", &out, "--out", &merged]);
     let [first, last] = losses(&place.path("run"));
-    let in_one = loss(&succeed(&["eval", "--model", &merged, "--data", &held, "--seq", "32"]));
+    let in_one = loss(&["eval", "--model", &merged, "--data", &held, "--seq", "32"]);
     assert!((in_one - last).abs() < 0.2 * (first - last), "{in_one} is not near {last}");
 }
 
@@ -153,13 +148,39 @@ fn diff_goes_all_the_way_and_says_how_sparse_it_is() {
     merges(&place);
     let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let sparsity: Vec<f64> = lines.filter_map(|line| line["expected_sparsity"].as_f64()).collect();
+    let figures: Vec<[Option<f64>; 2]> =
+        lines.map(|line| ["expected_sparsity", "sparsity"].map(|name| line[name].as_f64())).collect();
+    let [sparsity, closed] = [0, 1].map(|i| figures.iter().filter_map(|of| of[i]).collect::<Vec<f64>>());
     // σ(−1) before the first step, to the five digits that are given; then a penalty above what the data say, so that
     // every step closes gates.
     assert!(sparsity.len() == 12 && (sparsity[0] - 0.26894).abs() < 5e-6, "{sparsity:?}");
     assert!(sparsity.windows(2).all(|pair| pair[1] > pair[0]), "{sparsity:?}");
+    assert!(closed.len() == 12 && closed[0] == 0.0, "{closed:?}");
     let names = names(&place.path("run/adapter_model.safetensors"));
     assert!(!names.is_empty() && names.iter().all(|name| name.ends_with(".diff")));
+}
+
+/// As many steps as by default, at the built-in model's rates: those of all else sum to 0.6, and a gate has 1 to go. (The
+/// penalty is one that what so small a model learns can pay.)
+#[test]
+fn diff_closes_gates_in_a_run_of_the_default_length() {
+    let place = Place::new();
+    let config = r#"{"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64, "rms_norm_eps": 1e-6,
+        "rope_theta": 10000, "dtype": "float32", "tie_word_embeddings": false}"#;
+    let ([model, tokens], out) = (place.model(config, [2, 16]), place.text("run"));
+    let rates = ["--lr", "6e-3", "--diff-penalty", "0.1"];
+    succeed(
+        &[&["train", "--method", "diff", "--model", &model, "--tokens", &tokens, "--out", &out], &rates[..]].concat(),
+    );
+    let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let told = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["sparsity"].as_f64());
+    let told: Vec<f64> = told.collect();
+    let file = Checkpoint::open(&place.path("run/adapter_model.safetensors")).unwrap();
+    let values: Vec<f32> = file.names().flat_map(|name| file.read_f32(name).unwrap()).collect();
+    let zeros = values.iter().filter(|value| **value == 0.0).count();
+    assert!(told.len() == 200 && told[0] == 0.0 && told[199] > 0.0, "{told:?}");
+    assert!(zeros > 0 && zeros < values.len(), "{zeros} of {}", values.len());
 }
 
 #[test]

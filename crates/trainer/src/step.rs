@@ -12,6 +12,7 @@ use crate::schedule::Schedule;
 use crate::traffic::Traffic;
 use crate::{Error, Result};
 use rankfold_adapters::adalora::{Allocation, Allocator};
+use rankfold_adapters::diff::closed_share;
 use rankfold_adapters::{DropoutKey, Forward};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::Compute;
@@ -105,6 +106,9 @@ pub struct StepMetrics {
     /// With diff pruning: the expected share of elements that stay as they were, before the step's update.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_sparsity: Option<f64>,
+    /// The share of them whose gates are closed: what a folder that was written now would have of zeros.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f64>,
 }
 
 /// AdaLoRA's budget after a step.
@@ -129,6 +133,7 @@ pub struct Pending {
     loss: f64,
     grad_norm: f64,
     changed: Option<f64>,
+    closed: Option<f64>,
     tokens: usize,
     seconds: f64,
 }
@@ -164,6 +169,7 @@ pub fn gradients(
         tape.backward_from_loss(&root, &mut gradients)?;
     }
     let Added { value, changed } = recipe.terms.add_to(backend, model.linears(), &mut gradients)?;
+    let closed = changed.map_or(Ok(None), |_| closed_share(backend.as_ref(), model.linears()))?;
     loss += value;
     if !loss.is_finite() {
         return Err(Error::NotFinite { step, what: "loss", value: loss });
@@ -172,7 +178,7 @@ pub fn gradients(
     if !grad_norm.is_finite() {
         return Err(Error::NotFinite { step, what: "gradient's norm", value: grad_norm });
     }
-    Ok(Pending { step, gradients, loss, grad_norm, changed, tokens, seconds: begun.elapsed().as_secs_f64() })
+    Ok(Pending { step, gradients, loss, grad_norm, changed, closed, tokens, seconds: begun.elapsed().as_secs_f64() })
 }
 
 impl Pending {
@@ -183,7 +189,7 @@ impl Pending {
         optimizer: &mut AdamW,
         allocator: Option<(&mut Allocator, &mut Model)>,
     ) -> Result<StepMetrics> {
-        let Self { step, gradients, loss, grad_norm, changed, tokens, seconds } = self;
+        let Self { step, gradients, loss, grad_norm, changed, closed: sparsity, tokens, seconds } = self;
         let begun = Instant::now();
         let (lr, scale) = (recipe.schedule.at(step), clip_scale(grad_norm, recipe.clip));
         optimizer.update(&gradients, lr, scale)?;
@@ -209,6 +215,7 @@ impl Pending {
             traffic,
             spent,
             expected_sparsity,
+            sparsity,
         })
     }
 }

@@ -1,7 +1,9 @@
 //! AdaLoRA over whole runs: what shrinking changes and what it does not, stopping and going on, and training on.
 
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune, orthogonality};
-use rankfold_adapters::{AdapterConfig, AdapterFolder, Form, LoraSpec, PeftConfig, Targets, attach_folder, attach_new};
+use rankfold_adapters::{
+    AdapterConfig, AdapterFolder, Form, LoraSpec, Names, PeftConfig, Targets, attach_folder, attach_new,
+};
 use rankfold_autograd::Tape;
 use rankfold_backend::Backend;
 use rankfold_cpu::CpuBackend;
@@ -34,11 +36,19 @@ fn config(target_rank: usize) -> AdapterConfig {
     }
 }
 
+/// One whose masks fall at every step up to the 28th, so that triplets go before the last choice.
+fn long(target_rank: usize) -> AdapterConfig {
+    let mut config = config(target_rank);
+    config.adalora = config.adalora.map(|adalora| AdaLora { tinit: 0, tfinal: 2, delta_t: 1, ..adalora });
+    config
+}
+
 struct Training {
     model: Model,
     config: PeftConfig,
     optimizer: AdamW,
-    allocator: Allocator,
+    /// None for a run that spends no budget.
+    allocator: Option<Allocator>,
     batches: Batches,
 }
 
@@ -72,7 +82,7 @@ impl Training {
         let adalora = config.adalora.as_ref().unwrap();
         let allocator = Allocator::new(model.backend().as_ref(), adalora, prune, STEPS, model.linears()).unwrap();
         let config = config.into();
-        Self { model, config, optimizer, allocator, batches: Batches::Fixed(batch) }
+        Self { model, config, optimizer, allocator: Some(allocator), batches: Batches::Fixed(batch) }
     }
 
     /// Steps up to `last`.
@@ -84,9 +94,9 @@ impl Training {
         let step = |t| {
             let pending = gradients(&self.model, &mut self.batches, &recipe, &self.optimizer, t).unwrap();
             let term = terms.orthogonality.unwrap().weight * self.model_term();
-            let spender = Some((&mut self.allocator, &mut self.model));
+            let spender = self.allocator.as_mut().map(|allocator| (allocator, &mut self.model));
             let done = pending.apply(&recipe, &mut self.optimizer, spender).unwrap();
-            let Spent { budget, ranks } = done.spent.unwrap();
+            let Spent { budget, ranks } = done.spent.unwrap_or(Spent { budget: 0, ranks: Vec::new() });
             Step { loss: done.loss - term, term, spent: ranks, budget }
         };
         (first..=last).map(step).collect()
@@ -121,35 +131,56 @@ impl Training {
     fn save(&self, folder: &Path) {
         let product = Product { model: &self.model, kind: self.kind() };
         let step = self.optimizer.step as usize;
-        Checkpoints::of(folder).save(step, product, &self.optimizer, Some(&self.allocator), 1).unwrap();
+        Checkpoints::of(folder).save(step, product, &self.optimizer, self.allocator.as_ref(), 1).unwrap();
     }
 
     fn restore(&mut self, folder: &Path) -> usize {
         let kind = Kind::Adapter(&self.config);
-        Checkpoints::of(folder).restore(&mut self.model, kind, &mut self.optimizer, Some(&mut self.allocator)).unwrap()
+        Checkpoints::of(folder).restore(&mut self.model, kind, &mut self.optimizer, self.allocator.as_mut()).unwrap()
     }
 }
 
 #[test]
-fn a_target_of_the_first_rank_masks_nothing() {
-    let mut training = Training::new(&config(6), Prune::Mask, Moments::F32);
-    let steps = training.go_on(STEPS);
-    let first = training.model.linears().count() * 6;
+fn a_target_of_the_first_rank_is_the_run_without_a_budget_to_the_bit() {
+    let [mut whole, mut free] = [(); 2].map(|()| Training::new(&config(6), Prune::Mask, Moments::F32));
+    free.allocator = None;
+    let (steps, free_steps) = (whole.go_on(STEPS), free.go_on(STEPS));
+    let first = whole.model.linears().count() * 6;
     assert!(steps.iter().all(|step| step.budget == first && step.spent.iter().all(|(_, rank)| *rank == 6)));
+    assert!(steps.iter().zip(&free_steps).all(|(a, b)| (a.loss, a.term) == (b.loss, b.term)));
+    assert_eq!(whole.bits(), free.bits());
 }
 
+/// No two scores are equal here, so that no budget is left over.
 #[test]
-fn the_budget_is_never_passed_where_a_mask_falls_and_stands_at_the_end() {
+fn the_budget_is_spent_whole_where_a_mask_falls_and_stands_at_the_end() {
     let mut training = Training::new(&config(2), Prune::Mask, Moments::F32);
     let steps = training.go_on(STEPS);
     for (t, step) in (1..).zip(&steps) {
         let kept: usize = step.spent.iter().map(|(_, rank)| rank).sum();
         if t > 22 || (t > 4 && t % 2 == 0) {
-            assert!(kept <= step.budget, "after step {t}: {kept} of {}", step.budget);
+            assert_eq!(kept, step.budget, "after step {t}");
         }
     }
+    assert_eq!(steps[STEPS - 1].budget, 2 * training.model.linears().count());
     let last = |step: &Step| step.spent.clone();
     assert!(steps[21..].iter().all(|step| last(step) == last(&steps[21])));
+}
+
+#[test]
+fn a_single_layer_has_the_whole_budget() {
+    let path = "model.layers.0.self_attn.q_proj".to_owned();
+    let targets = Targets::Named(Names::List([path.clone()].into()));
+    for prune in [Prune::Mask, Prune::Shrink] {
+        let mut training = Training::new(&AdapterConfig { targets: targets.clone(), ..config(2) }, prune, Moments::F32);
+        let steps = training.go_on(STEPS);
+        for (t, step) in (1..).zip(&steps) {
+            if t > 22 || t % 2 == 0 {
+                assert_eq!(step.spent, [(path.clone(), step.budget)], "after step {t}");
+            }
+        }
+        assert_eq!((steps[3].budget, steps[STEPS - 1].budget), (6, 2));
+    }
 }
 
 /// Until triplets go before the last choice, shrinking is masking, to the bit; here 18 steps lie between the first mask
@@ -174,13 +205,7 @@ fn shrinking_is_masking_until_the_choice_is_final_and_then_only_the_term_departs
 
 #[test]
 fn a_triplet_that_is_masked_long_enough_goes_before_the_last_choice() {
-    let long = |tfinal| {
-        let mut config = config(1);
-        let adalora = AdaLora { tinit: 0, tfinal, delta_t: 1, ..config.adalora.unwrap() };
-        config.adalora = Some(adalora);
-        config
-    };
-    let mut training = Training::new(&long(2), Prune::Shrink, Moments::F32);
+    let mut training = Training::new(&long(1), Prune::Shrink, Moments::F32);
     training.go_on(19);
     let before = training.elements();
     training.go_on(27);
@@ -189,17 +214,22 @@ fn a_triplet_that_is_masked_long_enough_goes_before_the_last_choice() {
 
 #[test]
 fn a_run_stopped_anywhere_goes_on_to_the_bits_of_one_that_was_not() {
-    for (prune, moments) in
-        [(Prune::Mask, Moments::F32), (Prune::Shrink, Moments::F32), (Prune::Shrink, Moments::Blockwise8)]
-    {
-        let mut whole = Training::new(&config(2), prune, moments);
+    for (config, prune, moments) in [
+        (config(2), Prune::Mask, Moments::F32),
+        (config(2), Prune::Shrink, Moments::F32),
+        (config(2), Prune::Shrink, Moments::Blockwise8),
+        // Triplets go at any step from the 20th on: before the stop, and after it by masks from before it.
+        (long(1), Prune::Shrink, Moments::F32),
+        (long(1), Prune::Shrink, Moments::Blockwise8),
+    ] {
+        let mut whole = Training::new(&config, prune, moments);
         let steps = whole.go_on(STEPS);
-        for stop in [3, 11, 22, 26] {
+        for stop in [3, 11, 19, 22, 26] {
             let folder = tempfile::tempdir().unwrap();
-            let mut first = Training::new(&config(2), prune, moments);
+            let mut first = Training::new(&config, prune, moments);
             first.go_on(stop);
             first.save(folder.path());
-            let mut second = Training::new(&config(2), prune, moments);
+            let mut second = Training::new(&config, prune, moments);
             assert_eq!(second.restore(folder.path()), stop);
             assert_eq!(second.go_on(STEPS), steps[stop..], "{prune:?} in {moments}, stopped after {stop}");
             assert_eq!(second.bits(), whole.bits());
@@ -212,7 +242,7 @@ fn a_finished_pruned_adapter_is_trained_on() {
     let mut training = Training::new(&config(2), Prune::Mask, Moments::F32);
     let steps = training.go_on(STEPS);
     let backend = training.model.backend().clone();
-    training.allocator.finish(backend.as_ref(), &mut training.model.linears_mut()).unwrap();
+    training.allocator.as_mut().unwrap().finish(backend.as_ref(), &mut training.model.linears_mut()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     Product { model: &training.model, kind: training.kind() }.save(folder.path(), false).unwrap();
 

@@ -207,6 +207,11 @@ fn golden_qlora_nf4_dq_trajectory() {
 }
 
 #[test]
+fn golden_qlora_fp4_dq_trajectory() {
+    follow("qlora_fp4_dq");
+}
+
+#[test]
 fn golden_qlora_nf4_trajectory() {
     follow("qlora_nf4");
 }

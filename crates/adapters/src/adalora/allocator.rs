@@ -31,7 +31,7 @@ const FACTORS: [(&str, Triplets); 3] = [("A", Triplets::Rows), ("B", Triplets::C
 
 /// Steps after which less than a twentieth is left of a sensitivity that decays by β1 a step: 19 for 0.85.
 fn patience(beta1: f64) -> usize {
-    if beta1 <= 0.0 { 1 } else { (0.05f64.ln() / beta1.ln()).ceil() as usize }
+    (0.05f64.ln() / beta1.ln()).ceil() as usize
 }
 
 /// Spends the budget of a run.
@@ -69,6 +69,19 @@ struct Triplet {
     since: usize,
 }
 
+impl Triplet {
+    /// A mask of step `t`, which hits it or does not.
+    fn mask(&mut self, t: usize, is_hit: bool) {
+        self.since = if self.masks == 0 { t } else { self.since };
+        self.masks = if is_hit { self.masks + 1 } else { 0 };
+    }
+
+    /// Whether, after step `t`, masks have hit it without a break for as long as it is given to recover.
+    fn is_forgotten(&self, t: usize, patience: usize) -> bool {
+        self.masks >= LEAST_MASKS && t.saturating_sub(self.since) >= patience
+    }
+}
+
 /// What a checkpoint keeps of an [`Allocator`] beside its [tensors](Allocator::tensors).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AllocatorRecord {
@@ -92,7 +105,7 @@ impl Allocator {
     ///
     /// Layers from which triplets were cut make the choice final: it is an earlier run's.
     ///
-    /// Errors: no layer with triplets; a schedule without a step between its phases.
+    /// Errors: no layer with triplets.
     pub fn new<'a>(
         backend: &dyn Backend,
         config: &AdaLora,
@@ -114,16 +127,19 @@ impl Allocator {
         }
         if is_final {
             modules.iter_mut().for_each(|module| module.sensitivities.clear());
-        } else {
-            config.check_total(total)?;
         }
         let ends = [first, config.target_rank * modules.len()];
         Ok(Self { config: config.clone(), prune, total, ends, modules, is_final })
     }
 
+    /// The step of the last choice, where it is not made yet: a run that ends before it ends over budget.
+    pub fn last_choice(&self) -> Option<usize> {
+        (!self.is_final).then(|| self.total.saturating_sub(self.config.tfinal))
+    }
+
     /// What is due after step `t`, whose update is done and whose gradients were multiplied by `grad_scale`.
     ///
-    /// `layers` are those that it was made for. Errors: others.
+    /// `layers` are those that it was made for. Errors: others; a schedule that [`AdaLora::check_total`] refuses.
     pub fn after_step(
         &mut self,
         backend: &dyn Backend,
@@ -139,6 +155,7 @@ impl Allocator {
         if self.is_final {
             done.budget = self.modules.iter().flat_map(|module| &module.triplets).filter(|t| t.masks == 0).count();
         } else {
+            self.config.check_total(self.total)?;
             if t < last {
                 self.score(backend, gradients, grad_scale, &layers)?;
             }
@@ -154,10 +171,7 @@ impl Allocator {
         }
         if self.prune == Prune::Shrink && (masks || self.is_final) {
             let (is_final, patience) = (self.is_final, patience(self.config.beta1));
-            let goes = |triplet: &Triplet| match is_final {
-                true => triplet.masks > 0,
-                false => triplet.masks >= LEAST_MASKS && t.saturating_sub(triplet.since) >= patience,
-            };
+            let goes = |triplet: &Triplet| if is_final { triplet.masks > 0 } else { triplet.is_forgotten(t, patience) };
             done.cuts = self.cut(backend, &mut layers, goes)?;
         }
         if self.is_final {
@@ -227,13 +241,7 @@ impl Allocator {
         let hit = scores.len().saturating_sub(budget);
         let threshold = (hit > 0).then(|| *scores.select_nth_unstable_by(hit - 1, f64::total_cmp).1);
         for triplet in self.modules.iter_mut().flat_map(|module| &mut module.triplets) {
-            match threshold {
-                Some(threshold) if triplet.score <= threshold => {
-                    triplet.since = if triplet.masks == 0 { t } else { triplet.since };
-                    triplet.masks += 1;
-                }
-                _ => triplet.masks = 0,
-            }
+            triplet.mask(t, threshold.is_some_and(|threshold| triplet.score <= threshold));
         }
     }
 
@@ -368,3 +376,6 @@ fn lambda(backend: &dyn Backend, layer: &Linear) -> Result<Vec<f32>> {
         _ => Ok(Vec::new()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,6 +5,9 @@ use crate::config::{json_number, number, pattern, rank};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 
+/// A field of our own, where the term is of squared norms: PEFT, which has no such thing, passes over it.
+const SQUARED: &str = "orth_reg_squared";
+
 /// What PEFT adds to a layer's path in `rank_pattern`.
 const LAMBDA: &str = ".lora_E";
 
@@ -19,6 +22,9 @@ impl AdaLora {
             "beta1" => self.beta1 = number(field, value)?,
             "beta2" => self.beta2 = number(field, value)?,
             "orth_reg_weight" => self.orthogonality = number(field, value)?,
+            SQUARED => {
+                self.squared = value.as_bool().ok_or_else(|| Error::field(field, value, "true or false"))?;
+            }
             "total_step" if value.is_null() => self.total_step = None,
             "total_step" => self.total_step = Some(rank(field, value)?),
             "rank_pattern" => {
@@ -55,7 +61,8 @@ impl AdaLora {
                 if pattern.is_empty() { Value::Null } else { Value::Object(pattern.into_iter().collect()) },
             ),
         ];
-        fields.extend(own.map(|(name, value)| (name.to_owned(), value)));
+        let squared = self.squared.then(|| (SQUARED, true.into()));
+        fields.extend(own.into_iter().chain(squared).map(|(name, value)| (name.to_owned(), value)));
     }
 }
 

@@ -84,8 +84,9 @@ impl AdaLora {
             return Err(Error::field("deltaT", self.delta_t, "1 or more"));
         }
         for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::field(name, beta, "at least 0 and below 1"));
+            // At 0 an uncertainty is 0, and every score with it.
+            if !(beta > 0.0 && beta < 1.0) {
+                return Err(Error::field(name, beta, "above 0 and below 1"));
             }
         }
         if !(self.orthogonality >= 0.0 && self.orthogonality.is_finite()) {
@@ -109,14 +110,14 @@ impl AdaLora {
         }
     }
 
-    /// That a schedule of `total` steps has any between its two phases.
+    /// That a schedule of `total` steps has any between its two phases, and one whose scores the last choice ranks.
     pub fn check_total(&self, total: usize) -> Result<()> {
-        match self.tinit.checked_add(self.tfinal) {
-            Some(ends) if ends < total => Ok(()),
+        let Self { tinit, tfinal, .. } = *self;
+        match total.checked_sub(tfinal) {
+            Some(last) if last > tinit && last > 1 => Ok(()),
             _ => {
-                let Self { tinit, tfinal, .. } = self;
                 let found = format!("{total} with tinit {tinit} and tfinal {tfinal}");
-                Err(Error::field("total_step", found, "more than tinit + tfinal"))
+                Err(Error::field("total_step", found, "more than tinit + tfinal, and tfinal + 2 or more"))
             }
         }
     }
@@ -167,7 +168,18 @@ mod tests {
         let schedule = AdaLora { tinit: 5, tfinal: 10, ..AdaLora::default() };
         assert!(schedule.check_total(16).is_ok());
         let why = schedule.check_total(15).unwrap_err().to_string();
-        assert_eq!(why, "'total_step' is 15 with tinit 5 and tfinal 10, expected more than tinit + tfinal");
+        let expected = "expected more than tinit + tfinal, and tfinal + 2 or more";
+        assert_eq!(why, format!("'total_step' is 15 with tinit 5 and tfinal 10, {expected}"));
         assert!(AdaLora { tinit: usize::MAX, tfinal: 2, ..schedule }.check_total(15).is_err());
+    }
+
+    /// At T − t_final the scores of the step before rank: the first step has none before it.
+    #[test]
+    fn the_last_choice_has_a_step_before_it() {
+        for tfinal in [0, 3] {
+            let schedule = AdaLora { tfinal, ..AdaLora::default() };
+            assert!(schedule.check_total(tfinal + 1).is_err());
+            assert!(schedule.check_total(tfinal + 2).is_ok());
+        }
     }
 }

@@ -18,7 +18,7 @@ use crate::show::{Bar, bytes, count, say};
 use crate::size::Size;
 use clap::Args;
 use rankfold_adapters::adalora::Allocator;
-use rankfold_adapters::{PeftConfig, VirtualTokens};
+use rankfold_adapters::{PeftConfig, VirtualTokens, diff};
 use rankfold_files::Checkpoint;
 use rankfold_trainer::checkpoint::Checkpoints;
 use rankfold_trainer::convert;
@@ -205,6 +205,7 @@ impl Job {
             weight_decay: options.weight_decay.unwrap_or_default(),
             beta2: options.beta2.unwrap_or(Hyper::default().beta2),
             lora_plus: options.lora_plus.unwrap_or(1.0),
+            gates: options.diff_gate_lr.unwrap_or(diff::RATE) / schedule.lr,
             ..Hyper::default()
         };
         let moments = options.optimizer.unwrap_or_default().moments();
@@ -312,7 +313,11 @@ fn allocator(options: &Options, config: &PeftConfig, model: &Model) -> Result<Op
     let Some(adalora) = config.lora().and_then(|lora| lora.adalora.as_ref()) else { return Ok(None) };
     let prune = options.adalora_prune.unwrap_or(Prune::Mask).into();
     let (backend, steps) = (model.backend().as_ref(), options.steps.unwrap_or_default());
-    Ok(Some(Allocator::new(backend, adalora, prune, steps, model.linears())?))
+    let allocator = Allocator::new(backend, adalora, prune, steps, model.linears())?;
+    if let Some(last) = allocator.last_choice().filter(|last| *last > steps) {
+        tracing::warn!("the last choice of ranks is due at step {last} and the run ends at step {steps}: over budget");
+    }
+    Ok(Some(allocator))
 }
 
 /// Say what will be done, before it is.

@@ -12,19 +12,20 @@ fn rankfold(args: &[&str]) -> Output {
 }
 
 pub fn succeed(args: &[&str]) -> String {
-    both(args).0
+    both(args)[0].clone()
 }
 
-/// What a command that succeeds says on standard error.
-pub fn progress(args: &[&str]) -> String {
-    both(args).1
+/// What a command that succeeds says on standard output and on standard error.
+pub fn both(args: &[&str]) -> [String; 2] {
+    let output = rankfold(args);
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|said| String::from_utf8(said).unwrap());
+    assert!(output.status.success(), "{args:?}: {stderr}");
+    [stdout, stderr]
 }
 
-fn both(args: &[&str]) -> (String, String) {
-    let Output { status, stdout, stderr } = rankfold(args);
-    let [stdout, stderr] = [stdout, stderr].map(|said| String::from_utf8(said).unwrap());
-    assert!(status.success(), "{args:?}: {stderr}");
-    (stdout, stderr)
+/// The loss that a command says.
+pub fn loss(args: &[&str]) -> f64 {
+    succeed(args).strip_prefix("loss ").unwrap().split([' ', ';']).next().unwrap().parse().unwrap()
 }
 
 /// That a command ends with exit code 2 and one line that holds every one of `words`.

@@ -6,6 +6,7 @@ mod state;
 
 use crate::{Error, Result};
 use rankfold_adapters::adalora::Cut;
+use rankfold_adapters::diff::is_gate;
 use rankfold_adapters::linear::is_b;
 use rankfold_autograd::{Gradients, Parameter};
 use rankfold_backend::{Backend, params};
@@ -41,11 +42,13 @@ pub struct Hyper {
     pub weight_decay: f64,
     /// λ of LoRA+ (Hayou et al. 2024, §4): the rate of every B over that of all else.
     pub lora_plus: f64,
+    /// The rate of every log α of diff pruning over that of all else.
+    pub gates: f64,
 }
 
 impl Default for Hyper {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lora_plus: 1.0 }
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0, lora_plus: 1.0, gates: 1.0 }
     }
 }
 
@@ -138,8 +141,8 @@ impl AdamW {
         Ok(())
     }
 
-    /// One step at rate `lr` (B's at that times LoRA+'s λ), every gradient multiplied by `grad_scale` first. A
-    /// parameter that no loss reached has no gradient and stays.
+    /// One step at rate `lr` (B's at that times LoRA+'s λ, a gate's at that times its own), every gradient multiplied
+    /// by `grad_scale` first. A parameter that no loss reached has no gradient and stays.
     pub fn update(&mut self, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         self.update_by(PIECE, gradients, lr, grad_scale)
     }
@@ -147,11 +150,15 @@ impl AdamW {
     /// The same, `piece` elements at a time: whole blocks of 8-bit moments.
     fn update_by(&mut self, piece: usize, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
         self.step += 1;
-        let Hyper { beta1, beta2, eps, weight_decay, lora_plus } = self.hyper;
+        let Hyper { beta1, beta2, eps, weight_decay, lora_plus, gates } = self.hyper;
         for Slot { named, state } in &mut self.slots {
             let Some(grad) = gradients.of(&named.parameter) else { continue };
             let weight_decay = if is_matrix(named) { weight_decay } else { 0.0 };
-            let lr = if is_b(&named.name) { lora_plus * lr } else { lr };
+            let lr = match &*named.name {
+                name if is_b(name) => lora_plus * lr,
+                name if is_gate(name) => gates * lr,
+                _ => lr,
+            };
             let p = params::AdamW { lr, beta1, beta2, eps, weight_decay, step: self.step, grad_scale };
             named.parameter.update(|value| {
                 for start in (0..value.len()).step_by(piece) {
@@ -247,14 +254,20 @@ mod tests {
 
     /// A power of two times the rate is exact.
     #[test]
-    fn lora_plus_is_a_higher_rate_of_every_b_and_of_nothing_else() {
-        for (end, by) in
-            [("lora_B.weight", 8.0), ("lora_B", 8.0), ("lora_A.weight", 1.0), ("base_layer.bias", 1.0), ("weight", 1.0)]
-        {
+    fn lora_plus_is_a_higher_rate_of_every_b_a_gates_of_every_log_alpha_and_neither_of_anything_else() {
+        let (plain, hyper) = (Hyper::default(), Hyper { lora_plus: 8.0, gates: 16.0, ..Hyper::default() });
+        for (end, by) in [
+            ("lora_B.weight", 8.0),
+            ("lora_B", 8.0),
+            ("log_alpha", 16.0),
+            ("lora_A.weight", 1.0),
+            ("diff", 1.0),
+            ("base_layer.bias", 1.0),
+            ("weight", 1.0),
+        ] {
             let name = format!("base_model.model.m.{end}");
-            let with = |lora_plus| Hyper { weight_decay: 0.01, lora_plus, ..Hyper::default() };
-            let of = |lr, lora_plus| stepped(&name, &[3, 100], lr, with(lora_plus));
-            assert_eq!(of(1e-3, 8.0), of(by * 1e-3, 1.0), "{name}");
+            let of = |lr, hyper| stepped(&name, &[3, 100], lr, Hyper { weight_decay: 0.01, ..hyper });
+            assert_eq!(of(1e-3, hyper), of(by * 1e-3, plain), "{name}");
         }
     }
 
