@@ -8,7 +8,7 @@
 
 use crate::meter::median;
 use crate::work::Failure;
-use rankfold_pager::FileOptions;
+use rankfold_pager::{FileOptions, Limit, Options, Pager};
 use serde_json::{Value, json};
 use std::fmt;
 use std::fs::OpenOptions;
@@ -24,8 +24,6 @@ const RUN: usize = 32;
 const PASSES: usize = 5;
 /// Threads that read, or write, at once.
 const THREADS: [usize; 3] = [1, 2, 4];
-/// A huge frame, and more than what direct I/O wants memory to begin at.
-const ALIGNMENT: usize = 2 << 20;
 
 /// Bytes a second.
 #[derive(Clone, Copy)]
@@ -96,7 +94,10 @@ impl fmt::Display for Disk {
 fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates, Failure> {
     let flags = libc::O_TMPFILE | if direct { libc::O_DIRECT } else { 0 };
     let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(folder)?;
-    let mut memory = Memory::new(bytes);
+    // Addresses that are good for direct I/O, and huge frames.
+    let mut memory = Pager::new(Options::new(Limit::Pages(usize::MAX), None))?.alloc(bytes)?;
+    let mut memory = memory.pin_mut(0..bytes)?;
+    memory.fill(1);
     let half = bytes / 2;
     let seconds = |pass: &mut dyn FnMut() -> io::Result<()>| -> io::Result<f64> {
         let mut times = Vec::new();
@@ -110,10 +111,10 @@ fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates,
     let best = |pass: &mut dyn FnMut(usize) -> io::Result<()>| -> io::Result<f64> {
         THREADS.iter().try_fold(f64::INFINITY, |best, threads| Ok(best.min(seconds(&mut || pass(*threads))?)))
     };
-    let write_all = best(&mut |threads| each(memory.bytes(), threads, 0, &|run, at| file.write_all_at(run, at), run))?;
-    let read_all = best(&mut |threads| each(memory.bytes(), threads, 0, &|run, at| file.read_exact_at(run, at), run))?;
+    let write_all = best(&mut |threads| each(&mut memory, threads, 0, &|run, at| file.write_all_at(run, at), run))?;
+    let read_all = best(&mut |threads| each(&mut memory, threads, 0, &|run, at| file.read_exact_at(run, at), run))?;
     let both = best(&mut |threads| {
-        let (one, other) = memory.bytes().split_at_mut(half);
+        let (one, other) = memory.split_at_mut(half);
         thread::scope(|scope| {
             let writer = scope.spawn(|| each(one, threads, 0, &|run, at| file.write_all_at(run, at), run));
             each(other, threads, half, &|run, at| file.read_exact_at(run, at), run)?;
@@ -144,27 +145,4 @@ fn each(
         let mut joined = movers.into_iter().map(|mover| mover.join());
         joined.try_for_each(|moved| moved.map_err(|_| io::Error::other("a mover panicked"))?)
     })
-}
-
-/// Bytes at addresses that are good for direct I/O, in huge frames where the system has them.
-struct Memory {
-    raw: Vec<u8>,
-    start: usize,
-    len: usize,
-}
-
-impl Memory {
-    fn new(len: usize) -> Self {
-        // Zeroed memory that is this large has no frames yet.
-        let mut raw = vec![0; len + ALIGNMENT];
-        let start = raw.as_ptr().align_offset(ALIGNMENT);
-        // SAFETY: within `raw`; it changes no byte.
-        unsafe { libc::madvise(raw[start..].as_mut_ptr().cast(), len, libc::MADV_HUGEPAGE) };
-        raw[start..].fill(1);
-        Self { raw, start, len }
-    }
-
-    fn bytes(&mut self) -> &mut [u8] {
-        &mut self.raw[self.start..][..self.len]
-    }
 }

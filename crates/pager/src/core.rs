@@ -17,7 +17,7 @@ use std::time::Instant;
 pub(crate) const BATCH: usize = 32;
 
 /// Bytes of a page in the books, at the most: where it is, when it was used last, its checksum in the file.
-const BOOKS: usize = 32;
+pub const BOOKS: usize = 32;
 
 /// Blocks of which memory must hold as many, so that they come and leave whole.
 const FEW: usize = 4;
@@ -36,6 +36,8 @@ pub(crate) struct State<M: Memory> {
     pub(crate) coming: usize,
     /// Pages that workers store so that they may leave.
     pub(crate) leaving: usize,
+    /// The last move failed.
+    failing: bool,
     /// The pager is gone.
     pub(crate) closing: bool,
 }
@@ -49,7 +51,7 @@ pub(crate) struct Core<M: Memory> {
     state: Mutex<State<M>>,
     /// A move ended, or a hold.
     moved: Condvar,
-    /// There may be something for the worker.
+    /// There may be something for a worker.
     work: Condvar,
 }
 
@@ -89,6 +91,7 @@ impl<M: Memory> Core<M> {
             scout: Scout::default(),
             coming: 0,
             leaving: 0,
+            failing: false,
             closing: false,
         };
         Self { memory, page, look_ahead, state: Mutex::new(state), moved: Condvar::new(), work: Condvar::new() }
@@ -116,9 +119,23 @@ impl<M: Memory> Core<M> {
         self.look_ahead.min(state.capacity(self.page) / 8)
     }
 
+    /// Touches within which a page had better come with others of its block: before half of memory is used once, so that
+    /// it hardly keeps a frame from what is wanted sooner.
+    pub(crate) fn near(&self, state: &State<M>) -> u64 {
+        (state.capacity(self.page) / 2) as u64
+    }
+
     /// There may be something for one more worker.
     pub(crate) fn wake_worker(&self) {
         self.work.notify_one();
+    }
+
+    /// The same, as a worker says that is about to move something: not while moves fail, or two workers would wake each
+    /// other without end, each trying again what the other gave up.
+    pub(crate) fn wake_another(&self, state: &State<M>) {
+        if !state.failing {
+            self.wake_worker();
+        }
     }
 
     /// The pager is gone: that ends the workers.
@@ -223,6 +240,8 @@ impl<M: Memory> Core<M> {
     fn bring<'a>(&'a self, mut state: Guard<'a, M>, pages: Range<PageId>, access: Access) -> Result<Guard<'a, M>> {
         let mut at = pages.start;
         let mut failed = None;
+        // Whether the rest of a block comes with what is missing of it: it is mostly wanted next, and moves best whole.
+        let mut whole = true;
         while at < pages.end {
             let place = state.table.page(at).place;
             match place {
@@ -234,14 +253,31 @@ impl<M: Memory> Core<M> {
                     state.table.counters.stall += begun.elapsed();
                 }
                 Place::Empty | Place::Kept => {
-                    let count = state.table.run(at..pages.end, BATCH, place).map_or(1, |run| run.within.len());
+                    let is_whole = whole && place == Place::Kept && failed.is_none();
+                    let end = if is_whole { self.whole(&state, at, &pages) } else { pages.end };
+                    let count = state.table.run(at..end, BATCH, place).map_or(1, |run| run.within.len());
                     let begun = Instant::now();
                     let there_is;
-                    (state, there_is) = self.room(state, count, &mut failed)?;
+                    match self.room(state, count, &mut failed) {
+                        Ok(made) => (state, there_is) = made,
+                        Err(_) if end > pages.end => {
+                            (state, whole) = (self.lock(), false);
+                            continue;
+                        }
+                        Err(error) => return Err(error),
+                    }
                     // What is so after the lock may have been open.
-                    let run = state.table.run(at..pages.end, count, place).filter(|_| there_is);
+                    let run = state.table.run(at..end, count, place).filter(|_| there_is);
                     match run {
-                        Some(run) if place == Place::Kept => state = self.load(state, run, false)?,
+                        Some(run) if place == Place::Kept => {
+                            let more = run.pages.end > pages.end;
+                            match self.load(state, run) {
+                                Ok(loaded) => state = loaded,
+                                // Perhaps of what was not asked for.
+                                Err(_) if more => (state, whole) = (self.lock(), false),
+                                Err(error) => return Err(error),
+                            }
+                        }
                         Some(run) => {
                             if let Err(error) = self.memory.commit(&run.region, run.within.clone()) {
                                 // Half of them may be there.
@@ -262,14 +298,24 @@ impl<M: Memory> Core<M> {
         Ok(state)
     }
 
+    /// Where the last block of a range of pages ends, if the rest of it is wanted soon and may be there beside all that is
+    /// held; else where the range does.
+    fn whole(&self, state: &State<M>, at: PageId, pages: &Range<PageId>) -> PageId {
+        let end = state.table.block_of(pages.end - 1, state.block(self)).end.max(pages.end);
+        let near = self.near(state);
+        let is_soon = |id: PageId| state.table.forecast.is_soon(id, near);
+        let fits = state.table.held + (end - pages.end) as usize <= state.capacity(self.page);
+        if fits && (end - at) as usize <= BATCH && (pages.end..end).all(is_soon) { end } else { pages.end }
+    }
+
     fn take_frames(&self, state: &mut Guard<'_, M>, count: usize) {
         let table = &mut state.table;
         table.resident += count;
         table.counters.high_water = table.counters.high_water.max(table.resident);
     }
 
-    /// Bring a run in whose pages are kept and for which there is room.
-    pub(crate) fn load<'a>(&'a self, mut state: Guard<'a, M>, run: Run<M>, ahead: bool) -> Result<Guard<'a, M>> {
+    /// Bring a run in whose pages are kept and for which there is room, before they are asked for where nobody holds them.
+    pub(crate) fn load<'a>(&'a self, mut state: Guard<'a, M>, run: Run<M>) -> Result<Guard<'a, M>> {
         self.take_frames(&mut state, run.within.len());
         run.pages.clone().for_each(|id| state.table.page_mut(id).place = Place::Loading);
         state.table.away -= run.within.len();
@@ -278,11 +324,12 @@ impl<M: Memory> Core<M> {
         let loaded = self.memory.load(&run.region, run.within.clone());
         let mut state = self.lock();
         state.moving -= 1;
+        state.failing = loaded.is_err();
         let count = run.within.len();
         match &loaded {
             Ok(()) => {
                 state.table.counters.loaded += count as u64;
-                run.pages.for_each(|id| state.table.arrive(id, ahead));
+                run.pages.for_each(|id| state.table.arrive(id));
             }
             Err(_) => {
                 run.pages.for_each(|id| state.table.page_mut(id).place = Place::Kept);
@@ -304,6 +351,7 @@ impl<M: Memory> Core<M> {
         let stored = self.memory.store(&run.region, run.within.clone());
         let mut state = self.lock();
         state.moving -= 1;
+        state.failing = stored.is_err();
         for id in run.pages.clone() {
             let page = state.table.page_mut(id);
             page.place = Place::Resident;

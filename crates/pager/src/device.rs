@@ -2,7 +2,7 @@
 //!
 //! One pager stands on another. What leaves the device is copied into an allocation of the host's pager, whose pages are
 //! held for the copy alone and may then leave for the file; so each tier has its own limit, its own forecast, its own
-//! worker, and none knows of the others.
+//! workers, and none knows of the others.
 
 use crate::sync::{Mutex, MutexGuard};
 use crate::{Allocation, FileFigures, Host, Memory, Pager, Result};

@@ -162,6 +162,11 @@ impl Forecast {
         (first..end).map(move |n| (n, self.at(n).page))
     }
 
+    /// Whether a page is expected within so many touches, while something repeats.
+    pub(crate) fn is_soon(&self, page: PageId, near: u64) -> bool {
+        self.believed().is_some() && self.distance(page) <= near
+    }
+
     /// Changes where what is expected is another past's repetition.
     pub(crate) fn breaks(&self) -> u64 {
         self.breaks

@@ -80,6 +80,12 @@ impl Cells {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether pages are in memory and do not move.
+    #[cfg(feature = "shuttle")]
+    pub(crate) fn are_there(&self, pages: &Range<usize>) -> bool {
+        self.lock()[pages.clone()].iter().all(|cell| cell.frame.is_some() && cell.moves.is_none())
+    }
+
     fn each<T>(&self, pages: &Range<usize>, mut act: impl FnMut(usize, &mut Cell) -> T) -> Vec<T> {
         self.lock()[pages.clone()].iter_mut().enumerate().map(|(i, cell)| act(i, cell)).collect()
     }

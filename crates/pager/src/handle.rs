@@ -7,12 +7,15 @@ use crate::sync::{Arc, thread};
 use crate::worker::work;
 use crate::{Error, FileOptions, Host, Memory, Result, Stats};
 use std::fmt::{Debug, Formatter};
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::{Deref, DerefMut, Range, RangeInclusive};
+
+/// Bytes of a page of the host's memory: a power of two within this.
+pub const PAGES: RangeInclusive<usize> = 64 << 10..=4 << 20;
 
 /// How a pager of the host's memory is made.
 #[derive(Debug)]
 pub struct Options {
-    /// Bytes of a page: a power of two from 64 KiB to 4 MiB.
+    /// Bytes of a page: a power of two within [`PAGES`].
     pub page: usize,
     /// What may be in memory at once.
     pub limit: Limit,
@@ -74,7 +77,7 @@ impl Pager<Host> {
 
 /// That a page has one of the sizes.
 pub(crate) fn check_page(page: usize) -> Result<()> {
-    match page.is_power_of_two() && (64 << 10..=4 << 20).contains(&page) {
+    match page.is_power_of_two() && PAGES.contains(&page) {
         true => Ok(()),
         false => Err(Error::PageSize { found: page }),
     }
@@ -229,13 +232,14 @@ impl<M: Memory> Allocation<M> {
         self.core().want(self.pages_within(range));
     }
 
-    /// Say that a range will not be needed for long, as far as it exists: its pages leave before others.
+    /// Say that a range will not be needed for long, as far as it exists: its pages leave before others,
+    /// where no others of their blocks are wanted sooner.
     pub fn cool(&self, range: Range<usize>) {
         self.core().cool(self.pages_within(range));
     }
 
     /// Say that the bytes of a range are no longer wanted: what lies in whole pages of it may read as anything from now
-    /// on, and leaves at no cost. Pages that a [`Hold`] keeps stay what they are.
+    /// on, and leaves at no cost, but not before its block does. Pages that a [`Hold`] keeps stay what they are.
     pub fn discard(&mut self, range: Range<usize>) {
         let (page, first) = (self.core().page, self.entered.pages.start);
         // The last page is whole where the allocation ends in it.

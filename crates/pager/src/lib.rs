@@ -55,10 +55,11 @@ mod table;
 mod tests;
 mod worker;
 
+pub use core::BOOKS;
 pub use device::{Device, DeviceRegion, OnHost};
 pub use error::{Error, Result};
 pub use file::{FileFigures, FileOptions};
-pub use handle::{Access, Allocation, Hold, Options, Pager, Pin, PinMut};
+pub use handle::{Access, Allocation, Hold, Options, PAGES, Pager, Pin, PinMut};
 pub use host::{Host, HostRegion};
 pub use limit::{Limit, ProcessLimit};
 pub use memory::Memory;

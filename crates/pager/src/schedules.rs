@@ -196,6 +196,34 @@ fn workers_that_look_ahead_take_no_page_from_who_holds_it_and_come_to_rest() {
     shuttle::check_pct(program, 600, 4);
 }
 
+/// A walk over blocks, and over two allocations side by side, from some place on not before what comes next is there. It
+/// always comes: there are frames of pages that are wanted later. Where it was forgotten, it never would.
+#[test]
+fn what_comes_next_is_there_once_the_workers_rest() {
+    let program = || {
+        let pager = Pager::over(Guarded::default().with(2, 2), 1, Limit::Pages(32), 4).unwrap();
+        let mut parts = [Known::new(&pager, 25), Known::new(&pager, 35)];
+        // Not from first to last: each jump is a step of what repeats.
+        for step in 0..4 * 20 {
+            let start = 3 * (7 * step % 20);
+            for page in [start..start + 2, start + 2..start + 3] {
+                for (part, first) in [(0, 0), (1, 25)] {
+                    let end = first + parts[part].pages.len();
+                    let within = page.start.clamp(first, end) - first..page.end.clamp(first, end) - first;
+                    if !within.is_empty() {
+                        while step >= 3 * 20 && !parts[part].allocation.region().are_there(&within) {
+                            thread::yield_now();
+                        }
+                        parts[part].write(&within, step as u64).unwrap();
+                    }
+                }
+            }
+        }
+    };
+    shuttle::check_random(program, 200);
+    shuttle::check_pct(program, 200, 4);
+}
+
 #[test]
 fn what_is_prefetched_comes_without_anybody_asking_again() {
     let program = || {

@@ -39,9 +39,9 @@ pub(crate) struct Page {
     pub(crate) dirty: bool,
     /// The tier below has a copy; where the page is not dirty, a true one.
     pub(crate) kept: bool,
-    /// Not needed for long, as its owner says: it leaves before others.
+    /// Not needed for long, as its owner says: it leaves before others, or with its block.
     pub(crate) cold: bool,
-    /// Its bytes are not wanted at all: it leaves before all others, and at no cost.
+    /// Its bytes are not wanted at all: it leaves before all others, or with its block, and at no cost.
     pub(crate) dead: bool,
     /// It was brought in before anybody asked.
     pub(crate) ahead: bool,
@@ -167,11 +167,10 @@ impl<M: Memory> Table<M> {
         }
     }
 
-    /// A page's bytes are there; `ahead`: perhaps before anybody asked.
-    pub(crate) fn arrive(&mut self, id: PageId, ahead: bool) {
+    /// A page's bytes are there, before anybody asked where nobody holds it.
+    pub(crate) fn arrive(&mut self, id: PageId) {
         let page = &mut self.pages[id as usize];
-        // Whoever waited for it has asked already.
-        let ahead = ahead && page.holds == 0;
+        let ahead = page.holds == 0;
         (page.place, page.dirty, page.ahead) = (Place::Resident, false, ahead);
         self.ahead += usize::from(ahead);
         self.counters.prefetched += u64::from(ahead);
@@ -194,7 +193,8 @@ impl<M: Memory> Table<M> {
 
     /// The pages that lose least by leaving: the dead, then the cold, then those expected farthest ahead, none of which
     /// sooner than in `horizon` touches. As many as `count` where there are so many, and a few more where whole blocks of
-    /// `block` pages leave; parts of one leave if nothing else can. Only those that need no store, if `clean`.
+    /// `block` pages leave. A block leaves as the one of its pages does that loses most, and not while one is held or
+    /// moves: parts of one leave if nothing else can. Only those that need no store, if `clean`.
     pub(crate) fn leavers(&self, count: usize, horizon: u64, clean: bool, block: usize) -> Vec<PageId> {
         // What cannot be stored keeps its block from leaving as a whole.
         let block = if clean { 1 } else { block };

@@ -1,16 +1,20 @@
 //! The threads that bring pages in before they are asked for, and keep frames free for those that will be.
 //!
 //! All of them do the same, each with other pages, so that one move's bytes travel while another's frames are put in place.
-//! A worker walks ahead in what the forecast expects, notes the pages that are not in memory, up to a bounded number and
-//! by whole blocks, and loads them in that order. A page takes a free frame, or that of a page expected later than itself: never one of a
-//! page that is needed sooner, so that looking ahead cannot cost more than it gains, however far it looks. Then it lets
-//! pages beyond all that leave, so that a frame is free when the next one is needed.
+//! A worker walks ahead in what the forecast expects, notes the pages that are not in memory, up to a bounded number, each
+//! with those of its block that are expected hardly later, and loads them in that order, run by run. A run takes free
+//! frames, or those of pages expected later than its first page: never one of a page that is needed sooner, so that looking
+//! ahead cannot cost more than it gains, however far it looks. Then it lets pages beyond all that leave, so that a frame is
+//! free when the next one is needed.
+//!
+//! What is noted and does not come (no frame, a move that fails) is looked at again, and so is what leaves from within the
+//! part that was looked at.
 
 use crate::Memory;
 use crate::core::{BATCH, Core, Guard, State};
 use crate::forecast::PageId;
 use crate::table::{Place, Table};
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 
 /// Touches that are looked at in one go, under the lock.
@@ -30,8 +34,9 @@ pub(crate) struct Scout {
 }
 
 impl Scout {
-    /// Look further ahead, until `most` pages are noted, by whole blocks of `block`.
-    fn look<M: Memory>(&mut self, table: &Table<M>, wanted: &mut Vec<PageId>, most: usize, block: usize) {
+    /// Look further ahead, until `most` pages are noted, by whole blocks of `block` as far as those are expected within
+    /// `near` touches of each other.
+    fn look<M: Memory>(&mut self, table: &Table<M>, wanted: &mut Vec<PageId>, most: usize, block: usize, near: u64) {
         if self.breaks != table.forecast.breaks() {
             (self.seen, self.breaks) = (0, table.forecast.breaks());
             self.targets.retain(|(touch, _)| touch.is_none());
@@ -46,17 +51,20 @@ impl Scout {
         for page in wanted.drain(..).rev().filter(|page| is_kept(*page)) {
             self.targets.push_front((None, page));
         }
+        let mut noted: HashSet<PageId> = self.targets.iter().map(|(_, page)| *page).collect();
         for (touch, page) in table.forecast.expected(self.seen).take(LOOK) {
             if self.targets.len() >= most {
                 break;
             }
             self.seen = touch + 1;
-            if takes_a_frame(page) {
-                let with_it = table.block_of(page, block).filter(|other| *other == page || is_kept(*other));
-                for page in with_it {
-                    if !self.targets.iter().any(|(_, noted)| *noted == page) {
-                        self.targets.push_back((Some(touch), page));
-                    }
+            if !takes_a_frame(page) || noted.contains(&page) {
+                continue;
+            }
+            let soon = table.forecast.ahead(touch).unwrap_or(0) + near;
+            let comes_with_it = |other: PageId| is_kept(other) && table.forecast.distance(other) <= soon;
+            for page in table.block_of(page, block).filter(|other| *other == page || comes_with_it(*other)) {
+                if noted.insert(page) {
+                    self.targets.push_back((Some(touch), page));
                 }
             }
         }
@@ -68,14 +76,19 @@ impl Scout {
         self.seen = noted.chain(taken).fold(self.seen, u64::min);
     }
 
-    /// Take the first pages to bring in that lie together, with the touch that wants the first of them.
+    /// Take the first pages to bring in that lie together in one allocation, with the touch that wants the first of them.
     fn take<M: Memory>(&mut self, table: &Table<M>) -> Option<(Option<u64>, Range<PageId>)> {
         let at = self.targets.iter().position(|(_, page)| table.page(*page).place == Place::Kept)?;
         let (touch, first) = self.targets[at];
-        let together = self.targets.range(at..).zip(first..).take(BATCH).take_while(|((_, page), next)| page == next);
-        let count = together.count();
-        self.targets.drain(at..at + count);
-        Some((touch, first..first + count as PageId))
+        let together = self.targets.range(at..).zip(first..).take_while(|((_, page), next)| page == next).count();
+        let run = table.run(first..first + together as PageId, BATCH, Place::Kept)?;
+        self.targets.drain(at..at + run.pages.len());
+        Some((touch, run.pages))
+    }
+
+    /// Note again what was taken and did not come, before all else.
+    fn put_back(&mut self, touch: Option<u64>, pages: Range<PageId>) {
+        pages.rev().for_each(|page| self.targets.push_front((touch, page)));
     }
 }
 
@@ -95,8 +108,9 @@ pub(crate) fn work<M: Memory>(core: &Core<M>) {
 pub(crate) fn step<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>) -> (bool, Guard<'a, M>) {
     let block = state.block(core);
     let most = core.look_ahead(&state).saturating_sub(state.table.ahead + state.coming);
+    let near = core.near(&state);
     let State { scout, table, wanted, .. } = &mut *state;
-    scout.look(table, wanted, most, block);
+    scout.look(table, wanted, most, block, near);
     match scout.take(table) {
         Some((touch, pages)) => {
             let count = pages.len();
@@ -127,8 +141,9 @@ fn bring<'a, M: Memory>(
     let end = if end < pages.end { state.table.block_of(end, state.block(core)).start } else { end };
     match state.table.run(pages.start..end.max(pages.start), BATCH, Place::Kept) {
         Some(run) => {
-            core.wake_worker();
-            match core.load(state, run, true) {
+            state.scout.put_back(touch, run.pages.end..pages.end);
+            core.wake_another(&state);
+            match core.load(state, run) {
                 Ok(state) => (true, state),
                 Err(_) => {
                     // Whoever needs the page will fail on it, and say so.
@@ -160,12 +175,7 @@ fn free_frames<'a, M: Memory>(core: &'a Core<M>, state: Guard<'a, M>) -> (bool, 
 
 /// Let pages leave that may: whether any did.
 fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers: &[PageId]) -> (bool, Guard<'a, M>) {
-    // What leaves from within the part that was looked at must be seen again.
-    let nearest = leavers.iter().map(|id| state.table.forecast.distance(*id)).min();
-    if let (Some(nearest), Some(seen)) = (nearest, state.table.forecast.ahead(state.scout.seen)) {
-        state.scout.seen -= seen.saturating_sub(nearest);
-    }
-    let mut left = core.drop_frames(&mut state, leavers);
+    let mut left = leave(core, &mut state, leavers);
     let mut rest = leavers;
     while !rest.is_empty() {
         let Some(run) = core.dirty_run(&state, rest) else {
@@ -174,7 +184,7 @@ fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers:
         };
         let count = run.pages.len();
         rest = &rest[count..];
-        core.wake_worker();
+        core.wake_another(&state);
         state.leaving += count;
         let stored;
         (state, stored) = core.store(state, &run);
@@ -183,7 +193,17 @@ fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers:
             // Whoever needs the room will fail on it, and say so.
             break;
         }
-        left += core.drop_frames(&mut state, &run.pages.collect::<Vec<_>>());
+        left += leave(core, &mut state, &run.pages.collect::<Vec<_>>());
     }
     (left > 0, state)
+}
+
+/// Let the frames of clean pages go, those of `pages` that may leave; how many did. What leaves from within the part that
+/// was looked at must be seen again.
+fn leave<M: Memory>(core: &Core<M>, state: &mut Guard<'_, M>, pages: &[PageId]) -> usize {
+    let nearest = pages.iter().map(|id| state.table.forecast.distance(*id)).min();
+    if let (Some(nearest), Some(seen)) = (nearest, state.table.forecast.ahead(state.scout.seen)) {
+        state.scout.seen -= seen.saturating_sub(nearest);
+    }
+    core.drop_frames(state, pages)
 }

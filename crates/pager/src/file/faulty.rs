@@ -195,6 +195,6 @@ impl Disk for Faulty {
 
     fn free(&self) -> Option<u64> {
         let state = self.state();
-        state.room.map(|room| (room - state.blocks.len() * BLOCK) as u64)
+        state.room.map(|room| room.saturating_sub(state.blocks.len() * BLOCK) as u64)
     }
 }

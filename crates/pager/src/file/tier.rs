@@ -132,8 +132,10 @@ impl FileTier {
         let checksums: Vec<_> = checksums.collect();
         let write = || disk::write_all(&*self.disk, bytes, self.position(run.start));
         let is_full = |e: &io::Error| e.kind() == io::ErrorKind::StorageFull;
+        // A quota that is used up says nothing of the disk, but what is given back counts for it as well.
+        let has_no_more = |e: &io::Error| is_full(e) || e.kind() == io::ErrorKind::QuotaExceeded;
         let written = match write() {
-            Err(source) if is_full(&source) && self.give_back_discarded(&mut self.table()) => write(),
+            Err(source) if has_no_more(&source) && self.give_back_discarded(&mut self.table()) => write(),
             written => written,
         };
         if let Err(source) = written {

@@ -8,6 +8,7 @@ use crate::sync::Arc;
 use crate::table::Place;
 use crate::worker::step;
 use crate::{Access, Limit};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// A pager of one allocation, and its worker.
@@ -45,19 +46,8 @@ impl Walk {
         self.core.unhold(self.pages(&range));
     }
 
-    /// Let the worker work until it rests; how often something moved.
     fn rest(&self) -> usize {
-        let mut steps = 0;
-        let mut state = self.core.lock();
-        loop {
-            let moved;
-            (moved, state) = step(&self.core, state);
-            if !moved {
-                return steps;
-            }
-            steps += 1;
-            assert!(steps < 1000, "it never rests");
-        }
+        rest(&self.core)
     }
 
     /// Faults while `range` is touched.
@@ -66,6 +56,30 @@ impl Walk {
         self.touch(range);
         self.core.stats().faults - before
     }
+}
+
+/// Let the worker work until it rests; how often something moved.
+fn rest(core: &Core<Guarded>) -> usize {
+    let mut steps = 0;
+    let mut state = core.lock();
+    loop {
+        let moved;
+        (moved, state) = step(core, state);
+        if !moved {
+            return steps;
+        }
+        steps += 1;
+        assert!(steps < 1000, "it never rests");
+    }
+}
+
+/// Faults and hits of pages brought in ahead in the last of some rounds: the earlier ones teach the order.
+fn last_of_rounds(core: &Core<Guarded>, mut round: impl FnMut()) -> (u64, u64) {
+    (0..4).for_each(|_| round());
+    let before = core.stats();
+    round();
+    let after = core.stats();
+    (after.faults - before.faults, after.prefetch_hits - before.prefetch_hits)
 }
 
 /// Every other page, so that each touch counts as a step of what repeats.
@@ -113,6 +127,112 @@ fn blocks_come_and_leave_whole() {
         }
     }
     assert!(walk.core.stats().evictions > 0 && walk.core.stats().prefetched > 0);
+}
+
+/// A layer's codes and its scales lie side by side, and are wanted one after the other.
+#[test]
+fn pages_side_by_side_come_whichever_allocation_they_are_of() {
+    // Two layers ahead, so that what is looked at in one go is a layer.
+    let core = Core::new(Guarded::default(), 1, Limit::Pages(80), 10);
+    let sizes = (0..20).flat_map(|_| [3, 2]);
+    let parts: Vec<_> = sizes.map(|pages| (core.enter(pages).unwrap(), pages)).collect();
+    let (faults, hits) = last_of_rounds(&core, || {
+        for i in 0..20 {
+            let layer = 7 * i % 20;
+            for ((region, first), pages) in &parts[2 * layer..2 * layer + 2] {
+                let all = *first..first + *pages as PageId;
+                core.hold(all.clone(), Access::Write).unwrap();
+                region.touch(&(0..*pages), Some(1));
+                core.unhold(all);
+            }
+            rest(&core);
+        }
+    });
+    assert!(hits > 0 && faults * 9 <= hits, "{faults} faults, {hits} hits");
+    parts.iter().for_each(|((_, first), pages)| core.leave(*first..first + *pages as PageId));
+}
+
+#[test]
+fn a_page_that_holds_nothing_keeps_none_behind_it_away() {
+    let walk = Walk::new(180, 100, 12);
+    let (faults, hits) = last_of_rounds(&walk.core, || {
+        for i in 0..60 {
+            let start = 3 * (7 * i % 60);
+            for page in start..start + 3 {
+                walk.touch(page..page + 1);
+            }
+            walk.core.discard(walk.pages(&(start + 1..start + 2)));
+            walk.rest();
+        }
+    });
+    assert!(hits > 0 && faults * 9 <= hits, "{faults} faults, {hits} hits");
+}
+
+/// Few frames that are not held: of four pages that are wanted next two come at a time.
+#[test]
+fn what_there_was_no_frame_for_comes_when_there_is_one() {
+    let walk = Walk::new(50 + 4 * 12, 64, 8);
+    let always = walk.pages(&(0..50));
+    walk.core.hold(always.clone(), Access::Write).unwrap();
+    let mut last = None;
+    let (faults, hits) = last_of_rounds(&walk.core, || {
+        for i in 0..12 {
+            let start = 50 + 4 * (5 * i % 12);
+            let pages = walk.pages(&(start..start + 4));
+            walk.core.hold(pages.clone(), Access::Write).unwrap();
+            walk.rest();
+            // Each four are held until those after them are.
+            last.replace(pages).into_iter().for_each(|pages| walk.core.unhold(pages));
+        }
+    });
+    assert!(hits > 0 && faults * 9 <= hits, "{faults} faults, {hits} hits");
+    last.into_iter().for_each(|pages| walk.core.unhold(pages));
+    walk.core.unhold(always);
+}
+
+/// Of each block one page is wanted, round after round; the others were once, long ago.
+#[test]
+fn what_a_block_holds_beside_what_is_wanted_stays_away() {
+    const BLOCK: usize = 4;
+    let walk = Walk::over(Guarded::default().with(1, BLOCK), 40 * BLOCK, 32, 4);
+    (0..40 * BLOCK).for_each(|page| walk.touch(page..page + 1));
+    let (faults, hits) = last_of_rounds(&walk.core, || {
+        for block in 0..40 {
+            walk.touch(BLOCK * block..BLOCK * block + 1);
+            walk.rest();
+        }
+    });
+    assert!(hits > 0 && faults * 9 <= hits, "{faults} faults, {hits} hits");
+}
+
+/// A walk over halves of blocks without a worker, two blocks by turns.
+fn halves(walk: &Walk) {
+    for start in (0..160).step_by(8) {
+        for half in [start, start + 4, start + 2, start + 6] {
+            walk.touch(half..half + 2);
+        }
+    }
+}
+
+#[test]
+fn who_waits_for_half_a_block_gets_the_other_half_with_it() {
+    let walk = Walk::over(Guarded::default().with(1, 4), 160, 32, 0);
+    let (faults, hits) = last_of_rounds(&walk.core, || halves(&walk));
+    // But for blocks of which a half was there.
+    assert!(hits > 0 && 4 * faults <= 5 * hits, "{faults} faults, {hits} hits");
+}
+
+#[test]
+fn what_comes_with_half_a_block_fails_nobody() {
+    thread_local!(static FAILURES: Cell<usize> = const { Cell::new(0) });
+    let fails = || FAILURES.replace(0) > 0;
+    let walk = Walk::over(Guarded::failing(fails).with(1, 4), 160, 32, 0);
+    (0..4).for_each(|_| halves(&walk));
+    walk.core.vacate().unwrap();
+    FAILURES.set(1);
+    walk.touch(0..2);
+    let stats = walk.core.stats();
+    assert_eq!((FAILURES.get(), stats.resident), (0, 2), "the block failed, its half did not");
 }
 
 /// Rounds over pages that stay, and over many that are written first and forgotten at the end, as activations are: what

@@ -42,7 +42,7 @@ const PAGES_OF_A_LIMIT: u64 = 8192;
 /// What is said of a limit is whole MiB.
 const MIB: u64 = 1 << 20;
 
-/// The pager's own: the order in which pages were used, its lists and its thread; and for each page its place, its last
+/// The pager's own: the order in which pages were used, its lists and its threads; and for each page its place, its last
 /// use and its checksum.
 const BOOKS: (u64, u64) = (2 << 20, 32);
 
@@ -165,5 +165,17 @@ impl Plan {
         let found = self.accounts.iter().rev().find(|account| account.floor.bytes() <= limit);
         let (least, needs) = (self.floor.bytes(), self.floor.needs());
         found.ok_or(Error::MemoryLimit { limit, least, needs })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_and_their_books_are_the_pagers() {
+        let sizes = std::iter::successors(Some(*rankfold_pager::PAGES.start()), |page| Some(2 * page));
+        assert!(sizes.take_while(|page| rankfold_pager::PAGES.contains(page)).eq(PAGES.map(|page| page as usize)));
+        assert_eq!(BOOKS.1, rankfold_pager::BOOKS as u64);
     }
 }

@@ -316,6 +316,34 @@ fn the_capacity_counts_a_page_once_and_a_refusal_touches_nothing() {
     assert_eq!(tier.figures().fragmentation, 0.0);
 }
 
+/// The limit falls below what the disk holds, as where others fill it.
+#[test]
+fn a_disk_that_holds_more_than_it_may_has_nothing_free() {
+    let disk = Faulty::default();
+    let tier = tier(&disk, 100);
+    let extent = tier.reserve(4);
+    tier.store(&extent, 0, &bytes(4, 2 * PAGE)).unwrap();
+    disk.limit(PAGE);
+    let error = tier.store(&extent, 2, &bytes(4, 2 * PAGE)).unwrap_err();
+    assert!(matches!(error, Error::DiskFull { free: 0, .. }), "{error}");
+}
+
+#[test]
+fn a_quota_that_is_used_up_gets_back_what_was_discarded() {
+    let disk = Faulty::default();
+    let tier = tier(&disk, 100);
+    let [a, b] = [0, 1].map(|_| tier.reserve(2));
+    tier.store(&a, 0, &bytes(4, 2 * PAGE)).unwrap();
+    tier.discard(&a, 0..2);
+    disk.fail(Call::Write, 0, 1, libc::EDQUOT);
+    tier.store(&b, 0, &bytes(5, 2 * PAGE)).unwrap();
+    assert_eq!((disk.held(), load(&tier, &b, 0..2).unwrap()), (2 * PAGE, bytes(5, 2 * PAGE)));
+    // Nothing is left to give back, and the disk itself may have room.
+    disk.fail(Call::Write, 0, 1, libc::EDQUOT);
+    let error = tier.store(&b, 0, &bytes(6, 2 * PAGE)).unwrap_err();
+    assert!(matches!(&error, Error::File { source, .. } if source.raw_os_error() == Some(libc::EDQUOT)), "{error}");
+}
+
 /// Round after round of buffers that come and go, as a pool of them has it: each in a place of its own, discarded.
 #[test]
 fn what_was_discarded_makes_room_for_what_is_stored() {
