@@ -6,7 +6,7 @@
 //!
 //! In reading order:
 //! - [`simd`]: one vector type, the instruction sets behind it, and the choice at run time;
-//! - `threads`, `scratch`, `storage`: who works, on which working memory, and where buffers live;
+//! - `crew`, `threads`, `scratch`, `storage`: who works, on which working memory, and where buffers live;
 //! - `slices`, `backend`: from checked views to slices, whose memory is held while the kernel runs, one line a kernel;
 //! - `gemm`, then `linear` and `matmul` on it: products;
 //! - `attention`: its own small products and an online softmax;
@@ -19,6 +19,7 @@ mod adamw;
 mod adamw_8bit;
 mod attention;
 mod backend;
+mod crew;
 mod cross_entropy;
 mod dropout;
 mod elementwise;

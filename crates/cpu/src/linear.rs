@@ -7,15 +7,16 @@
 //! - gradient of the input: dx = dz W + u A: the same with the weights as they are stored;
 //! - gradients of the weights: dA += uᵀ x̃, dB += dzᵀ h, dW += dyᵀ x.
 //!
-//! h and u are small products (rank columns) before the main one. They are not saved from the forward: a step of
-//! rank 16 spends a hundredth of its time on forming them again.
+//! h and u are small products (rank columns) before the main one, on the same panels of x or dz. They are not saved from
+//! the forward.
 
 mod around;
 
-use crate::gemm::{Gemm, Left, Output, Right, Term, WeightSlice};
+use crate::gemm::{Gemm, Left, Output, ROWS, Right, Term, WeightSlice};
 use crate::scratch;
 use around::{scale_columns_in_place, scale_rows};
 use rankfold_backend::params::{Dropout, Layout, Linear, MatMul};
+use std::ops::Range;
 
 /// [`rankfold_backend::LowRank`] as slices.
 #[derive(Clone, Copy, Debug)]
@@ -78,12 +79,26 @@ impl Gemm<'_> {
         bias: Option<&[f32]>,
         y: &mut [f32],
     ) {
-        let (m, n) = (p.tokens, p.outputs);
+        let (m, n, k) = (p.tokens, p.outputs, p.inputs);
         let output = Output { bias, ..Output::new(y, m, n) };
-        let Some(l) = low_rank else { return self.product(&[x_wt(p, w, x)], output) };
+        let Some(l) = low_rank else { return self.product(&[x_wt(p, w, Left::rows(x, k))], output) };
+        if l.dropout.is_none() {
+            for rows in blocks(m) {
+                let (x, m) = (Left::rows(&x[rows.start * k..rows.end * k], k), rows.len());
+                self.with_left(x, m, k, |x| {
+                    self.with_small(m, l, x_at(p, l, x), |h| {
+                        let y = &mut output.c[rows.start * n..rows.end * n];
+                        let output = Output { scale: l.row_scale, bias, ..Output::new(y, m, n) };
+                        self.product(&[x_wt(p, w, x), h_bt(l.b, l.rank, h)], output);
+                    });
+                });
+            }
+            return;
+        }
         self.with_dropped(l.dropout, x, |x_dropped| {
-            self.with_hidden(p, l, x_dropped, |h| match (l.row_scale, l.dropout) {
-                (Some(g), Some(_)) => scratch::with(n + l.b.len(), |parts| {
+            let (x, x_dropped) = (Left::rows(x, k), Left::rows(x_dropped, k));
+            self.with_small(m, l, x_at(p, l, x_dropped), |h| match l.row_scale {
+                Some(g) => scratch::with(n + l.b.len(), |parts| {
                     // y = (g − 1) ∘ x̃ Wᵀ first, then x Wᵀ + h (g∘B)ᵀ on top of it.
                     let (g_less_one, b_scaled) = parts.split_at_mut(n);
                     g_less_one.iter_mut().zip(g).for_each(|(out, g)| *out = g - 1.0);
@@ -93,7 +108,7 @@ impl Gemm<'_> {
                     let output = Output { bias, accumulate: true, ..Output::new(y, m, n) };
                     self.product(&[x_wt(p, w, x), h_bt(b_scaled, l.rank, h)], output);
                 }),
-                _ => self.product(&[x_wt(p, w, x), h_bt(l.b, l.rank, h)], Output { scale: l.row_scale, ..output }),
+                None => self.product(&[x_wt(p, w, x), h_bt(l.b, l.rank, h)], output),
             });
         });
     }
@@ -108,22 +123,33 @@ impl Gemm<'_> {
         accumulate: bool,
         dx: &mut [f32],
     ) {
-        let (m, k) = (p.tokens, p.inputs);
+        let (m, n, k) = (p.tokens, p.outputs, p.inputs);
         let output = Output { accumulate, ..Output::new(dx, m, k) };
-        let Some(l) = low_rank else { return self.product(&[dy_w(p, w, dy)], output) };
+        let Some(l) = low_rank else { return self.product(&[dy_w(p, w, Left::rows(dy, n))], output) };
         self.with_column_scaled(l.row_scale.map(|g| (g, 0.0)), dy, |dz| {
-            self.with_grad_hidden(p, l, dz, |u| {
-                let with_a = Term { left: Left::rows(u, l.rank), right: Right::rows(l.a.into(), k), k: l.rank };
-                let Some(dropout) = l.dropout else { return self.product(&[dy_w(p, w, dz), with_a], output) };
+            let Some(dropout) = l.dropout else {
+                for rows in blocks(m) {
+                    let (dz, m) = (Left::rows(&dz[rows.start * n..rows.end * n], n), rows.len());
+                    self.with_left(dz, m, n, |dz| {
+                        self.with_small(m, l, dz_b(p, l, dz), |u| {
+                            let dx = &mut output.c[rows.start * k..rows.end * k];
+                            let output = Output { accumulate, ..Output::new(dx, m, k) };
+                            self.product(&[dy_w(p, w, dz), u_a(p, l, u)], output);
+                        });
+                    });
+                }
+                return;
+            };
+            self.with_small(m, l, dz_b(p, l, Left::rows(dz, n)), |u| {
                 // What reached y through x̃: u A and, with g, ((g − 1)∘dy) W; it passes the mask on its way back.
                 scratch::with(m * k, |dropped| {
                     self.with_column_scaled(l.row_scale.map(|g| (g, -1.0)), dy, |dy_less| {
-                        let terms = [with_a, dy_w(p, w, dy_less)];
+                        let terms = [u_a(p, l, u), dy_w(p, w, Left::rows(dy_less, n))];
                         let count = 1 + usize::from(l.row_scale.is_some());
                         self.product(&terms[..count], Output::new(dropped, m, k));
                     });
                     let Output { c: dx, .. } = output;
-                    self.product(&[dy_w(p, w, dy)], Output { accumulate, ..Output::new(dx, m, k) });
+                    self.product(&[dy_w(p, w, Left::rows(dy, n))], Output { accumulate, ..Output::new(dx, m, k) });
                     self.add_dropped(dropout, dropped, dx);
                 });
             });
@@ -156,10 +182,10 @@ impl Gemm<'_> {
                     // First without s·e, for the gradient of e.
                     let (u, h) = small.split_at_mut(m * r);
                     if grads.a.is_some() || grads.per_rank.is_some() {
-                        self.product(&[dz_b(p, l, dz)], Output::new(u, m, r));
+                        self.product(&[dz_b(p, l, Left::rows(dz, n))], Output::new(u, m, r));
                     }
                     if grads.b.is_some() || grads.per_rank.is_some() || grads.row_scale.is_some() {
-                        self.product(&[x_at(p, l, x)], Output::new(h, m, r));
+                        self.product(&[x_at(p, l, Left::rows(x, k))], Output::new(h, m, r));
                     }
                     if let Some(de) = grads.per_rank {
                         for (rank, de) in de.iter_mut().enumerate() {
@@ -188,7 +214,7 @@ impl Gemm<'_> {
                     }
                     if let Some((dg, w)) = grads.row_scale {
                         scratch::with(m * n, |z| {
-                            self.product(&[x_wt(p, w, x), h_bt(l.b, r, h)], Output::new(z, m, n));
+                            self.product(&[x_wt(p, w, Left::rows(x, k)), h_bt(l.b, r, h)], Output::new(z, m, n));
                             self.add_column_sums(dy, Some(z), dg);
                         });
                     }
@@ -197,17 +223,7 @@ impl Gemm<'_> {
         });
     }
 
-    /// h = s·e∘(x̃ Aᵀ)
-    fn with_hidden(&self, p: &Linear, l: &LowRankSlice, x: &[f32], f: impl FnOnce(&[f32])) {
-        self.with_small(p.tokens, l, x_at(p, l, x), f);
-    }
-
-    /// u = s·e∘(dz B)
-    fn with_grad_hidden(&self, p: &Linear, l: &LowRankSlice, dz: &[f32], f: impl FnOnce(&[f32])) {
-        self.with_small(p.tokens, l, dz_b(p, l, dz), f);
-    }
-
-    /// s·e∘term, [tokens, rank]
+    /// h = s·e∘(x̃ Aᵀ) or u = s·e∘(dz B), [tokens, rank]
     fn with_small(&self, tokens: usize, l: &LowRankSlice, term: Term, f: impl FnOnce(&[f32])) {
         scratch::with(tokens * l.rank, |small| {
             with_rank_scales(l, |scales| {
@@ -218,24 +234,34 @@ impl Gemm<'_> {
     }
 }
 
+/// Rows of a product that are worked on together, so that they are packed once for all that is done with them.
+fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(ROWS).map(move |start| start..rows.min(start + ROWS))
+}
+
 /// x Wᵀ
-fn x_wt<'a>(p: &Linear, w: WeightSlice<'a>, x: &'a [f32]) -> Term<'a> {
-    Term { left: Left::rows(x, p.inputs), right: Right::transposed(w, p.inputs), k: p.inputs }
+fn x_wt<'a>(p: &Linear, w: WeightSlice<'a>, x: Left<'a>) -> Term<'a> {
+    Term { left: x, right: Right::transposed(w, p.inputs), k: p.inputs }
 }
 
 /// dy W
-fn dy_w<'a>(p: &Linear, w: WeightSlice<'a>, dy: &'a [f32]) -> Term<'a> {
-    Term { left: Left::rows(dy, p.outputs), right: Right::rows(w, p.inputs), k: p.outputs }
+fn dy_w<'a>(p: &Linear, w: WeightSlice<'a>, dy: Left<'a>) -> Term<'a> {
+    Term { left: dy, right: Right::rows(w, p.inputs), k: p.outputs }
 }
 
 /// x̃ Aᵀ
-fn x_at<'a>(p: &Linear, l: &LowRankSlice<'a>, x: &'a [f32]) -> Term<'a> {
-    Term { left: Left::rows(x, p.inputs), right: Right::transposed(l.a.into(), p.inputs), k: p.inputs }
+fn x_at<'a>(p: &Linear, l: &LowRankSlice<'a>, x: Left<'a>) -> Term<'a> {
+    Term { left: x, right: Right::transposed(l.a.into(), p.inputs), k: p.inputs }
 }
 
 /// dz B
-fn dz_b<'a>(p: &Linear, l: &LowRankSlice<'a>, dz: &'a [f32]) -> Term<'a> {
-    Term { left: Left::rows(dz, p.outputs), right: Right::rows(l.b.into(), l.rank), k: p.outputs }
+fn dz_b<'a>(p: &Linear, l: &LowRankSlice<'a>, dz: Left<'a>) -> Term<'a> {
+    Term { left: dz, right: Right::rows(l.b.into(), l.rank), k: p.outputs }
+}
+
+/// u A
+fn u_a<'a>(p: &Linear, l: &LowRankSlice<'a>, u: &'a [f32]) -> Term<'a> {
+    Term { left: Left::rows(u, l.rank), right: Right::rows(l.a.into(), p.inputs), k: l.rank }
 }
 
 /// h Bᵀ

@@ -1,38 +1,39 @@
-//! Threads: one pool a backend, work in numbered tasks.
+//! Threads: one crew a backend, work in numbered tasks.
 //!
 //! A kernel cuts its work into tasks whose number and bounds depend on the shapes alone, and every sum stays within
 //! one task or is finished in the order of the tasks. Which thread takes which task is decided at run time, so a
 //! slow core holds nobody up, and still the bits never depend on the number of threads.
 
+use crate::crew::Crew;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// The threads of a backend: the caller's own and `count() − 1` of a pool.
+/// The threads of a backend: the caller's own and `count() − 1` of a crew.
 #[derive(Debug)]
 pub struct Threads {
-    pool: Option<rayon::ThreadPool>,
+    crew: Option<Crew>,
 }
 
 impl Threads {
-    /// `count` threads, all available cores where it is `None`. Where the system grants no pool, the caller's
-    /// thread alone does the work.
+    /// `count` threads, all available cores where it is `None`. Where the system grants no more, those that it granted
+    /// do the work.
     pub fn new(count: Option<usize>) -> Self {
         let count = count.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, |n| n.get()));
-        let builder = rayon::ThreadPoolBuilder::new().thread_name(|i| format!("rankfold-cpu-{}", i + 1));
-        Self { pool: (count > 1).then(|| builder.num_threads(count - 1).build().ok()).flatten() }
+        Self { crew: (count > 1).then(|| Crew::new(count - 1)).filter(|crew| crew.count() > 0) }
     }
 
     /// How many threads work at once.
     pub fn count(&self) -> usize {
-        1 + self.pool.as_ref().map_or(0, rayon::ThreadPool::current_num_threads)
+        1 + self.crew.as_ref().map_or(0, Crew::count)
     }
 
-    /// `f(0)`, …, `f(tasks − 1)`, each once, in no fixed order, on all threads; returns when all are done.
+    /// `f(0)`, …, `f(tasks − 1)`, each once, in no fixed order, on all threads; returns when all are done. Within a task,
+    /// and beside another call, on the caller's thread alone.
     pub fn run(&self, tasks: usize, f: impl Fn(usize) + Sync) {
-        let Some(pool) = self.pool.as_ref().filter(|_| tasks > 1) else { return (0..tasks).for_each(f) };
+        let Some(crew) = self.crew.as_ref().filter(|_| tasks > 1) else { return (0..tasks).for_each(f) };
         let next = AtomicUsize::new(0);
-        let work = || {
+        crew.join(&|| {
             loop {
                 let task = next.fetch_add(1, Ordering::Relaxed);
                 if task >= tasks {
@@ -40,12 +41,6 @@ impl Threads {
                 }
                 f(task);
             }
-        };
-        pool.in_place_scope(|scope| {
-            for _ in 0..pool.current_num_threads().min(tasks - 1) {
-                scope.spawn(|_| work());
-            }
-            work();
         });
     }
 

@@ -45,7 +45,7 @@ use crate::scratch;
 use crate::simd::{Isa, Simd};
 use crate::threads::Threads;
 use micro::{Geometry, Micro, Product};
-use plan::Segment;
+use plan::{Segment, Source};
 use rankfold_backend::Compute;
 use std::ops::Range;
 use tile::Tile;
@@ -57,7 +57,10 @@ const DEPTH: usize = 256;
 const GROUP: usize = 2048;
 
 /// Rows that are packed at a time: with GROUP, at most 8 MiB.
-const ROWS: usize = 1024;
+pub(crate) const ROWS: usize = 1024;
+
+/// Packing fewer elements takes less time than handing work to a thread.
+const PACKED_ALONE: usize = 1 << 15;
 
 /// Rows whose packed block of DEPTH takes about a third of L2.
 const L2_ROWS: usize = 168;
@@ -125,7 +128,7 @@ impl Gemm<'_> {
             let mut done = 0;
             loop {
                 let group = plan::group(&segments[done..]);
-                let packed: usize = group.iter().filter(|s| s.packed).map(|s| s.units).sum();
+                let packed: usize = group.iter().filter(|s| s.left == Source::Packed).map(|s| s.units).sum();
                 let block = Block {
                     rows: rows.clone(),
                     columns: 0..columns,
@@ -145,16 +148,43 @@ impl Gemm<'_> {
         }
     }
 
+    /// `f` on a left operand whose panels are packed once, for all of f's products with it, where a block of rows and a
+    /// group of k hold it; elsewhere on what each packs for itself. More than a few rows, for other kernels take those.
+    pub(crate) fn with_left<R>(&self, left: Left, rows: usize, k: usize, f: impl FnOnce(Left) -> R) -> R {
+        let geometry = micro::geometry(self.isa, self.compute);
+        if rows > ROWS || geometry.units(k) > GROUP || rows <= few::MOST_DOTS {
+            return f(left);
+        }
+        let right = Right::rows(WeightSlice::from(&[][..]), 0);
+        let term = [Term { left, right, k }];
+        let mut segments = plan::segments(&term, rows, 0, geometry);
+        segments.iter_mut().for_each(|segment| segment.left = Source::Packed);
+        scratch::with(geometry.units(k) * plan::packed_rows(rows, geometry), |a| {
+            let parallel = rows * k >= PACKED_ALONE;
+            self.pack(parallel, geometry, 0..rows, &segments, a);
+            f(Left { panels: Some(a), ..left })
+        })
+    }
+
+    /// Pack rows of the left operands of those segments that are to be packed.
+    fn pack(&self, parallel: bool, geometry: Geometry, rows: Range<usize>, segments: &[Segment], a: &mut [f32]) {
+        let panels = plan::Panels::new(rows.len(), geometry).count;
+        let out = Shared(a.as_mut_ptr());
+        let task = |task: usize| {
+            let panels = task * plan::PACKED_PANELS..panels.min((task + 1) * plan::PACKED_PANELS);
+            self.run(PackLeft { rows: rows.clone(), segments, panels, out });
+        };
+        let tasks = panels.div_ceil(plan::PACKED_PANELS);
+        if parallel { self.threads.run(tasks, task) } else { (0..tasks).for_each(task) }
+    }
+
     /// Pack the left operand's rows, then run the tasks.
     fn group(&self, plan: &plan::Plan, geometry: Geometry, block: Block, a: &mut [f32]) {
         let panels = plan::Panels::new(block.rows.len(), geometry).count;
-        let packed = Shared(a.as_mut_ptr());
         if !a.is_empty() {
-            plan.run(self.threads, panels.div_ceil(plan::PACKED_PANELS), |task| {
-                let panels = task * plan::PACKED_PANELS..panels.min((task + 1) * plan::PACKED_PANELS);
-                self.run(PackLeft { block: block.clone(), panels, out: packed });
-            });
+            self.pack(plan.parallel, geometry, block.rows.clone(), block.segments, a);
         }
+        let packed = Shared(a.as_mut_ptr());
         let width = plan.panels * geometry.columns;
         let column_tasks = block.columns.len().div_ceil(width);
         plan.run(self.threads, column_tasks * plan.row_tasks, |task| {
@@ -212,7 +242,8 @@ struct Block<'a> {
 
 /// Packs panels of the left operand: those of a segment lie one after the other, segments too.
 struct PackLeft<'a> {
-    block: Block<'a>,
+    rows: Range<usize>,
+    segments: &'a [Segment<'a>],
     panels: Range<usize>,
     out: Shared,
 }
@@ -222,20 +253,20 @@ impl Product for PackLeft<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd, M: Micro<S>>(self) {
-        let cut = plan::Panels::new(self.block.rows.len(), M::GEOMETRY);
+        let cut = plan::Panels::new(self.rows.len(), M::GEOMETRY);
         let mut offset = 0;
-        for segment in self.block.segments.iter().filter(|segment| segment.packed) {
+        for segment in self.segments.iter().filter(|segment| segment.left == Source::Packed) {
             for panel in self.panels.clone() {
                 let rows = cut.rows(panel);
                 // SAFETY: the buffer holds the panels of every packed segment, each its own part.
                 unsafe {
                     let out = self.out.0.add(offset + rows.start * segment.units);
-                    let first = self.block.rows.start;
+                    let first = self.rows.start;
                     let rows = first + rows.start..first + rows.end;
                     pack::left::<S, M>(segment.term.left, rows, segment.ks.clone(), out);
                 }
             }
-            offset += segment.units * plan::packed_rows(self.block.rows.len(), M::GEOMETRY);
+            offset += segment.units * plan::packed_rows(self.rows.len(), M::GEOMETRY);
         }
     }
 }
@@ -275,12 +306,12 @@ impl Product for Multiply<'_> {
                             let row = block.rows.start + rows.start;
                             let tile = Tile {
                                 units,
-                                a: if segment.packed {
-                                    self.packed.0.add(offset + rows.start * units)
-                                } else {
-                                    left.data.as_ptr().add(row * left.stride + segment.ks.start)
+                                a: match segment.left {
+                                    Source::Packed => self.packed.0.add(offset + rows.start * units),
+                                    Source::Given(panels) => panels.as_ptr().add(rows.start * units),
+                                    Source::Stored => left.data.as_ptr().add(row * left.stride + segment.ks.start),
                                 },
-                                stride: (!segment.packed).then_some(left.stride),
+                                stride: (segment.left == Source::Stored).then_some(left.stride),
                                 b: b.add((column - block.columns.start) * units),
                                 c: block.c.0.add(row * block.c_stride + column),
                                 c_stride: block.c_stride,
@@ -292,7 +323,7 @@ impl Product for Multiply<'_> {
                     }
                 }
             }
-            if segment.packed {
+            if segment.left == Source::Packed {
                 offset += units * plan::packed_rows(block.rows.len(), M::GEOMETRY);
             }
         }

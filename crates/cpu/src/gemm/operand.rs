@@ -37,17 +37,19 @@ pub(crate) struct Left<'a> {
     pub(super) stride: usize,
     /// Stored as [k, m].
     pub(super) transposed: bool,
+    /// Its panels, where they were packed before: see [`super::Gemm::with_left`].
+    pub(super) panels: Option<&'a [f32]>,
 }
 
 impl<'a> Left<'a> {
     /// Stored as [m, k].
     pub(crate) fn rows(data: &'a [f32], k: usize) -> Self {
-        Self { data, stride: k, transposed: false }
+        Self { data, stride: k, transposed: false, panels: None }
     }
 
     /// Stored as [k, m].
     pub(crate) fn transposed(data: &'a [f32], m: usize) -> Self {
-        Self { data, stride: m, transposed: true }
+        Self { data, stride: m, transposed: true, panels: None }
     }
 }
 

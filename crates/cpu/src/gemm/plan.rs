@@ -22,8 +22,18 @@ pub(super) struct Segment<'a> {
     pub ks: Range<usize>,
     /// `ks` as units.
     pub units: usize,
-    /// Whether the left operand is packed; else it is read as it lies.
-    pub packed: bool,
+    pub left: Source<'a>,
+}
+
+/// Where a tile finds its rows of the left operand.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Source<'a> {
+    /// As they are stored.
+    Stored,
+    /// In panels that the product packs.
+    Packed,
+    /// In panels that there were: the segment's, and those after it.
+    Given(&'a [f32]),
 }
 
 /// All k of all terms, in order.
@@ -32,10 +42,14 @@ pub(super) fn segments<'a>(terms: &'a [Term<'a>], rows: usize, columns: usize, g
     let reread = columns > 2 * g.columns && rows > g.rows;
     let cut = |term: &'a Term<'a>| {
         let starts = (0..term.k).step_by(DEPTH * g.k);
-        let packed = reread || term.left.transposed || !g.stored;
         starts.map(move |start| {
             let ks = start..term.k.min(start + DEPTH * g.k);
-            Segment { term, units: g.units(ks.len()), ks, packed }
+            let left = match term.left.panels {
+                Some(panels) => Source::Given(&panels[start / g.k * packed_rows(rows, g)..]),
+                None if reread || term.left.transposed || !g.stored => Source::Packed,
+                None => Source::Stored,
+            };
+            Segment { term, units: g.units(ks.len()), ks, left }
         })
     };
     terms.iter().flat_map(cut).collect()
@@ -100,7 +114,7 @@ pub(super) struct Plan {
     pub panels: usize,
     /// Tasks that share the rows.
     pub row_tasks: usize,
-    parallel: bool,
+    pub parallel: bool,
 }
 
 impl Plan {

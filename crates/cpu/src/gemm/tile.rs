@@ -82,27 +82,36 @@ impl Tile {
                 S::prefetch(row);
                 S::prefetch(row.wrapping_add(4 * (2 * S::LANES - 1)));
             }
-            let sums = match self.stride {
-                None => self.sums::<S, U, R, true>(0),
-                Some(stride) => self.sums::<S, U, R, false>(stride),
-            };
-            self.store::<S, R>(sums);
+            // Where no column of the second vector exists, half of the work is none.
+            match (self.stride, self.columns > S::LANES) {
+                (None, true) => self.store::<S, R, 2>(self.sums::<S, U, R, 2, true>(0)),
+                (None, false) => self.store::<S, R, 1>(self.sums::<S, U, R, 1, true>(0)),
+                (Some(stride), true) => self.store::<S, R, 2>(self.sums::<S, U, R, 2, false>(stride)),
+                (Some(stride), false) => self.store::<S, R, 1>(self.sums::<S, U, R, 1, false>(stride)),
+            }
         }
     }
 
-    /// The loop over units.
+    /// The loop over units, for N vectors of columns.
     #[inline(always)]
-    unsafe fn sums<S: Simd, U: Unit<S>, const R: usize, const PACKED: bool>(self, stride: usize) -> [[S::V; 2]; R] {
-        // SAFETY: a row of two vectors of b and R units of a for each step.
+    unsafe fn sums<S: Simd, U: Unit<S>, const R: usize, const N: usize, const PACKED: bool>(
+        self,
+        stride: usize,
+    ) -> [[S::V; N]; R] {
+        // SAFETY: a row of N vectors of b and R units of a for each step.
         unsafe {
-            let mut sums = [[S::splat(0.0); 2]; R];
+            let mut sums = [[S::splat(0.0); N]; R];
             let (mut a, mut b) = (self.a, self.b);
             for _ in 0..self.units {
-                let (b0, b1) = (S::load(b), S::load(b.add(S::LANES)));
-                for (i, [left, right]) in sums.iter_mut().enumerate() {
+                let mut of_b = [S::splat(0.0); N];
+                for (j, v) in of_b.iter_mut().enumerate() {
+                    *v = S::load(b.add(j * S::LANES));
+                }
+                for (i, sums) in sums.iter_mut().enumerate() {
                     let x = S::splat(*a.add(if PACKED { i } else { i * stride }));
-                    *left = U::multiply_add(x, b0, *left);
-                    *right = U::multiply_add(x, b1, *right);
+                    for (sum, v) in sums.iter_mut().zip(of_b) {
+                        *sum = U::multiply_add(x, v, *sum);
+                    }
                 }
                 a = a.add(if PACKED { R } else { 1 });
                 b = b.add(2 * S::LANES);
@@ -112,36 +121,26 @@ impl Tile {
     }
 
     #[inline(always)]
-    unsafe fn store<S: Simd, const R: usize>(self, sums: [[S::V; 2]; R]) {
+    unsafe fn store<S: Simd, const R: usize, const N: usize>(self, sums: [[S::V; N]; R]) {
         // SAFETY: only the columns that exist are touched.
         unsafe {
-            let second = self.columns.saturating_sub(S::LANES);
-            for (i, [v0, v1]) in sums.into_iter().enumerate() {
+            for (i, sums) in sums.into_iter().enumerate() {
                 let c = self.c.add(i * self.c_stride);
-                if second == S::LANES {
-                    let right = c.add(S::LANES);
-                    if self.accumulate {
-                        S::store(c, S::add(S::load(c), v0));
-                        S::store(right, S::add(S::load(right), v1));
-                    } else {
-                        S::store(c, v0);
-                        S::store(right, v1);
-                    }
-                } else {
-                    self.store_part::<S>(c, v0, self.columns.min(S::LANES));
-                    self.store_part::<S>(c.add(S::LANES.min(self.columns)), v1, second);
+                for (j, v) in sums.into_iter().enumerate() {
+                    self.store_part::<S>(c.add(j * S::LANES), v, (self.columns - j * S::LANES).min(S::LANES));
                 }
             }
         }
     }
 
+    /// The `n` > 0 columns of c that a vector holds.
     #[inline(always)]
     unsafe fn store_part<S: Simd>(self, c: *mut f32, v: S::V, n: usize) {
         // SAFETY: n elements of c.
         unsafe {
             if n == S::LANES {
                 S::store(c, if self.accumulate { S::add(S::load(c), v) } else { v });
-            } else if n > 0 {
+            } else {
                 S::store_first(c, if self.accumulate { S::add(S::load_first(c, n), v) } else { v }, n);
             }
         }

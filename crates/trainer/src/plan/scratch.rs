@@ -56,13 +56,14 @@ impl Nest {
             nest.product(0, [m, n, k], false);
             return nest;
         };
-        let mut depth = 0;
-        if l.dropout.is_some() {
-            nest.with(depth, m * k);
-            depth += 1;
+        match l.dropout {
+            None => nest.updated(0, [m, n, k], l.rank),
+            Some(_) => {
+                nest.with(0, m * k);
+                nest.hidden(1, [m, l.rank, k]);
+                nest.product(2, [m, n, k + l.rank], false);
+            }
         }
-        nest.hidden(depth, [m, l.rank, k]);
-        nest.product(depth + 1, [m, n, k + l.rank], false);
         nest
     }
 
@@ -77,14 +78,15 @@ impl Nest {
             nest.with(depth, m * n);
             depth += 1;
         }
-        nest.hidden(depth, [m, l.rank, n]);
-        depth += 1;
-        if l.dropout.is_some() {
-            nest.with(depth, m * k);
-            nest.with(depth + 1, m * k);
-            depth += 1;
+        match l.dropout {
+            None => nest.updated(depth, [m, k, n], l.rank),
+            Some(_) => {
+                nest.hidden(depth, [m, l.rank, n]);
+                nest.with(depth + 1, m * k);
+                nest.with(depth + 2, m * k);
+                nest.product(depth + 2, [m, k, n + l.rank], false);
+            }
         }
-        nest.product(depth, [m, k, n + l.rank], false);
         nest
     }
 
@@ -113,6 +115,19 @@ impl Nest {
             nest.product(depth + 2, [m, n, k + l.rank], false);
         }
         nest
+    }
+
+    /// [m, k] · [k, n] and its low-rank update, on panels of the left operand that both use, a block of rows at a time.
+    fn updated(&mut self, depth: usize, [m, n, k]: [usize; 3], rank: usize) {
+        let m = m.min(PACKED_ROWS);
+        if k > PACKED_DEPTH {
+            self.hidden(depth, [m, rank, k]);
+            return self.product(depth + 1, [m, n, k + rank], false);
+        }
+        self.with(depth, m * k);
+        self.with(depth + 1, m * rank);
+        self.with(depth + 2, rank.max(m * rank));
+        self.task(depth + 3, PANELS);
     }
 
     /// [m, rank] of the low-rank update, formed at the depth where it is kept.

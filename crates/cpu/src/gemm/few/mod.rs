@@ -28,7 +28,7 @@ use crate::simd::Simd;
 use std::ops::Range;
 
 /// The most rows of the left operand for which `dots` beats the GEMM, which must transpose such a weight to pack it.
-const MOST_DOTS: usize = 24;
+pub(super) const MOST_DOTS: usize = 24;
 
 /// The most for which `columns` does.
 const MOST_COLUMNS: usize = 8;
