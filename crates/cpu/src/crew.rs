@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{self, JoinHandle};
 
-/// Looks for work before a thread sleeps: some 20 µs.
+/// Looks for work before a thread sleeps: some tens of microseconds.
 const LOOKS: usize = 4000;
 
 /// Set in `State::entered` while the work is open to the crew.
@@ -71,12 +71,13 @@ impl Crew {
         self.threads.len()
     }
 
-    /// Run `work` on the caller's thread and on as many of the crew's as come in time; returns when all of them are
-    /// done. On the caller's alone while the crew works for somebody else, the caller itself among them.
+    /// Run `work` on the caller's thread and on as many of the crew's as come in time, of whom `wanted` are woken if they
+    /// sleep; returns when all of them are done. Who comes may come twice. On the caller's alone while the crew works for
+    /// somebody else, the caller itself among them.
     ///
     /// # Panics
     /// Where `work` does, on any thread.
-    pub(crate) fn join(&self, work: Work) {
+    pub(crate) fn join(&self, wanted: usize, work: Work) {
         let _caller = match self.caller.try_lock() {
             Ok(caller) => caller,
             Err(TryLockError::Poisoned(of_a_work_that_panicked)) => of_a_work_that_panicked.into_inner(),
@@ -90,7 +91,7 @@ impl Crew {
         state.entered.store(OPEN, Ordering::Release);
         state.round.fetch_add(1, Ordering::Release);
         let closing = Closing(state);
-        self.threads.iter().for_each(|thread| thread.thread().unpark());
+        self.threads.iter().take(wanted).for_each(|thread| thread.thread().unpark());
         work();
         drop(closing);
         if let Some(panic) = lock(&state.panic).take() {
@@ -131,7 +132,7 @@ impl State {
             if self.enter() {
                 let work = *lock(&self.work);
                 if let Some(Err(panic)) = work.map(|work| catch_unwind(AssertUnwindSafe(work))) {
-                    *lock(&self.panic) = Some(panic);
+                    lock(&self.panic).get_or_insert(panic);
                 }
                 self.entered.fetch_sub(1, Ordering::Release);
             }
@@ -167,7 +168,7 @@ mod tests {
         let crew = Crew::new(3);
         for round in 0..500 {
             let (here, left, all) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicBool::new(round % 50 > 0));
-            crew.join(&|| {
+            crew.join(3, &|| {
                 // Some rounds wait until everybody has come, the others are over at once.
                 if here.fetch_add(1, Ordering::SeqCst) == 3 {
                     all.store(true, Ordering::SeqCst);
@@ -187,7 +188,7 @@ mod tests {
         for _ in 0..3 {
             thread::sleep(Duration::from_millis(20));
             let here = AtomicUsize::new(0);
-            crew.join(&|| {
+            crew.join(3, &|| {
                 here.fetch_add(1, Ordering::SeqCst);
                 while here.load(Ordering::SeqCst) < 2 {
                     thread::yield_now();
@@ -202,7 +203,7 @@ mod tests {
         for panics_at in 0..3 {
             let here = AtomicUsize::new(0);
             let found = catch_unwind(AssertUnwindSafe(|| {
-                crew.join(&|| {
+                crew.join(3, &|| {
                     let i = here.fetch_add(1, Ordering::SeqCst);
                     while here.load(Ordering::SeqCst) < 3 {
                         thread::yield_now();
@@ -213,20 +214,34 @@ mod tests {
             assert!(found.is_err());
         }
         let ran = AtomicBool::new(false);
-        crew.join(&|| ran.store(true, Ordering::SeqCst));
+        crew.join(3, &|| ran.store(true, Ordering::SeqCst));
         assert!(ran.into_inner());
     }
 
     #[test]
-    fn callers_beside_each_other_do_their_work_alone() {
+    fn a_caller_whom_the_crew_works_for_does_other_work_alone() {
+        let crew = Crew::new(2);
+        crew.join(2, &|| {
+            let runs = AtomicUsize::new(0);
+            crew.join(2, &|| _ = runs.fetch_add(1, Ordering::SeqCst));
+            assert_eq!(runs.into_inner(), 1);
+        });
+    }
+
+    #[test]
+    fn callers_beside_each_other_each_find_everybody_gone() {
         let crew = Crew::new(2);
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for _ in 0..200 {
-                        let next = AtomicUsize::new(0);
-                        crew.join(&|| while next.fetch_add(1, Ordering::Relaxed) < 100 {});
-                        assert!(next.into_inner() >= 100);
+                        let (here, left) = (AtomicUsize::new(0), AtomicUsize::new(0));
+                        crew.join(2, &|| {
+                            here.fetch_add(1, Ordering::SeqCst);
+                            thread::yield_now();
+                            left.fetch_add(1, Ordering::SeqCst);
+                        });
+                        assert_eq!(here.into_inner(), left.into_inner());
                     }
                 });
             }

@@ -12,7 +12,7 @@
 
 mod around;
 
-use crate::gemm::{Gemm, Left, Output, ROWS, Right, Term, WeightSlice};
+use crate::gemm::{Gemm, Left, Output, ROWS, Right, Term, WeightSlice, part};
 use crate::scratch;
 use around::{scale_columns_in_place, scale_rows};
 use rankfold_backend::params::{Dropout, Layout, Linear, MatMul};
@@ -234,9 +234,11 @@ impl Gemm<'_> {
     }
 }
 
-/// Rows of a product that are worked on together, so that they are packed once for all that is done with them.
+/// Rows of a product that are worked on together, so that they are packed once for all that is done with them: nearly
+/// equal blocks, for none is to be few.
 fn blocks(rows: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..rows).step_by(ROWS).map(move |start| start..rows.min(start + ROWS))
+    let count = rows.div_ceil(ROWS);
+    (0..count).map(move |i| part(rows, count, i))
 }
 
 /// x Wᵀ

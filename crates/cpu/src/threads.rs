@@ -1,7 +1,7 @@
 //! Threads: one crew a backend, work in numbered tasks.
 //!
-//! A kernel cuts its work into tasks whose number and bounds depend on the shapes alone, and every sum stays within
-//! one task or is finished in the order of the tasks. Which thread takes which task is decided at run time, so a
+//! A kernel cuts its work into tasks, and every sum stays within one task or is finished in the order of tasks whose
+//! bounds depend on the shapes alone. Which thread takes which task is decided at run time, so a
 //! slow core holds nobody up, and still the bits never depend on the number of threads.
 
 use crate::crew::Crew;
@@ -33,7 +33,7 @@ impl Threads {
     pub fn run(&self, tasks: usize, f: impl Fn(usize) + Sync) {
         let Some(crew) = self.crew.as_ref().filter(|_| tasks > 1) else { return (0..tasks).for_each(f) };
         let next = AtomicUsize::new(0);
-        crew.join(&|| {
+        crew.join(tasks - 1, &|| {
             loop {
                 let task = next.fetch_add(1, Ordering::Relaxed);
                 if task >= tasks {

@@ -32,13 +32,19 @@ fn bits(b: &dyn Backend, buffers: &[&Buffer]) -> Result<Vec<u8>> {
     Ok(all)
 }
 
-fn same_at_any_number_of_threads(kernel: fn(&dyn Backend) -> Result<Vec<u8>>) {
+fn same_at_any_number_of_threads(kernel: impl Fn(&dyn Backend) -> Result<Vec<u8>>) {
     for isa in Isa::available() {
         let [one, two, three] =
             [1, 2, 3].map(|threads| kernel(&CpuBackend::with_isa(isa, Some(threads))).expect("a right call"));
         assert!(!one.is_empty());
         assert!(one == two && one == three, "{isa}: other bits with more threads");
     }
+}
+
+/// The same of products, in either precision.
+fn same_in_both_precisions(kernel: fn(&dyn Backend, Compute) -> Result<Vec<u8>>) {
+    same_at_any_number_of_threads(|b| kernel(b, Compute::F32));
+    same_at_any_number_of_threads(|b| kernel(b, Compute::Bf16));
 }
 
 const N: usize = 100_003;
@@ -140,16 +146,16 @@ fn adamw_in_8_bits() {
 
 #[test]
 fn products() {
-    same_at_any_number_of_threads(|b| {
+    same_in_both_precisions(|b, compute| {
         let mut all = Vec::new();
         for layout in [Layout::Nn, Layout::Nt, Layout::Tn] {
             let (m, n, k) = (173, 301, 333);
             let (x, y, mut c) = (random(b, m * k, 1)?, random(b, k * n, 2)?, random(b, m * n, 3)?);
-            let p = MatMul { m, n, k, layout, accumulate: true, compute: Compute::F32 };
+            let p = MatMul { m, n, k, layout, accumulate: true, compute };
             b.matmul(&p, x.view(), y.view(), c.view_mut())?;
             all.extend(bits(b, &[&c])?);
         }
-        let p = Linear { tokens: 173, inputs: 333, outputs: 301, compute: Compute::F32 };
+        let p = Linear { tokens: 173, inputs: 333, outputs: 301, compute };
         let (x, dy) = (random(b, p.tokens * p.inputs, 4)?, random(b, p.tokens * p.outputs, 5)?);
         let dense = random(b, p.outputs * p.inputs, 6)?;
         let quantized = Quantized::quantize(b, dense.view(), [p.outputs, p.inputs], Format::Nf4, 64, true)?;
@@ -194,7 +200,7 @@ fn products() {
 /// rows no multiple of a vector, a block or a task.
 #[test]
 fn products_of_few_tokens() {
-    same_at_any_number_of_threads(|b| {
+    same_in_both_precisions(|b, compute| {
         let (outputs, inputs) = (701, 533);
         let dense = random(b, outputs * inputs, 1)?;
         let mut halves = b.alloc(DType::Bf16, dense.len())?;
@@ -202,7 +208,7 @@ fn products_of_few_tokens() {
         let quantized = Quantized::quantize(b, dense.view(), [outputs, inputs], Format::Nf4, 64, true)?;
         let mut all = Vec::new();
         for tokens in [1, 2, 3, 5, 8, 9, 24, 25] {
-            let p = Linear { tokens, inputs, outputs, compute: Compute::F32 };
+            let p = Linear { tokens, inputs, outputs, compute };
             let (x, dy) = (random(b, tokens * inputs, 2)?, random(b, tokens * outputs, 3)?);
             for w in [Weight::Dense(dense.view()), Weight::Dense(halves.view()), Weight::Quantized(&quantized)] {
                 let (mut y, mut dx) = (zeros(b, dy.len())?, random(b, x.len(), 4)?);
@@ -213,6 +219,36 @@ fn products_of_few_tokens() {
         }
         Ok(all)
     });
+}
+
+/// Beyond one block of rows that are packed together, a token's row is what it is alone with its block's: cut anywhere
+/// else, its bits are the same.
+#[test]
+fn many_tokens_with_an_update_are_those_of_their_parts() -> Result<()> {
+    for (isa, compute) in Isa::available().into_iter().flat_map(|isa| [(isa, Compute::F32), (isa, Compute::Bf16)]) {
+        let cpu = CpuBackend::with_isa(isa, Some(2));
+        let b: &dyn Backend = &cpu;
+        let (tokens, inputs, outputs, rank) = (1301, 70, 90, 5);
+        let w = random(b, outputs * inputs, 1)?;
+        let (w, a, lora_b) = (Weight::Dense(w.view()), random(b, rank * inputs, 2)?, random(b, outputs * rank, 3)?);
+        let g = random(b, outputs, 4)?;
+        let (a, lora_b, row_scale) = (a.view(), lora_b.view(), Some(g.view()));
+        let update = LowRank { rank, a, b: lora_b, scale: 2.0, per_rank: None, row_scale, dropout: None };
+        let (x, dy) = (draw(tokens * inputs, 5), draw(tokens * outputs, 6));
+        let run = |rows: std::ops::Range<usize>| -> Result<[Vec<f32>; 2]> {
+            let p = Linear { tokens: rows.len(), inputs, outputs, compute };
+            let x = b.upload(&x[rows.start * inputs..rows.end * inputs])?;
+            let dy = b.upload(&dy[rows.start * outputs..rows.end * outputs])?;
+            let (mut y, mut dx) = (zeros(b, dy.len())?, b.filled(DType::F32, x.len(), 1.0)?);
+            b.linear(&p, x.view(), &w, Some(&update), None, y.view_mut())?;
+            b.linear_grad_input(&p, dy.view(), &w, Some(&update), true, dx.view_mut())?;
+            Ok([b.download(y.view())?, b.download(dx.view())?])
+        };
+        let ([y, dx], parts) = (run(0..tokens)?, [run(0..400)?, run(400..tokens)?]);
+        assert!(y == [&parts[0][0][..], &parts[1][0]].concat(), "{isa} {compute:?}: y");
+        assert!(dx == [&parts[0][1][..], &parts[1][1]].concat(), "{isa} {compute:?}: dx");
+    }
+    Ok(())
 }
 
 #[test]
@@ -243,7 +279,7 @@ fn norms_and_rotations() {
 
 #[test]
 fn attention() {
-    same_at_any_number_of_threads(|b| {
+    same_in_both_precisions(|b, compute| {
         let p = Attention {
             batch: 2,
             queries: 150,
@@ -254,7 +290,7 @@ fn attention() {
             scale: 0.22,
             query_offset: 20,
             window: Some(130),
-            compute: Compute::F32,
+            compute,
         };
         let q = random(b, p.query_elements(), 1)?;
         let (k, v) = (random(b, p.key_elements(), 2)?, random(b, p.key_elements(), 3)?);

@@ -15,7 +15,6 @@ use super::tile::Tile;
 use super::unit::{Pair, Unit};
 use crate::simd::Bf16Units;
 use crate::simd::tiles::{ROW, ROWS, Tiles};
-use std::marker::PhantomData;
 
 /// Rows, and columns, of a tile of C.
 const SIDE: usize = 2 * ROWS;
@@ -23,10 +22,10 @@ const SIDE: usize = 2 * ROWS;
 /// Units of a tile.
 const TILE: usize = ROWS * ROWS;
 
-/// The microkernel on T.
-pub(crate) struct Matrix<T>(PhantomData<T>);
+/// The microkernel.
+pub(crate) struct Matrix;
 
-impl<S: Bf16Units, T: Tiles + 'static> Micro<S> for Matrix<T> {
+impl<S: Bf16Units> Micro<S> for Matrix {
     type Unit = Pair;
 
     const GEOMETRY: Geometry = Geometry {
@@ -42,7 +41,7 @@ impl<S: Bf16Units, T: Tiles + 'static> Micro<S> for Matrix<T> {
     unsafe fn begin() {
         const { assert!(S::LANES == ROWS) };
         // SAFETY: the caller's machine has the tiles.
-        unsafe { T::configure() }
+        unsafe { S::Tiles::configure() }
     }
 
     #[inline(always)]
@@ -55,7 +54,7 @@ impl<S: Bf16Units, T: Tiles + 'static> Micro<S> for Matrix<T> {
                     S::prefetch(row);
                     S::prefetch(row.add(ROW));
                 }
-                return multiply::<T>(&tile, tile.c, tile.c_stride, rows);
+                return multiply::<S::Tiles>(&tile, tile.c, tile.c_stride, rows);
             }
             let mut buffer = [[0.0f32; SIDE]; SIDE];
             if tile.accumulate {
@@ -63,7 +62,7 @@ impl<S: Bf16Units, T: Tiles + 'static> Micro<S> for Matrix<T> {
                     tile.c.add(i * tile.c_stride).copy_to_nonoverlapping(row.as_mut_ptr(), tile.columns);
                 }
             }
-            multiply::<T>(&tile, buffer.as_mut_ptr().cast(), SIDE, rows);
+            multiply::<S::Tiles>(&tile, buffer.as_mut_ptr().cast(), SIDE, rows);
             for (i, row) in buffer[..rows].iter().enumerate() {
                 tile.c.add(i * tile.c_stride).copy_from_nonoverlapping(row.as_ptr(), tile.columns);
             }
@@ -73,22 +72,26 @@ impl<S: Bf16Units, T: Tiles + 'static> Micro<S> for Matrix<T> {
     #[inline(always)]
     unsafe fn end() {
         // SAFETY: the tiles were configured.
-        unsafe { T::release() }
+        unsafe { S::Tiles::release() }
     }
 }
 
-/// c [32 or 16, 32], its rows `stride` elements apart, = or += A·B.
+/// c [32 or 16, 32], its rows `stride` elements apart, = or += A·B; of the columns only the first 16 where no others exist.
 #[inline(always)]
 unsafe fn multiply<T: Tiles>(tile: &Tile, c: *mut f32, stride: usize, rows: usize) {
     // SAFETY: whole tiles of c; tiles of a as `Order::Tiles` has them, of b as any right panel.
     unsafe {
-        let (lower, row) = (rows > ROWS, stride * size_of::<f32>());
+        let (lower, right, row) = (rows > ROWS, tile.columns > ROWS, stride * size_of::<f32>());
         let c_lower = c.wrapping_add(ROWS * stride);
         if tile.accumulate {
             T::load::<0>(c, row);
-            T::load::<1>(c.add(ROWS), row);
+            if right {
+                T::load::<1>(c.add(ROWS), row);
+            }
             if lower {
                 T::load::<2>(c_lower, row);
+            }
+            if lower && right {
                 T::load::<3>(c_lower.add(ROWS), row);
             }
         } else {
@@ -102,19 +105,27 @@ unsafe fn multiply<T: Tiles>(tile: &Tile, c: *mut f32, stride: usize, rows: usiz
             let b = tile.b.add(step * ROWS * SIDE);
             T::load::<6>(b, 2 * ROW);
             T::load::<4>(tile.a.add(step * TILE), ROW);
-            T::load::<7>(b.add(ROWS), 2 * ROW);
             T::multiply_add::<0, 4, 6>();
-            T::multiply_add::<1, 4, 7>();
+            if right {
+                T::load::<7>(b.add(ROWS), 2 * ROW);
+                T::multiply_add::<1, 4, 7>();
+            }
             if lower {
                 T::load::<5>(a_lower.add(step * TILE), ROW);
                 T::multiply_add::<2, 5, 6>();
+            }
+            if lower && right {
                 T::multiply_add::<3, 5, 7>();
             }
         }
         T::store::<0>(c, row);
-        T::store::<1>(c.add(ROWS), row);
+        if right {
+            T::store::<1>(c.add(ROWS), row);
+        }
         if lower {
             T::store::<2>(c_lower, row);
+        }
+        if lower && right {
             T::store::<3>(c_lower.add(ROWS), row);
         }
     }

@@ -151,6 +151,6 @@ impl<P: Product> Bf16Kernel for OnTiles<P> {
     #[inline(always)]
     unsafe fn run<S: Bf16Units>(self) -> P::Output {
         // SAFETY: the caller's, whose machine has tiles too: see `run`.
-        unsafe { self.0.run::<S, Matrix<S::Tiles>>() }
+        unsafe { self.0.run::<S, Matrix>() }
     }
 }

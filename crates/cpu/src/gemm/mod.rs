@@ -40,6 +40,7 @@ mod tile;
 mod unit;
 
 pub(crate) use operand::{Left, QuantSlice, Right, Term, WeightSlice};
+pub(crate) use plan::part;
 
 use crate::scratch;
 use crate::simd::{Isa, Simd};
@@ -50,7 +51,7 @@ use rankfold_backend::Compute;
 use std::ops::Range;
 use tile::Tile;
 
-/// Units of k that a tile of C stays for: a panel of B (2·LANES columns) takes half of L1.
+/// Units of k that a tile of C stays for: a panel of B (2·LANES columns) takes 16 or 32 KiB, of L1.
 const DEPTH: usize = 256;
 
 /// Units of k that are packed at a time.
@@ -189,7 +190,7 @@ impl Gemm<'_> {
         let column_tasks = block.columns.len().div_ceil(width);
         plan.run(self.threads, column_tasks * plan.row_tasks, |task| {
             let (row_task, column_task) = (task / column_tasks, task % column_tasks);
-            let panels = plan::part(panels, plan.row_tasks, row_task);
+            let panels = part(panels, plan.row_tasks, row_task);
             let columns = column_task * width..block.columns.end.min((column_task + 1) * width);
             let block = Block { columns, ..block.clone() };
             scratch::with(width * DEPTH, |b| {

@@ -467,7 +467,7 @@ unsafe fn by_tiles<S: Simd, U: Unit<S>, E: Elements<S>>(
                         for (i, (v, factors)) in tile.iter_mut().zip(of_rows).enumerate() {
                             *v = along_within::<S, U>(elements, (first + i) * stride + k, factors);
                             if ahead {
-                                elements.prefetch((first + S::LANES + i) * stride + k, 1);
+                                elements.prefetch((first + S::LANES + i) * stride + k, step);
                             }
                         }
                         S::transpose(tile);

@@ -3,6 +3,7 @@
 use super::micro::{Geometry, Order};
 use super::operand::Term;
 use super::{DEPTH, GROUP};
+use crate::simd::tiles;
 use crate::threads::Threads;
 use std::ops::Range;
 
@@ -66,7 +67,7 @@ pub(super) fn group<'a, 'b>(segments: &'b [Segment<'a>]) -> &'b [Segment<'a>] {
 }
 
 /// Part i of 0 … len cut into `parts` nearly equal ones.
-pub(super) fn part(len: usize, parts: usize, i: usize) -> Range<usize> {
+pub(crate) fn part(len: usize, parts: usize, i: usize) -> Range<usize> {
     len * i / parts..len * (i + 1) / parts
 }
 
@@ -103,7 +104,7 @@ impl Panels {
 pub(super) fn packed_rows(rows: usize, g: Geometry) -> usize {
     match g.left {
         Order::Columns => rows,
-        Order::Tiles => rows.next_multiple_of(16),
+        Order::Tiles => rows.next_multiple_of(tiles::ROWS),
     }
 }
 

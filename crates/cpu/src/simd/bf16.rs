@@ -11,7 +11,7 @@ use super::tiles::Tiles;
 /// As for [`Simd`], and the machine has the units: see [`super::Isa::run_bf16`].
 pub(crate) unsafe trait Bf16Units: Simd {
     /// The matrix units of machines that have them too.
-    type Tiles: Tiles + 'static;
+    type Tiles: Tiles;
     /// 2·LANES consecutive elements, rounded: lane i is the pair of elements 2i and 2i + 1.
     unsafe fn pair_along(first: Self::V, second: Self::V) -> Self::V;
     /// Two rows, rounded: lane i is the pair of their elements i.
@@ -72,8 +72,11 @@ mod emulated {
 
     /// x to bf16 as the units take it, its sixteen bits.
     fn taken(x: f32) -> u32 {
-        let x = if x.is_subnormal() { 0.0f32.copysign(x) } else { x };
-        u32::from(bf16::from_f32(x).to_bits())
+        u32::from(bf16::from_f32(flushed(x)).to_bits())
+    }
+
+    fn flushed(x: f32) -> f32 {
+        if x.is_subnormal() { 0.0f32.copysign(x) } else { x }
     }
 
     fn pair(first: f32, second: f32) -> f32 {
@@ -102,7 +105,7 @@ mod emulated {
         unsafe fn dot(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
             std::array::from_fn(|i| {
                 let ((a0, a1), (b0, b1)) = (halves(a[i]), halves(b[i]));
-                a0 * b0 + (a1 * b1 + c[i])
+                flushed(a0.mul_add(b0, flushed(a1.mul_add(b1, flushed(c[i])))))
             })
         }
     }

@@ -216,3 +216,48 @@ impl Kernel for Encode {
 fn nibbles_are_encoded_by_the_thresholds_exceeded() {
     everywhere(Encode);
 }
+
+/// What bf16 units make of all pairs of some numbers, as bits; NaNs as one.
+#[derive(Clone)]
+struct Units16(Vec<f32>);
+impl Bf16Kernel for Units16 {
+    type Output = Vec<u32>;
+    #[inline(always)]
+    unsafe fn run<S: Bf16Units>(self) -> Vec<u32> {
+        let mut bits = Vec::new();
+        for part in self.0.chunks_exact(3 * S::LANES) {
+            // SAFETY: three vectors.
+            unsafe {
+                let [a, b, c] = [0, 1, 2].map(|i| S::load(part.as_ptr().add(i * S::LANES)));
+                let (along, across) = (S::pair_along(a, b), S::pair_across(b, a));
+                let sum = lanes::<S>(S::dot(along, across, c)).into_iter();
+                bits.extend(sum.map(|x| if x.is_nan() { u32::MAX } else { x.to_bits() }));
+                for pairs in [along, across] {
+                    let halves =
+                        lanes::<S>(pairs).into_iter().flat_map(|x| [x.to_bits() << 16, x.to_bits() & 0xFFFF_0000]);
+                    bits.extend(halves.map(|x| if f32::from_bits(x).is_nan() { u32::MAX } else { x }));
+                }
+            }
+        }
+        bits
+    }
+}
+
+#[test]
+fn bf16_units_do_what_plain_rust_says() {
+    // Every exponent, ties between two bf16 and their neighbours, both zeros, infinities, NaN, denormals; sums whose
+    // order shows.
+    let mut numbers =
+        vec![0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN_POSITIVE, 1e-40, 1e-45];
+    for i in 0..4096u32 {
+        let word = rankfold_backend::philox::word(1, 0, i.into());
+        let near_tie = word & 0xFFFF_0000 | [0x8000, 0x7FFF, 0x8001, word & 0xFFFF][i as usize % 4];
+        numbers.push(f32::from_bits(near_tie));
+        numbers.push(2.0 * rankfold_backend::philox::unit(word) - 1.0);
+    }
+    let expected = Isa::portable_16(Units::Pairs).run_bf16(Units16(numbers.clone()));
+    for isa in Isa::available().into_iter().filter(|isa| isa.has_bf16_units()) {
+        let found = isa.run_bf16(Units16(numbers.clone()));
+        assert!(found == expected, "{isa}: {:?}", found.iter().zip(&expected).enumerate().find(|(_, (a, b))| a != b));
+    }
+}

@@ -4,8 +4,8 @@
 //! ever asked of its place. So what matters of a call is how much it asks for at which depth. Tasks run on every
 //! thread: on the caller's at the depth that the call has reached, on the others at the bottom.
 
-use rankfold_backend::LowRank;
 use rankfold_backend::params::{Attention, Linear};
+use rankfold_backend::{Compute, LowRank};
 
 /// What one call asks for, in elements of f32.
 #[derive(Debug, Default)]
@@ -31,6 +31,13 @@ const PAD: usize = 16;
 const CHUNK: usize = 1 << 14;
 
 impl Nest {
+    /// What is packed of a left operand at a time. In bf16 that depends on the machine's units: at the most, an f32 an
+    /// element, of whole tiles of 16 by 16.
+    fn panels(m: usize, k: usize, compute: Compute) -> usize {
+        let whole = |n: usize| if compute == Compute::Bf16 { n.next_multiple_of(16) } else { n };
+        whole(m.min(PACKED_ROWS)) * whole(k).min(PACKED_DEPTH)
+    }
+
     fn with(&mut self, depth: usize, elements: usize) {
         if self.main.len() <= depth {
             self.main.resize(depth + 1, 0);
@@ -44,24 +51,24 @@ impl Nest {
     }
 
     /// [m, k] · [k, n], the left operand stored as it is or transposed.
-    fn product(&mut self, depth: usize, [m, n, k]: [usize; 3], transposed: bool) {
-        let packed = if transposed || n > UNPACKED_COLUMNS { m.min(PACKED_ROWS) * k.min(PACKED_DEPTH) } else { 0 };
-        self.with(depth, packed);
+    fn product(&mut self, depth: usize, [m, n, k]: [usize; 3], transposed: bool, compute: Compute) {
+        let packs = transposed || n > UNPACKED_COLUMNS || compute == Compute::Bf16;
+        self.with(depth, if packs { Self::panels(m, k, compute) } else { 0 });
         self.task(depth + 1, PANELS);
     }
 
     pub(super) fn linear(p: &Linear, low_rank: Option<&LowRank>) -> Self {
         let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
         let Some(l) = low_rank else {
-            nest.product(0, [m, n, k], false);
+            nest.product(0, [m, n, k], false, p.compute);
             return nest;
         };
         match l.dropout {
-            None => nest.updated(0, [m, n, k], l.rank),
+            None => nest.updated(0, [m, n, k], l.rank, p.compute),
             Some(_) => {
                 nest.with(0, m * k);
-                nest.hidden(1, [m, l.rank, k]);
-                nest.product(2, [m, n, k + l.rank], false);
+                nest.hidden(1, [m, l.rank, k], p.compute);
+                nest.product(2, [m, n, k + l.rank], false, p.compute);
             }
         }
         nest
@@ -70,7 +77,7 @@ impl Nest {
     pub(super) fn linear_grad_input(p: &Linear, low_rank: Option<&LowRank>) -> Self {
         let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
         let Some(l) = low_rank else {
-            nest.product(0, [m, k, n], false);
+            nest.product(0, [m, k, n], false, p.compute);
             return nest;
         };
         let mut depth = 0;
@@ -79,12 +86,12 @@ impl Nest {
             depth += 1;
         }
         match l.dropout {
-            None => nest.updated(depth, [m, k, n], l.rank),
+            None => nest.updated(depth, [m, k, n], l.rank, p.compute),
             Some(_) => {
-                nest.hidden(depth, [m, l.rank, n]);
+                nest.hidden(depth, [m, l.rank, n], p.compute);
                 nest.with(depth + 1, m * k);
                 nest.with(depth + 2, m * k);
-                nest.product(depth + 2, [m, k, n + l.rank], false);
+                nest.product(depth + 2, [m, k, n + l.rank], false, p.compute);
             }
         }
         nest
@@ -93,7 +100,7 @@ impl Nest {
     pub(super) fn linear_grad_weight(p: &Linear, low_rank: Option<&LowRank>, weight: bool, update: bool) -> Self {
         let (mut nest, m, n, k) = (Self::default(), p.tokens, p.outputs, p.inputs);
         if weight {
-            nest.product(0, [n, k, m], true);
+            nest.product(0, [n, k, m], true, p.compute);
         }
         let Some(l) = low_rank.filter(|_| update) else { return nest };
         let mut depth = 0;
@@ -106,35 +113,38 @@ impl Nest {
             depth += 1;
         }
         nest.with(depth, 2 * m * l.rank);
-        nest.product(depth + 1, [m, l.rank, n.max(k)], false);
-        nest.product(depth + 1, [l.rank, k, m], true);
+        nest.product(depth + 1, [m, l.rank, n.max(k)], false, p.compute);
+        nest.product(depth + 1, [l.rank, k, m], true, p.compute);
         nest.with(depth + 1, l.rank * n);
-        nest.product(depth + 2, [l.rank, n, m], true);
+        nest.product(depth + 2, [l.rank, n, m], true, p.compute);
         if l.row_scale.is_some() {
             nest.with(depth + 1, m * n);
-            nest.product(depth + 2, [m, n, k + l.rank], false);
+            nest.product(depth + 2, [m, n, k + l.rank], false, p.compute);
         }
         nest
     }
 
     /// [m, k] · [k, n] and its low-rank update, on panels of the left operand that both use, a block of rows at a time.
-    fn updated(&mut self, depth: usize, [m, n, k]: [usize; 3], rank: usize) {
+    fn updated(&mut self, depth: usize, [m, n, k]: [usize; 3], rank: usize, compute: Compute) {
         let m = m.min(PACKED_ROWS);
+        // Two bf16 may be one unit of k: what is packed for both is then no more than for each.
         if k > PACKED_DEPTH {
-            self.hidden(depth, [m, rank, k]);
-            return self.product(depth + 1, [m, n, k + rank], false);
+            self.hidden(depth, [m, rank, k], compute);
+            return self.product(depth + 1, [m, n, k + rank], false, compute);
         }
-        self.with(depth, m * k);
+        self.with(depth, Self::panels(m, k, compute));
+        // The update's own product finds all of its left operand packed; the weight's packs that product.
         self.with(depth + 1, m * rank);
-        self.with(depth + 2, rank.max(m * rank));
+        self.with(depth + 2, rank.max(Self::panels(m, rank, compute)));
         self.task(depth + 3, PANELS);
+        self.task(depth + 4, PANELS);
     }
 
     /// [m, rank] of the low-rank update, formed at the depth where it is kept.
-    fn hidden(&mut self, depth: usize, [m, rank, k]: [usize; 3]) {
+    fn hidden(&mut self, depth: usize, [m, rank, k]: [usize; 3], compute: Compute) {
         self.with(depth, m * rank);
         self.with(depth + 1, rank);
-        self.product(depth + 2, [m, rank, k], false);
+        self.product(depth + 2, [m, rank, k], false, compute);
     }
 
     pub(super) fn attention(p: &Attention) -> Self {

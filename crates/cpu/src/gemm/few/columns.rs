@@ -9,7 +9,7 @@
 //! ```
 //!
 //! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
-//! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM.
+//! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM in registers.
 
 use super::{ALONE, GROUP, Rows, finish};
 use crate::gemm::micro::{Geometry, Micro, Product};
