@@ -81,7 +81,7 @@ fn bf16_products_train_as_f32_ones_do_nearly() {
     }
 }
 
-/// Measured on 200 steps: 0.1 %.
+/// Measured on 200 steps of the default run, AMD EPYC Zen 4: 3.1998 and 3.1995.
 #[test]
 fn the_built_in_run_in_bf16_ends_within_half_a_percent_of_f32() {
     let place = Place::new();
