@@ -105,7 +105,7 @@ impl Allocator {
     ///
     /// Layers from which triplets were cut make the choice final: it is an earlier run's.
     ///
-    /// Errors: no layer with triplets.
+    /// Errors: no layer with triplets; a schedule that [`AdaLora::check_total`] refuses.
     pub fn new<'a>(
         backend: &dyn Backend,
         config: &AdaLora,
@@ -127,6 +127,8 @@ impl Allocator {
         }
         if is_final {
             modules.iter_mut().for_each(|module| module.sensitivities.clear());
+        } else {
+            config.check_total(total)?;
         }
         let ends = [first, config.target_rank * modules.len()];
         Ok(Self { config: config.clone(), prune, total, ends, modules, is_final })
@@ -139,7 +141,7 @@ impl Allocator {
 
     /// What is due after step `t`, whose update is done and whose gradients were multiplied by `grad_scale`.
     ///
-    /// `layers` are those that it was made for. Errors: others; a schedule that [`AdaLora::check_total`] refuses.
+    /// `layers` are those that it was made for. Errors: others.
     pub fn after_step(
         &mut self,
         backend: &dyn Backend,
@@ -155,7 +157,6 @@ impl Allocator {
         if self.is_final {
             done.budget = self.modules.iter().flat_map(|module| &module.triplets).filter(|t| t.masks == 0).count();
         } else {
-            self.config.check_total(self.total)?;
             if t < last {
                 self.score(backend, gradients, grad_scale, &layers)?;
             }

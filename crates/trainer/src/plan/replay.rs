@@ -121,8 +121,8 @@ fn allocator(setup: &Setup, model: &Model, ledger: &Ledger) -> Result<Option<All
     let Some(adalora) = setup.adapter.and_then(PeftConfig::lora).and_then(|lora| lora.adalora.as_ref()) else {
         return Ok(None);
     };
-    // As long as any that there is a step for between its phases.
-    let steps = adalora.tinit.saturating_add(adalora.tfinal).saturating_add(1);
+    // As short as any that has a step between its phases and one before the last choice.
+    let steps = adalora.tinit.saturating_add(adalora.tfinal).saturating_add(2);
     let adalora = AdaLora { total_step: None, ..adalora.clone() };
     let allocator = Allocator::new(model.backend().as_ref(), &adalora, Prune::Mask, steps, model.linears())?;
     for (_, buffer) in allocator.tensors() {

@@ -64,7 +64,7 @@ fn real(setup: &Setup) -> [u64; 3] {
     let mut optimizer = AdamW::new(backend, Moments::F32, Hyper::default(), model.parameters()).unwrap();
     let adalora = setup.adapter.and_then(PeftConfig::lora).and_then(|lora| lora.adalora.as_ref());
     let _allocator = adalora
-        .map(|adalora| Allocator::new(model.backend().as_ref(), adalora, Prune::Mask, 2, model.linears()).unwrap());
+        .map(|adalora| Allocator::new(model.backend().as_ref(), adalora, Prune::Mask, 3, model.linears()).unwrap());
     let batch = |rows: usize| {
         let tokens = rows * setup.seq;
         let last = setup.seq - 1;

@@ -109,10 +109,7 @@ proptest! {
 /// Nothing is scored before the only mask: it would hit all.
 #[test]
 fn a_choice_without_a_score_is_refused() {
-    let mut layer = layer(0, 3);
-    let mut allocator =
-        Allocator::new(B, &AdaLora { target_rank: 1, ..AdaLora::default() }, Prune::Mask, 1, [&layer]).unwrap();
-    let gradients = Gradients::new(std::sync::Arc::new(ReferenceBackend));
-    let why = allocator.after_step(B, 1, &gradients, 1.0, &mut [&mut layer]).unwrap_err().to_string();
+    let config = AdaLora { target_rank: 1, ..AdaLora::default() };
+    let why = Allocator::new(B, &config, Prune::Mask, 1, [&layer(0, 3)]).unwrap_err().to_string();
     assert!(why.starts_with("'total_step' is 1 with tinit 0 and tfinal 0, expected "), "{why}");
 }
