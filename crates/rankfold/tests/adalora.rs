@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, both, refuse, succeed};
+use common::{Place, both, metrics, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
 
@@ -13,9 +13,7 @@ fn train(out: &str, more: &[&str]) {
 }
 
 fn steps(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    lines.filter(|line| line["loss"].is_number()).collect()
+    metrics(run).into_iter().filter(|line| line["loss"].is_number()).collect()
 }
 
 fn ranks(step: &Value) -> usize {

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, loss, refuse, succeed};
+use common::{Place, figures, loss, metrics, refuse, succeed};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -53,12 +53,8 @@ fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     succeed(&["train", "--out", &killed, "--resume"]);
     assert!(adapter(&place.path("whole")) == adapter(&place.path("killed")));
     let losses = |name: &str| -> Vec<(serde_json::Value, serde_json::Value, serde_json::Value)> {
-        let text = std::fs::read_to_string(place.path(name).join("metrics.jsonl")).unwrap();
-        let line = |line: &str| {
-            let value: serde_json::Value = serde_json::from_str(line).unwrap();
-            (value["step"].clone(), value["loss"].clone(), value["eval_loss"].clone())
-        };
-        text.lines().map(line).collect()
+        let line = |line: &serde_json::Value| (line["step"].clone(), line["loss"].clone(), line["eval_loss"].clone());
+        metrics(&place.path(name)).iter().map(line).collect()
     };
     assert_eq!(losses("whole"), losses("killed"));
 
@@ -139,11 +135,7 @@ fn a_new_model_can_be_pretrained() {
     succeed(&["new", "--config", &config, "--vocab", "280", "--data", &text, "--out", &fresh]);
     let train = ["train", "--model", &fresh, "--data", &text, "--method", "full", "--steps", "20", "--lr", "1e-2"];
     succeed(&[&train[..], &["--batch", "4", "--seq", "32", "--out", &out]].concat());
-    let metrics = std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap();
-    let evals: Vec<f64> = metrics
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap()["eval_loss"].as_f64())
-        .collect();
+    let evals = figures(&place.path("out"), "eval_loss");
     assert!(evals.len() == 2 && evals[1] < 0.7 * evals[0], "{evals:?}");
     succeed(&["generate", "--model", &out, "--prompt", "to be", "--max-new", "5"]);
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, figures, refuse, succeed};
 use std::path::Path;
 use std::process::Command;
 
@@ -24,9 +24,7 @@ fn adapter(place: &Place, run: &str) -> Vec<u8> {
 }
 
 fn losses(place: &Place, run: &str) -> Vec<f64> {
-    let text = std::fs::read_to_string(place.path(run).join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    lines.filter_map(|line| line["loss"].as_f64()).collect()
+    figures(&place.path(run), "loss")
 }
 
 /// Four steps of QLoRA on the tiny model; what differs is appended.
@@ -88,9 +86,7 @@ fn the_built_in_run_in_bf16_ends_within_half_a_percent_of_f32() {
     let held_out = |compute: &str| {
         let out = place.text(compute);
         succeed(&["train", "--steps", "12", "--batch", "4", "--seq", "64", "--compute", compute, "--out", &out]);
-        let text = std::fs::read_to_string(place.path(compute).join("metrics.jsonl")).unwrap();
-        let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-        lines.filter_map(|line| line["eval_loss"].as_f64()).next_back().unwrap()
+        *figures(&place.path(compute), "eval_loss").last().unwrap()
     };
     let (f32, bf16) = (held_out("f32"), held_out("bf16"));
     assert!(f32 != bf16 && (f32 - bf16).abs() < 0.005 * f32, "{f32} in f32, {bf16} in bf16");

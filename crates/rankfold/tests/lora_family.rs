@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, both, refuse, succeed};
+use common::{Place, both, figures, refuse, succeed};
 use rankfold_files::Checkpoint;
 use std::path::Path;
 
@@ -54,9 +54,7 @@ fn config(folder: &str) -> serde_json::Value {
 
 /// The losses of the steps.
 fn losses(folder: &str) -> Vec<f64> {
-    let text = std::fs::read_to_string(Path::new(folder).join("metrics.jsonl")).unwrap();
-    let line = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()["loss"].as_f64();
-    text.lines().filter_map(line).collect()
+    figures(Path::new(folder), "loss")
 }
 
 /// Take its product away from a run and let it go on from its last checkpoint, on another number of threads; what it

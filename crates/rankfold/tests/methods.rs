@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, loss, refuse, succeed};
+use common::{Place, figures, loss, refuse, succeed};
 use rankfold_files::Checkpoint;
 use serde_json::Value;
 use std::path::Path;
@@ -19,10 +19,7 @@ fn names(file: &Path) -> Vec<String> {
 }
 
 fn losses(run: &Path) -> [f64; 2] {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let losses: Vec<f64> = lines.filter_map(|line| line["eval_loss"].as_f64()).collect();
-    losses.try_into().unwrap()
+    figures(run, "eval_loss").try_into().unwrap()
 }
 
 /// What every method must do; the run's folder and the folder that a model, data and run lie in.
@@ -146,11 +143,7 @@ fn a_projected_prefix_goes_all_the_way() {
 fn diff_goes_all_the_way_and_says_how_sparse_it_is() {
     let place = round_trip("diff", &["--diff-penalty", "1000", "--lr", "2e-4"]);
     merges(&place);
-    let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
-    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let figures: Vec<[Option<f64>; 2]> =
-        lines.map(|line| ["expected_sparsity", "sparsity"].map(|name| line[name].as_f64())).collect();
-    let [sparsity, closed] = [0, 1].map(|i| figures.iter().filter_map(|of| of[i]).collect::<Vec<f64>>());
+    let [sparsity, closed] = ["expected_sparsity", "sparsity"].map(|field| figures(&place.path("run"), field));
     // σ(−1) before the first step, to the five digits that are given; then a penalty above what the data say, so that
     // every step closes gates.
     assert!(sparsity.len() == 12 && (sparsity[0] - 0.26894).abs() < 5e-6, "{sparsity:?}");
@@ -173,9 +166,7 @@ fn diff_closes_gates_in_a_run_of_the_default_length() {
     succeed(
         &[&["train", "--method", "diff", "--model", &model, "--tokens", &tokens, "--out", &out], &rates[..]].concat(),
     );
-    let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
-    let told = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).unwrap()["sparsity"].as_f64());
-    let told: Vec<f64> = told.collect();
+    let told = figures(&place.path("run"), "sparsity");
     let file = Checkpoint::open(&place.path("run/adapter_model.safetensors")).unwrap();
     let values: Vec<f32> = file.names().flat_map(|name| file.read_f32(name).unwrap()).collect();
     let zeros = values.iter().filter(|value| **value == 0.0).count();

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, metrics, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -55,8 +55,7 @@ fn same_under(place: &Place, product: &str, args: &[&str], paging: &[&str], limi
 /// That the steps' lines and the report say what was paged of the run under a limit, and nothing of the other.
 fn assert_told(place: &Place) {
     for (name, is_limited) in [("free", false), ("limited", true)] {
-        let metrics = std::fs::read_to_string(place.path(name).join("metrics.jsonl")).unwrap();
-        let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let lines = metrics(&place.path(name)).into_iter();
         let steps: Vec<Value> = lines.filter(|line| line["loss"].is_number()).collect();
         for field in ["paged_in", "paged_out", "stall_seconds"] {
             assert!(steps.iter().all(|step| step[field].is_number() == is_limited), "{name}: {field}");

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, refuse, succeed};
+use common::{Place, figures, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
 
@@ -25,9 +25,7 @@ fn measure(place: &Place, options: &[&str]) {
     let said = succeed(&[&["plan", "--json", &file], options].concat());
     assert!(said.lines().last().unwrap().contains(&file), "{said}");
     succeed(&[&["train", "--steps", "3", "--overwrite", "--out", &out], options].concat());
-    let metrics = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
-    let lines = metrics.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let measured = lines.filter_map(|line| line["peak_rss"].as_f64()).fold(0.0, f64::max);
+    let measured = figures(&place.path("run"), "peak_rss").into_iter().fold(0.0, f64::max);
     let planned = peak(&json(Path::new(&file))["plan"]);
     assert!((planned / measured - 1.0).abs() <= TOLERANCE, "{options:?}: planned {planned}, measured {measured}");
 }

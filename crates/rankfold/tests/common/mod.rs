@@ -23,6 +23,17 @@ pub fn both(args: &[&str]) -> [String; 2] {
     [stdout, stderr]
 }
 
+/// The lines of a run's metrics.
+pub fn metrics(run: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// A field of a run's metrics, of the lines that have it.
+pub fn figures(run: &Path, field: &str) -> Vec<f64> {
+    metrics(run).iter().filter_map(|line| line[field].as_f64()).collect()
+}
+
 /// The loss that a command says.
 pub fn loss(args: &[&str]) -> f64 {
     succeed(args).strip_prefix("loss ").unwrap().split([' ', ';']).next().unwrap().parse().unwrap()
