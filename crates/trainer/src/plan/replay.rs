@@ -139,11 +139,14 @@ fn batch(rows: usize, seq: usize, ledger: &Ledger, model: &Model) -> Result<Devi
     Ok(batch)
 }
 
+/// Micro-batches after which another takes what the last one took: no draw of thousands needed more, and some three.
+const MICRO_BATCHES: usize = 4;
+
 /// One optimiser step, as `crate::step` makes it.
 fn step(setup: &Setup, model: &Model, optimizer: &AdamW, ledger: &Ledger) -> Result<()> {
     let backend = model.backend();
     let mut gradients = Gradients::new(backend.clone());
-    for _ in 0..setup.accumulate.min(2) {
+    for _ in 0..setup.accumulate.min(MICRO_BATCHES) {
         ledger.begin(Phase::Forward);
         let mode = Forward { compute: setup.compute, dropout: Some(DropoutKey { seed: 0, draw: 0 }) };
         let batch = batch(setup.rows, setup.seq, ledger, model)?;
