@@ -28,6 +28,8 @@ pub(crate) struct State<M: Memory> {
     pub(crate) limit: Limit,
     /// Moves under way.
     pub(crate) moving: usize,
+    /// Pages on their way into memory.
+    pub(crate) loading: usize,
     /// Pages that somebody asked to bring in soon.
     pub(crate) wanted: Vec<PageId>,
     /// What the workers saw ahead.
@@ -87,6 +89,7 @@ impl<M: Memory> Core<M> {
             table: Table::default(),
             limit,
             moving: 0,
+            loading: 0,
             wanted: Vec::new(),
             scout: Scout::default(),
             coming: 0,
@@ -116,7 +119,7 @@ impl<M: Memory> Core<M> {
     /// that takes the frame of one farther ahead is right by itself, but together they would turn all of memory into a
     /// window that moves along, and keep nothing from one round to the next.
     pub(crate) fn look_ahead(&self, state: &State<M>) -> usize {
-        self.look_ahead.min(state.capacity(self.page) / 8)
+        self.look_ahead.min(state.capacity(self.page) * 3 / 8)
     }
 
     /// Touches within which a page had better come with others of its block: before half of memory is used once, so that
@@ -320,10 +323,12 @@ impl<M: Memory> Core<M> {
         run.pages.clone().for_each(|id| state.table.page_mut(id).place = Place::Loading);
         state.table.away -= run.within.len();
         state.moving += 1;
+        state.loading += run.within.len();
         drop(state);
         let loaded = self.memory.load(&run.region, run.within.clone());
         let mut state = self.lock();
         state.moving -= 1;
+        state.loading -= run.within.len();
         state.failing = loaded.is_err();
         let count = run.within.len();
         match &loaded {

@@ -21,7 +21,7 @@ pub struct Options {
     pub limit: Limit,
     /// Where pages go that are not; nowhere, if there is no file: what does not fit is then an error.
     pub file: Option<FileOptions>,
-    /// Bytes that are brought in ahead of their use; never more than an eighth of the limit, but for what completes a
+    /// Bytes that are brought in ahead of their use; never more than three eighths of the limit, but for what completes a
     /// block of the memory's.
     pub look_ahead: usize,
 }
@@ -127,7 +127,7 @@ impl<M: Memory> Pager<M> {
     ///
     /// Errors: too much of it is held. The new limit then holds from now on all the same.
     pub fn set_limit(&self, mut limit: Limit) -> Result<()> {
-        limit.measure(self.stats().resident);
+        limit.measure(self.stats().resident + self.memory().aside());
         let found = limit.bytes();
         if found < self.page() {
             return Err(Error::Capacity { found, page: self.page() });

@@ -2,19 +2,22 @@
 
 use crate::extents::Extent;
 use crate::file::FileTier;
+use crate::frames::Frames;
 use crate::space::{BLOCK, Space};
 use crate::{Error, FileFigures, FileOptions, Memory, Result};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// While one thread puts frames behind addresses and sums checksums, another keeps the disk busy.
-const MOVERS: usize = 2;
+/// While one thread puts frames behind addresses and sums checksums, another keeps the disk busy; and a third, where one
+/// of the two moves a page alone, which waits as long as a long run before it.
+const MOVERS: usize = 3;
 
 /// Host memory, whose pages are kept in a file where there is one.
 #[derive(Debug)]
 pub struct Host {
     page: usize,
-    file: Option<Arc<FileTier>>,
+    /// With what comes from it and goes to it, the frames for that.
+    file: Option<(Arc<FileTier>, Frames)>,
 }
 
 /// Addresses of the process, and a place in the file.
@@ -54,12 +57,14 @@ impl HostRegion {
 
 impl Host {
     pub(crate) fn new(page: usize, file: Option<&FileOptions>) -> Result<Self> {
-        Ok(Self { page, file: file.map(|options| FileTier::open(options, page).map(Arc::new)).transpose()? })
+        Ok(match file {
+            Some(options) => Self::on(FileTier::open(options, page)?, page),
+            None => Self { page, file: None },
+        })
     }
 
-    #[cfg(all(test, not(feature = "shuttle")))]
     pub(crate) fn on(file: FileTier, page: usize) -> Self {
-        Self { page, file: Some(Arc::new(file)) }
+        Self { page, file: Some((Arc::new(file), Frames::new(page))) }
     }
 
     /// The bytes of pages.
@@ -95,12 +100,15 @@ impl Memory for Host {
         let source = std::io::ErrorKind::OutOfMemory;
         let too_many = || Error::Address { bytes: usize::MAX, source: source.into() };
         let space = Space::reserve(pages.checked_mul(self.page).ok_or_else(too_many)?)?;
-        let place = |file: &Arc<FileTier>| Place { file: file.clone(), extent: Some(file.reserve(pages)) };
+        let place = |(file, _): &(Arc<FileTier>, _)| Place { file: file.clone(), extent: Some(file.reserve(pages)) };
         Ok(HostRegion { space, place: self.file.as_ref().map(place) })
     }
 
     fn commit(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
         // The system puts the frames there, when a page is first touched.
+        if let Some((_, frames)) = &self.file {
+            frames.give_up(pages.len() * self.page);
+        }
         region.space.open(pages.start * self.page..pages.end * self.page)
     }
 
@@ -113,20 +121,38 @@ impl Memory for Host {
     fn load(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {
         let (file, extent) = region.kept()?;
         let range = pages.start * self.page..pages.end * self.page;
-        region.space.open(range.clone())?;
-        region.space.populate(range);
+        match &self.file {
+            // SAFETY: as above.
+            Some((_, frames)) => unsafe { frames.take(&region.space, range) }?,
+            None => return Err(Error::NoTier),
+        }
         // SAFETY: as above.
         file.load(extent, pages.start, unsafe { self.bytes_mut(region, &pages) })
     }
 
     fn release(&self, region: &HostRegion, pages: Range<usize>) {
-        // SAFETY: as above.
-        unsafe { region.space.release(pages.start * self.page..pages.end * self.page) };
+        let range = pages.start * self.page..pages.end * self.page;
+        match &self.file {
+            // SAFETY: as above.
+            Some((_, frames)) => unsafe { frames.put(&region.space, range) },
+            // SAFETY: as above.
+            None => unsafe { region.space.release(range) },
+        }
     }
 
     fn forget(&self, region: &HostRegion, pages: Range<usize>) {
         if let Ok((file, extent)) = region.kept() {
             file.discard(extent, pages);
+        }
+    }
+
+    fn aside(&self) -> usize {
+        self.file.as_ref().map_or(0, |(_, frames)| frames.bytes())
+    }
+
+    fn keep_aside(&self, most: usize) {
+        if let Some((_, frames)) = &self.file {
+            frames.keep(most);
         }
     }
 
@@ -139,6 +165,6 @@ impl Memory for Host {
     }
 
     fn file(&self) -> Option<FileFigures> {
-        self.file.as_ref().map(|file| file.figures())
+        self.file.as_ref().map(|(file, _)| file.figures())
     }
 }

@@ -23,7 +23,7 @@
 //! ```
 //!
 //! In reading order:
-//! - [`memory`](Memory), `space`, `host`: the memory behind a pager, and the host's: address space over a file;
+//! - [`memory`](Memory), `space`, `frames`, `host`: the memory behind a pager, and the host's: address space over a file;
 //! - `file`, `extents`: pages in a file, each with its checksum;
 //! - `forecast`: which page is needed when, and so which may leave;
 //! - `table`, `core`, `room`: the books, and how pages come and go; `limit`: how many may stay;
@@ -37,6 +37,7 @@ mod error;
 mod extents;
 mod file;
 mod forecast;
+mod frames;
 #[cfg(test)]
 mod guarded;
 mod handle;

@@ -29,6 +29,15 @@ pub trait Memory: Debug + Send + Sync + 'static {
     /// Give back the frames of pages, as far as they have any: a failed `commit` or `load` may have left some.
     fn release(&self, region: &Self::Region, pages: Range<usize>);
 
+    /// Bytes of frames that were given back and are kept for pages to come. `commit` and `load` use them, or let go of as
+    /// many as they take.
+    fn aside(&self) -> usize {
+        0
+    }
+
+    /// Keep no more than so many bytes of them.
+    fn keep_aside(&self, _most: usize) {}
+
     /// What the tier below holds of these pages is no longer wanted.
     fn forget(&self, region: &Self::Region, pages: Range<usize>);
 

@@ -26,8 +26,9 @@ impl<M: Memory> Core<M> {
         count: usize,
         failed: &mut Option<Error>,
     ) -> Result<(Guard<'a, M>, bool)> {
-        let resident = state.table.resident * self.page;
-        state.limit.measure(resident);
+        let in_use = state.table.resident * self.page + self.memory.aside();
+        state.limit.measure(in_use);
+        self.trim(&state);
         let capacity = state.capacity(self.page);
         let needed = (state.table.resident + count).saturating_sub(capacity);
         if needed == 0 {
@@ -68,11 +69,21 @@ impl<M: Memory> Core<M> {
                 continue;
             };
             let count = run.within.len();
-            run.pages.for_each(|id| state.table.drop_frame(id));
+            let State { scout, table, .. } = &mut **state;
+            scout.look_again(table, run.pages.clone());
+            run.pages.for_each(|id| table.drop_frame(id));
             self.memory.release(&run.region, run.within);
             (left, rest) = (left + count, &rest[count..]);
         }
+        self.trim(state);
         left
+    }
+
+    /// What the memory keeps of frames given back fits beside what is resident, and waits for a use that is near.
+    fn trim(&self, state: &State<M>) {
+        // What a load takes is resident in the books before it is taken from there.
+        let kept = (state.free(self.page) + state.loading).min(2 * BATCH);
+        self.memory.keep_aside(kept * self.page);
     }
 
     /// The pages at the head of `leavers` that lie together, that nobody holds and that must be stored; none where the

@@ -14,6 +14,7 @@ use crate::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Reserved addresses: readable and writable, and not mapped to any file.
 #[derive(Debug)]
@@ -37,7 +38,15 @@ const HOLE: usize = 64 << 10;
 /// What may have a huge frame; each space begins with one.
 pub(crate) const BLOCK: usize = 2 << 20;
 
+/// Blocks of all spaces of the process.
+static BLOCKS: AtomicUsize = AtomicUsize::new(0);
+
 impl Space {
+    /// Blocks of all spaces of the process, at least.
+    pub(crate) fn blocks() -> usize {
+        BLOCKS.load(Ordering::Relaxed)
+    }
+
     /// Reserve `bytes`, a multiple of 64 KiB and not 0.
     pub(crate) fn reserve(bytes: usize) -> Result<Self> {
         let failed = |source| Error::Address { bytes, source };
@@ -53,6 +62,7 @@ impl Space {
         // SAFETY: less than a block from the start, and the mapping is longer than a block.
         let start = unsafe { start.add(start.align_offset(BLOCK)) };
         let space = Self { mapped, all, start, bytes };
+        BLOCKS.fetch_add(bytes.div_ceil(BLOCK), Ordering::Relaxed);
         space.mark(0..bytes, false);
         if !cfg!(test) {
             space.protect(0..bytes, libc::PROT_READ | libc::PROT_WRITE).map_err(failed)?;
@@ -77,7 +87,12 @@ impl Space {
         }
         let whole = range.start.next_multiple_of(BLOCK)..range.end / BLOCK * BLOCK;
         if whole.start < whole.end {
+            self.mark(range.start..whole.start, false);
+            self.mark(whole.end..range.end, false);
             self.mark(whole, true);
+        } else {
+            // Of a block that once was whole, perhaps.
+            self.mark(range, false);
         }
         Ok(())
     }
@@ -92,7 +107,9 @@ impl Space {
     /// Say of whole blocks whether they may have huge frames. Where the system has none, there is nothing to say.
     fn mark(&self, range: Range<usize>, huge: bool) {
         #[cfg(target_os = "linux")]
-        self.advise(range, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
+        if !range.is_empty() {
+            self.advise(range, if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
+        }
     }
 
     /// Tell the system something of a range that changes no byte.
@@ -111,6 +128,48 @@ impl Space {
     /// Bytes from the first that may be touched.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Move the frames of a range behind addresses of another space, `range.len()` from `at` on, that have none (multiples
+    /// of the system's page): whether they are there now. If not, they are where they were. The range then has none.
+    ///
+    /// # Panics
+    /// Where the system takes the other addresses away: it cannot keep its books any more.
+    ///
+    /// # Safety
+    /// Nobody has a reference into either range.
+    #[cfg(target_os = "linux")]
+    pub(crate) unsafe fn move_frames(&self, range: Range<usize>, to: &Self, at: usize) -> bool {
+        let len = range.len();
+        assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
+        assert!(at <= to.bytes && len <= to.bytes - at, "a range beyond its space");
+        // SAFETY: within the mappings; the caller keeps references away. The addresses that are left stay this space's.
+        let (from, target) = unsafe { (self.start.as_ptr().add(range.start), to.start.as_ptr().add(at)) };
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
+        // SAFETY: as above.
+        if unsafe { libc::mremap(from.cast(), len, len, flags, target) } == libc::MAP_FAILED {
+            // What was mapped there may be gone.
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            // SAFETY: within the other space's mapping, where nothing is referred to.
+            let mapped = unsafe { libc::mmap(target.cast(), len, access, flags, -1, 0) };
+            assert_ne!(mapped, libc::MAP_FAILED, "the addresses of a space are its own");
+            to.mark(at..at + len, false);
+            return false;
+        }
+        if cfg!(test) {
+            self.protect(range, libc::PROT_NONE).expect("a part of a mapping");
+        }
+        true
+    }
+
+    /// The same where no system call moves frames.
+    ///
+    /// # Safety
+    /// Any call is safe.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) unsafe fn move_frames(&self, _: Range<usize>, _: &Self, _: usize) -> bool {
+        false
     }
 
     /// Give back the frames of a range (multiples of the system's page): it reads as zero afterwards. The system takes a
@@ -136,5 +195,6 @@ impl Drop for Space {
     fn drop(&mut self) {
         // SAFETY: mapped in `reserve` with this length, unmapped once; no reference outlives its owner.
         unsafe { libc::munmap(self.mapped.as_ptr(), self.all) };
+        BLOCKS.fetch_sub(self.bytes.div_ceil(BLOCK), Ordering::Relaxed);
     }
 }

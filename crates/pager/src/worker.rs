@@ -70,6 +70,14 @@ impl Scout {
         }
     }
 
+    /// Pages leave: those of them that are expected within the part that was looked at must be seen again.
+    pub(crate) fn look_again<M: Memory>(&mut self, table: &Table<M>, pages: Range<PageId>) {
+        let nearest = pages.map(|id| table.forecast.distance(id)).min();
+        if let (Some(nearest), Some(seen)) = (nearest, table.forecast.ahead(self.seen)) {
+            self.seen -= seen.saturating_sub(nearest);
+        }
+    }
+
     /// Give up for now: what was noted will be looked at again, and so will a touch that was taken from it.
     fn give_up(&mut self, taken: Option<u64>) {
         let noted = self.targets.drain(..).filter_map(|(touch, _)| touch);
@@ -133,7 +141,9 @@ fn bring<'a, M: Memory>(
 ) -> (bool, Guard<'a, M>) {
     let ahead = touch.and_then(|touch| state.table.forecast.ahead(touch)).unwrap_or(0);
     let spare = state.free(core.page).saturating_sub(core.look_ahead(&state) / 2);
-    let leavers = state.table.leavers(pages.len().saturating_sub(spare), ahead, false, state.block(core));
+    // Pages that are expected within a run of each other may be wanted in one hold, whichever is touched first.
+    let horizon = ahead.saturating_add(BATCH as u64);
+    let leavers = state.table.leavers(pages.len().saturating_sub(spare), horizon, false, state.block(core));
     let left;
     (left, state) = let_leave(core, state, &leavers);
     let end = pages.end.min(pages.start.saturating_add(state.free(core.page) as PageId));
@@ -175,7 +185,7 @@ fn free_frames<'a, M: Memory>(core: &'a Core<M>, state: Guard<'a, M>) -> (bool, 
 
 /// Let pages leave that may: whether any did.
 fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers: &[PageId]) -> (bool, Guard<'a, M>) {
-    let mut left = leave(core, &mut state, leavers);
+    let mut left = core.drop_frames(&mut state, leavers);
     let mut rest = leavers;
     while !rest.is_empty() {
         let Some(run) = core.dirty_run(&state, rest) else {
@@ -193,17 +203,7 @@ fn let_leave<'a, M: Memory>(core: &'a Core<M>, mut state: Guard<'a, M>, leavers:
             // Whoever needs the room will fail on it, and say so.
             break;
         }
-        left += leave(core, &mut state, &run.pages.collect::<Vec<_>>());
+        left += core.drop_frames(&mut state, &run.pages.collect::<Vec<_>>());
     }
     (left > 0, state)
-}
-
-/// Let the frames of clean pages go, those of `pages` that may leave; how many did. What leaves from within the part that
-/// was looked at must be seen again.
-fn leave<M: Memory>(core: &Core<M>, state: &mut Guard<'_, M>, pages: &[PageId]) -> usize {
-    let nearest = pages.iter().map(|id| state.table.forecast.distance(*id)).min();
-    if let (Some(nearest), Some(seen)) = (nearest, state.table.forecast.ahead(state.scout.seen)) {
-        state.scout.seen -= seen.saturating_sub(nearest);
-    }
-    core.drop_frames(state, pages)
 }

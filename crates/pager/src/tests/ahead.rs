@@ -110,6 +110,46 @@ fn a_walk_slower_than_the_disk_finds_nine_of_ten_pages_that_were_away_there() {
     }
 }
 
+/// While everything fits there is nothing to bring, as far as the worker looks; what then leaves for whoever holds something
+/// is seen again.
+#[test]
+fn what_left_for_a_hold_comes_back_ahead() {
+    let walk = Walk::new(200, 200, 40);
+    let round = || {
+        for i in (0..100).chain((1..99).rev()) {
+            walk.touch(2 * i..2 * i + 1);
+            walk.rest();
+        }
+    };
+    (0..3).for_each(|_| round());
+    walk.core.set_limit(Limit::Pages(80)).unwrap();
+    let (faults, hits) = last_of_rounds(&walk.core, round);
+    assert!(hits > 0 && faults * 9 <= hits, "{faults} faults, {hits} hits");
+}
+
+/// There is room for half of the next layer, and its second half is there: that does not leave for the first.
+#[test]
+fn what_is_wanted_together_does_not_push_out_each_other() {
+    const LAYER: usize = 16;
+    let layer = |i: usize| i * LAYER..(i + 1) * LAYER;
+    let walk = Walk::over(Guarded::default().with(1, LAYER / 2), 21 * LAYER, 21 * LAYER, 100);
+    let hold = |range: Range<usize>| {
+        walk.core.hold(walk.pages(&range), Access::Write).unwrap();
+        walk.pages(&range)
+    };
+    let always = hold(layer(20));
+    (0..3 * 20).for_each(|step| walk.touch(layer(7 * step % 20)));
+    let first = hold(layer(0));
+    walk.core.vacate().unwrap();
+    walk.core.set_limit(Limit::Pages(2 * LAYER + LAYER / 2)).unwrap();
+    let second_half = walk.pages(&(layer(7).start + LAYER / 2..layer(7).end));
+    walk.core.want(second_half.clone());
+    walk.rest();
+    assert!(second_half.clone().all(|id| walk.core.lock().table.page(id).place == Place::Resident));
+    assert_eq!(walk.core.stats().loaded, LAYER as u64 / 2);
+    [always, first].into_iter().for_each(|pages| walk.core.unhold(pages));
+}
+
 /// As long as they are held whole.
 #[test]
 fn blocks_come_and_leave_whole() {
