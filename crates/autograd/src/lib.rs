@@ -6,7 +6,7 @@
 //! goes. Gradients of intermediate tensors live until their producer has consumed them; those of [`Parameter`]s
 //! gather in [`Gradients`], over as many tapes as a step has micro-batches.
 //!
-//! Read `tensor.rs`, then `tape.rs`, then any file of `ops/`: formula, forward, derivation, backward, in that order.
+//! Read `tensor.rs`, then `tape.rs` and `saved.rs`, then any file of `ops/`: formula, forward, derivation, backward, in that order.
 //! [`gradcheck`] compares every one of them with finite differences in f64.
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ mod error;
 pub mod gradcheck;
 mod gradients;
 mod ops;
+mod saved;
 mod tape;
 mod tensor;
 

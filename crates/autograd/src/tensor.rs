@@ -1,9 +1,10 @@
 //! Tensors, parameters and the bases of linear layers.
 
+use crate::saved::Recipe;
 use crate::{Error, Result};
 use rankfold_backend::{Buffer, DType, Quantized, Shape, View, Weight};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 /// A buffer with a shape: contiguous, row-major, never changed once made.
 #[derive(Clone, Debug)]
@@ -11,6 +12,8 @@ pub struct Tensor {
     buffer: Arc<Buffer>,
     shape: Shape,
     variable: Option<Variable>,
+    /// How its elements can be had again from what the tape keeps anyway, while it does.
+    recipe: Option<Weak<dyn Recipe>>,
 }
 
 /// Whose gradient a tensor's is.
@@ -30,11 +33,19 @@ impl Tensor {
             let expected = format!("{} elements", buffer.len());
             return Err(Error::Shape { op: "tensor", tensor: "buffer", expected, found: shape });
         }
-        Ok(Self { buffer, shape, variable: None })
+        Ok(Self { buffer, shape, variable: None, recipe: None })
     }
 
     pub(crate) fn variable_of(buffer: Arc<Buffer>, shape: Shape, variable: Option<Variable>) -> Self {
-        Self { buffer, shape, variable }
+        Self { buffer, shape, variable, recipe: None }
+    }
+
+    pub(crate) fn with_recipe(self, recipe: &Arc<dyn Recipe>) -> Self {
+        Self { recipe: Some(Arc::downgrade(recipe)), ..self }
+    }
+
+    pub(crate) fn recipe(&self) -> Option<Arc<dyn Recipe>> {
+        self.recipe.as_ref().and_then(Weak::upgrade)
     }
 
     /// Its elements.

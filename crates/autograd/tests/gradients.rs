@@ -351,3 +351,29 @@ fn saved_tensors_are_freed_as_the_walk_goes() {
     drop(y);
     x.update(|_| Ok(())).expect("nothing holds the parameter after the walk");
 }
+
+#[test]
+fn what_silu_mul_gives_a_linear_layer_is_made_again_and_gives_the_same_bits() {
+    let b = reference();
+    let (gate, up) = (parameter(&b, 1, &[3, 4]).unwrap(), parameter(&b, 2, &[3, 4]).unwrap());
+    let (a, outputs) = (parameter(&b, 3, &[2, 4]).unwrap(), parameter(&b, 4, &[5, 2]).unwrap());
+    let base = Base::Dense(constant(&b, 5, &[5, 4]));
+    // The gradient of A through a layer whose input is `inner`, or a constant of its bits.
+    let gradient = |is_made: bool| {
+        let tape = Tape::new(b.clone());
+        let mut inner = tape.silu_mul(&gate.tensor(), &up.tensor()).unwrap();
+        if !is_made {
+            inner = Tensor::constant(inner.buffer().clone(), [3, 4]).unwrap();
+        }
+        let held = Arc::downgrade(inner.buffer());
+        let [a_now, b_now] = [&a, &outputs].map(Parameter::tensor);
+        let adapter = LinearAdapter { a: a_now, b: b_now, scale: 2.0, per_rank: None, row_scale: None, dropout: None };
+        let y = tape.linear(&inner, &base, None, Some(&adapter), Compute::F32).unwrap();
+        drop((inner, adapter));
+        assert_eq!(held.upgrade().is_none(), is_made, "whether it is kept");
+        let mut gradients = Gradients::new(b.clone());
+        tape.backward(&y, b.filled(DType::F64, 15, 0.7).unwrap(), &mut gradients).unwrap();
+        b.download::<f64>(gradients.of(&a).unwrap().view()).unwrap()
+    };
+    assert_eq!(gradient(true), gradient(false));
+}

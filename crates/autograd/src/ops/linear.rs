@@ -7,6 +7,7 @@
 //! the base is trained, dA, dB, de, dg where the adapter is. x is saved only where one of the latter needs it.
 
 use crate::gradients::{Taken, output};
+use crate::saved::Saved;
 use crate::{Base, Error, Gradients, Op, Result, Tape, Tensor, Variable};
 use rankfold_backend::params::{Dropout, Linear as Params};
 use rankfold_backend::{Backend, Buffer, Compute, LinearGrads, LowRank};
@@ -57,7 +58,7 @@ impl LinearAdapter {
 struct Linear {
     p: Params,
     input: Option<Variable>,
-    x: Option<Tensor>,
+    x: Option<Saved>,
     base: Base,
     bias: Option<Variable>,
     adapter: Option<LinearAdapter>,
@@ -93,7 +94,7 @@ impl Tape {
         self.record(y, [tokens, outputs], &inputs, |_| Linear {
             p,
             input: x.variable(),
-            x: x_needed.then(|| x.detach()),
+            x: x_needed.then(|| Saved::of(x)),
             base: base.clone(),
             bias,
             adapter: adapter.cloned(),
@@ -120,6 +121,7 @@ impl Op for Linear {
         ];
         // x was saved if and only if something beside the input is trained.
         if let Some(x) = x {
+            let x = x.get(backend)?;
             let [weight_grad, bias, a, b, per_rank, row_scale] = slots.each_mut().map(output);
             let grads = LinearGrads { weight: weight_grad, bias, a, b, per_rank, row_scale };
             backend.linear_grad_weight(&p, x.view(), grad.view(), &weight, low_rank.as_ref(), grads)?;

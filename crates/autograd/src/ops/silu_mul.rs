@@ -1,8 +1,11 @@
 //! y = silu(gate) ∘ up with silu(g) = g·σ(g): the gated feed-forward's activation (Shazeer 2020, SwiGLU).
 //!
 //! dgate = dy ∘ up ∘ σ(1 + gate(1 − σ)), dup = dy ∘ silu(gate); the kernel's comment derives it.
+//!
+//! gate and up are kept for that, so whoever needs y in backward makes it again from them.
 
 use crate::gradients::output;
+use crate::saved::Recipe;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer};
 use std::sync::Arc;
@@ -12,6 +15,14 @@ struct SiluMul {
     up: Tensor,
 }
 
+impl Recipe for SiluMul {
+    fn make(&self, backend: &dyn Backend) -> Result<Buffer> {
+        let mut y = backend.alloc(self.gate.dtype(), self.gate.shape().elements())?;
+        backend.silu_mul(self.gate.view(), self.up.view(), y.view_mut())?;
+        Ok(y)
+    }
+}
+
 impl Tape {
     /// silu(gate) ∘ up
     pub fn silu_mul(&self, gate: &Tensor, up: &Tensor) -> Result<Tensor> {
@@ -19,14 +30,15 @@ impl Tape {
             let expected = gate.shape().to_string();
             return Err(Error::Shape { op: "silu_mul", tensor: "up", expected, found: up.shape().clone() });
         }
-        let mut y = self.alloc(gate.dtype(), gate.shape().elements())?;
-        self.backend().silu_mul(gate.view(), up.view(), y.view_mut())?;
-        let inputs = [gate.variable(), up.variable()];
-        self.record(y, gate.shape().clone(), &inputs, |_| SiluMul { gate: gate.clone(), up: up.clone() })
+        let op = Arc::new(SiluMul { gate: gate.clone(), up: up.clone() });
+        let (y, inputs) = (op.make(self.backend().as_ref())?, [gate.variable(), up.variable()]);
+        let y = self.record(y, gate.shape().clone(), &inputs, |_| op.clone())?;
+        let recipe: Arc<dyn Recipe> = op;
+        Ok(y.with_recipe(&recipe))
     }
 }
 
-impl Op for SiluMul {
+impl Op for Arc<SiluMul> {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let (mut dgate, mut dup) = (gradients.slot(&self.gate)?, gradients.slot(&self.up)?);
         let (gate, up) = (self.gate.view(), self.up.view());
