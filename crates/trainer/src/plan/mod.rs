@@ -10,7 +10,7 @@
 //! h before attention, h before the feed-forward, both norms' outputs    4 t w     (h is shared: a sum's output is the
 //!                                                                                  next norm's input)
 //! q and k after the rotation, v, attention's output                     t (2 q + 2 kv)
-//! gate, up, and their product                                           3 t f
+//! gate and up, from which their product is made again                   2 t f
 //! 1/ρ of both norms, the log-sum-exp of every head                      2 t + t heads
 //! ```
 //!
