@@ -19,15 +19,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// The most pieces that are set aside.
 const PIECES: usize = 256;
 
-/// Blocks of the process's spaces, all together, beyond which no frames are moved: each that was moved is a mapping of its
-/// own in the system's books, which grant a process 65530.
-const BLOCKS: usize = 1 << 14;
+/// The most mappings that moving may make in the system's books, which grant a process 65530: what was moved is one of its
+/// own, each block, and where parts of blocks are moved, each page.
+const MAPPINGS: usize = 1 << 14;
 
 /// Frames that are set aside, in pieces of a block or a part of one.
 #[derive(Debug)]
 pub(crate) struct Frames {
     /// Where they lie, `piece` addresses for each; none where there are no addresses for it.
     space: Option<Space>,
+    page: usize,
     /// The most bytes of a piece: a block, or a page where that is more.
     piece: usize,
     state: Mutex<State>,
@@ -53,7 +54,7 @@ impl Frames {
         let piece = page.max(BLOCK);
         let space = Space::reserve(PIECES * piece).ok();
         let free = (0..PIECES).filter(|_| space.is_some()).collect();
-        Self { space, piece, state: Mutex::new(State { aside: Vec::new(), free }) }
+        Self { space, page, piece, state: Mutex::new(State { aside: Vec::new(), free }) }
     }
 
     /// Bytes set aside.
@@ -79,7 +80,9 @@ impl Frames {
     /// As for [`Frames::put`].
     unsafe fn put_piece(&self, space: &Space, range: Range<usize>) -> bool {
         let mut state = self.state();
-        let Some(aside) = self.space.as_ref().filter(|_| Space::blocks() <= BLOCKS) else { return false };
+        let Some(aside) = self.space.as_ref().filter(|_| self.may_move(range.len(), Space::blocks())) else {
+            return false;
+        };
         let Some(piece) = state.free.pop() else { return false };
         let bytes = range.len();
         // SAFETY: the caller's condition; nobody ever has a reference into what is set aside.
@@ -90,6 +93,12 @@ impl Frames {
             state.free.push(piece)
         }
         is_there
+    }
+
+    /// Whether pieces of so many bytes may be moved in spaces of so many blocks, all together.
+    fn may_move(&self, bytes: usize, blocks: usize) -> bool {
+        let parts = if bytes == self.piece { 1 } else { self.piece / self.page };
+        blocks.saturating_mul(parts) <= MAPPINGS
     }
 
     /// Put frames behind a range that has none: those that are set aside where a piece is as long, else new ones. What they
@@ -214,6 +223,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn in_spaces_too_large_for_the_systems_books_nothing_is_moved() {
+        let frames = Frames::new(PAGE);
+        let pages = BLOCK / PAGE;
+        for (bytes, most) in [(BLOCK, MAPPINGS), (PAGE, MAPPINGS / pages), (BLOCK - PAGE, MAPPINGS / pages)] {
+            assert!(frames.may_move(bytes, most) && !frames.may_move(bytes, most + 1));
+        }
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn as_many_frames_as_are_taken_go_back_and_the_shortest_piece_that_will_do() {
@@ -244,7 +262,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_pieces_of_a_range_are_the_range_and_each_lies_in_a_block(start in 0..200usize, pages in 0..200usize) {
-            let frames = Frames { space: None, piece: BLOCK, state: Mutex::new(State { aside: vec![], free: vec![] }) };
+            let frames = Frames::new(PAGE);
             let (range, mut end) = (start * PAGE..(start + pages) * PAGE, start * PAGE);
             for piece in frames.pieces(range.clone()) {
                 prop_assert!(piece.start == end && piece.start / BLOCK == (piece.end - 1) / BLOCK);

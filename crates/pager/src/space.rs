@@ -134,7 +134,7 @@ impl Space {
     /// of the system's page): whether they are there now. If not, they are where they were. The range then has none.
     ///
     /// # Panics
-    /// Where the system takes the other addresses away: it cannot keep its books any more.
+    /// Where the system takes the other addresses away and gives none back: it cannot keep its books any more.
     ///
     /// # Safety
     /// Nobody has a reference into either range.
@@ -148,13 +148,16 @@ impl Space {
         let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED | libc::MREMAP_DONTUNMAP;
         // SAFETY: as above.
         if unsafe { libc::mremap(from.cast(), len, len, flags, target) } == libc::MAP_FAILED {
-            // What was mapped there may be gone.
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-            let access = libc::PROT_READ | libc::PROT_WRITE;
+            // What was mapped there may be gone: then no advice can be given on it.
             // SAFETY: within the other space's mapping, where nothing is referred to.
-            let mapped = unsafe { libc::mmap(target.cast(), len, access, flags, -1, 0) };
-            assert_ne!(mapped, libc::MAP_FAILED, "the addresses of a space are its own");
-            to.mark(at..at + len, false);
+            if unsafe { libc::madvise(target.cast(), len, libc::MADV_DONTNEED) } != 0 {
+                let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+                let access = libc::PROT_READ | libc::PROT_WRITE;
+                // SAFETY: as above.
+                let mapped = unsafe { libc::mmap(target.cast(), len, access, flags, -1, 0) };
+                assert_ne!(mapped, libc::MAP_FAILED, "the addresses of a space are its own");
+                to.mark(at..at + len, false);
+            }
             return false;
         }
         if cfg!(test) {
