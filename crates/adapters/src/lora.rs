@@ -10,14 +10,18 @@
 //! A [rank, inputs], B [outputs, rank], m `[outputs]`, E [rank, 1], the diagonal of a matrix. s = α/r, or α/√r
 //! (Kalajdzievski 2023, rsLoRA); for AdaLoRA α/(r + 10⁻⁵), r the rank it began with, whatever is left of it: PEFT's.
 //!
-//! In evaluation this is what PEFT computes. In training PEFT drops inputs of DoRA's (m/‖·‖ − 1)·W as well; here
-//! dropout is the update's alone, in every form.
+//! While training, dropout is the update's: A takes x̃ = dropout(x). DoRA's update is all that it adds to W x, the rescaled
+//! base too, as in PEFT:
+//!
+//! ```text
+//! h = W x + (m/‖·‖ − 1)∘W x̃ + m/‖·‖∘s·B A x̃ = W (x − x̃) + m/‖·‖ ∘ (W + s·B A) x̃
+//! ```
 
 use crate::merge::update_norms;
 use crate::{Error, Result};
 use rankfold_autograd::{Base, LinearAdapter, Parameter, Tape, Tensor};
-use rankfold_backend::Shape;
 use rankfold_backend::params::Dropout;
+use rankfold_backend::{Compute, Shape};
 
 /// Which of the three.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -235,9 +239,34 @@ impl Lora {
         self.parameters().iter().map(|(_, parameter)| parameter.shape().elements()).sum()
     }
 
-    /// The update beside `base` as the tape takes it, with dropout from (seed, stream) where one is given.
-    pub(crate) fn on_tape(&self, tape: &Tape, base: &Base, dropout: Option<(u64, u64)>) -> Result<LinearAdapter> {
+    /// h of x [tokens, inputs] with its bias, beside `base`, with dropout from (seed, stream) where one is given.
+    pub(crate) fn forward(
+        &self,
+        tape: &Tape,
+        x: &Tensor,
+        (base, bias): (&Base, Option<&Tensor>),
+        dropout: Option<(u64, u64)>,
+        compute: Compute,
+    ) -> Result<Tensor> {
         let probability = self.spec.dropout as f32;
+        let dropout = dropout.filter(|_| probability > 0.0);
+        let dropout = dropout.map(|(seed, stream)| Dropout { probability, seed, stream });
+        let update = self.on_tape(tape, base)?;
+        match dropout {
+            Some(p) if self.spec.form == Form::Dora => {
+                let kept = tape.dropout(x, p)?;
+                let minus = tape.backend().filled(x.dtype(), x.shape().width(), -1.0)?;
+                let minus = Tensor::constant(minus, [x.shape().width()])?;
+                let dropped = tape.add(x, &tape.scale_columns(&kept, &minus)?)?;
+                let of_dropped = tape.linear(&dropped, base, bias, None, compute)?;
+                Ok(tape.add(&of_dropped, &tape.linear(&kept, base, None, Some(&update), compute)?)?)
+            }
+            dropout => Ok(tape.linear(x, base, bias, Some(&LinearAdapter { dropout, ..update }), compute)?),
+        }
+    }
+
+    /// The update beside `base` as the tape takes it, without dropout.
+    fn on_tape(&self, tape: &Tape, base: &Base) -> Result<LinearAdapter> {
         let (per_rank, row_scale) = match &self.part {
             Part::None => (None, None),
             Part::Magnitude(m) => {
@@ -247,13 +276,7 @@ impl Lora {
             }
             Part::Triplets { lambda, .. } => (Some(lambda.tensor()), None),
         };
-        Ok(LinearAdapter {
-            a: self.a.tensor(),
-            b: self.b.tensor(),
-            scale: self.spec.scale(),
-            per_rank,
-            row_scale,
-            dropout: dropout.filter(|_| probability > 0.0).map(|(seed, stream)| Dropout { probability, seed, stream }),
-        })
+        let (a, b) = (self.a.tensor(), self.b.tensor());
+        Ok(LinearAdapter { a, b, scale: self.spec.scale(), per_rank, row_scale, dropout: None })
     }
 }

@@ -4,9 +4,10 @@ mod common;
 
 use common::{UNIT, grid, layer, matrix, reference};
 use proptest::prelude::*;
-use rankfold_adapters::{Error, Form, Forward, Init, Linear, Lora, LoraSpec, Part, Weight};
+use rankfold_adapters::{DropoutKey, Error, Form, Forward, Init, Linear, Lora, LoraSpec, Part, Weight, streams};
 use rankfold_autograd::gradcheck::{parameter, worst_error};
 use rankfold_autograd::{Base, Parameter, Tape, Tensor};
+use rankfold_backend::params::Dropout;
 use rankfold_backend::{Backend, Compute, DType, Format, Quantized};
 use rankfold_cpu::CpuBackend;
 use std::sync::Arc;
@@ -82,9 +83,21 @@ impl Case {
 }
 
 fn forward(backend: &Arc<dyn Backend>, layer: &Linear, x: &[f32]) -> Vec<f32> {
+    forward_in(Compute::F32, backend, layer, x)
+}
+
+fn forward_in(compute: Compute, backend: &Arc<dyn Backend>, layer: &Linear, x: &[f32]) -> Vec<f32> {
     let tape = Tape::inference(backend.clone());
     let x = Tensor::constant(backend.upload(x).unwrap(), [x.len() / layer.inputs(), layer.inputs()]).unwrap();
-    backend.download(layer.forward(&tape, &x, &EVALUATION).unwrap().view()).unwrap()
+    backend.download(layer.forward(&tape, &x, &Forward::evaluation(compute)).unwrap().view()).unwrap()
+}
+
+fn both_computes(form: Form) -> [(Form, Compute); 2] {
+    [Compute::F32, Compute::Bf16].map(|compute| (form, compute))
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
 }
 
 fn on_tape(layer: &Linear, x: &Tensor, tape: &Tape) -> rankfold_autograd::Result<Tensor> {
@@ -123,6 +136,44 @@ fn doras_gradients_by_input_and_magnitude_match_differences() {
     assert!(worst.unwrap() < ALLOWED);
 }
 
+/// Against PEFT's own arrangement of the sum, by entries, on the reference backend in f64.
+#[test]
+fn dora_under_dropout_adds_what_peft_adds_and_its_gradients_match_differences() {
+    let b = reference();
+    let (x, w) = (parameter(&b, 1, &[5, 4]).unwrap(), [0.3, -0.1, 0.7, 0.2, 0.5, -0.4, 0.1, 0.6, -0.2, 0.8, 0.3, -0.5]);
+    let [p, q] = [(4, [2, 4]), (5, [3, 2])].map(|(stream, dims)| parameter(&b, stream, &dims).unwrap());
+    let m = parameter(&b, 6, &[3]).unwrap();
+    let mut layer = layer_f64(&b, &w);
+    let spec = LoraSpec { dropout: 0.5, ..spec(Form::Dora, 2) };
+    let lora = Lora::new("m", p.clone(), q.clone(), Part::Magnitude(m.clone()), spec).unwrap();
+    let scale = f64::from(lora.spec().scale());
+    layer.set_adapter(lora).unwrap();
+    let mode = Forward { compute: Compute::F32, dropout: Some(DropoutKey { seed: 3, draw: 1 }) };
+    let forward = |tape: &Tape| match layer.forward(tape, &x.tensor(), &mode) {
+        Err(Error::Autograd(error)) => Err(error),
+        other => Ok(other.unwrap()),
+    };
+    assert!(worst_error(&b, &[x.clone(), m.clone()], forward).unwrap() < ALLOWED);
+
+    let of = |tensor: &Tensor| b.download::<f64>(tensor.view()).unwrap();
+    let found = of(&forward(&Tape::inference(b.clone())).unwrap());
+    let dropout = Dropout { probability: 0.5, seed: 3, stream: streams::dropout(1, 0) };
+    let kept = of(&Tape::inference(b.clone()).dropout(&x.tensor(), dropout).unwrap());
+    let [x, a, b, m] = [&x, &p, &q, &m].map(|parameter| of(&parameter.tensor()));
+    assert!(kept.contains(&0.0) && kept.iter().any(|x| *x != 0.0));
+    for (i, found) in found.into_iter().enumerate() {
+        let (token, row) = (i / 3, i % 3);
+        let delta = |j: usize| scale * (0..2).map(|k| b[2 * row + k] * a[4 * k + j]).sum::<f64>();
+        let sum = |f: &dyn Fn(usize) -> f64| (0..4).map(f).sum::<f64>();
+        let factor = m[row] / sum(&|j| (w[4 * row + j] + delta(j)).powi(2)).sqrt();
+        let base = |x: &[f64]| sum(&|j| w[4 * row + j] * x[4 * token + j]);
+        let update = sum(&|j| delta(j) * kept[4 * token + j]);
+        let peft = base(&x) + (factor - 1.0) * base(&kept) + factor * update;
+        // Some dozens of roundings of numbers below 10.
+        assert!((found - peft).abs() < 1e-13, "{found} and {peft}");
+    }
+}
+
 fn layer_f64(backend: &Arc<dyn Backend>, w: &[f64; 12]) -> Linear {
     let w = Tensor::constant(backend.upload(w).unwrap(), [3, 4]).unwrap();
     Linear::new("m", 0, Weight::Frozen(Base::Dense(w)), None).unwrap()
@@ -139,15 +190,19 @@ fn a_row_of_zeros_gives_zero_and_no_nan_with_dora() {
 }
 
 proptest! {
-    /// m is the norm as the same kernel forms it, so that m/‖W‖ is 1 to the bit; and E is 0.
+    /// m is the norm as the same kernel forms it, so that m/‖W‖ is 1 to the bit; and B or E is 0.
     #[test]
     fn new_updates_leave_the_output_untouched_to_the_bit(case in cases(Form::Dora), seed: u64) {
-        for (backend, form) in backends().into_iter().flat_map(|b| [(b.clone(), Form::Dora), (b, Form::AdaLora)]) {
-            let mut layer = case.layer(backend.as_ref());
-            let base = forward(&backend, &layer, &case.x);
-            let lora = Lora::init(backend.as_ref(), &layer, spec(form, case.rank), Init::Kaiming, seed).unwrap();
-            layer.set_adapter(lora).unwrap();
-            prop_assert_eq!(forward(&backend, &layer, &case.x), base);
+        for backend in backends() {
+            for base in [case.layer(backend.as_ref()), case.in_4_bits(backend.as_ref()).0] {
+                for (form, compute) in [Form::Plain, Form::Dora, Form::AdaLora].into_iter().flat_map(both_computes) {
+                    let mut layer = base.clone();
+                    let before = bits(&forward_in(compute, &backend, &layer, &case.x));
+                    let lora = Lora::init(backend.as_ref(), &layer, spec(form, case.rank), Init::Kaiming, seed).unwrap();
+                    layer.set_adapter(lora).unwrap();
+                    prop_assert_eq!(bits(&forward_in(compute, &backend, &layer, &case.x)), before);
+                }
+            }
         }
     }
 
