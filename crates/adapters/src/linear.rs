@@ -10,6 +10,7 @@ use crate::streams::{self, LAYERS};
 use crate::{Adapter, Error, Lora, Result};
 use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::Compute;
+use tracing::debug_span;
 
 /// The matrix of a layer.
 #[derive(Clone, Debug)]
@@ -206,6 +207,7 @@ impl Linear {
 
     /// x [tokens, inputs] → y [tokens, outputs].
     pub fn forward(&self, tape: &Tape, x: &Tensor, mode: &Forward) -> Result<Tensor> {
+        let _layer = debug_span!("layer", kind = self.path.rsplit('.').next()).entered();
         let (base, bias) = (self.base(), self.bias.as_ref().map(Value::tensor));
         let bias = bias.as_ref();
         let alone = |bias: Option<&Tensor>| tape.linear(x, &base, bias, None, mode.compute);

@@ -1,9 +1,14 @@
 //! The tape: operations in the order in which they ran, walked in reverse.
+//!
+//! Each is remembered with the span of `tracing` that it ran in, and is in it again on the way back: so whoever listens
+//! is told which layer's gradient is formed. Where nobody does, a span is three empty words.
 
 use crate::{Gradients, Result, Tensor, Variable};
 use rankfold_backend::{Backend, Buffer, DType, Shape};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
+use tracing::level_filters::LevelFilter;
+use tracing::{Level, Span};
 
 /// One operation's backward pass: a struct that holds what it needs, made by the forward pass.
 pub trait Op {
@@ -13,8 +18,13 @@ pub trait Op {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()>;
 }
 
-/// What a tensor on the tape came from: nothing, where it is a stand-in for a checkpointed part's input.
-type Node = Option<Box<dyn Op>>;
+/// What a tensor on the tape came from.
+struct Node {
+    /// None, where it is a stand-in for a checkpointed part's input.
+    op: Option<Box<dyn Op>>,
+    /// Where in the model that was.
+    span: Span,
+}
 
 /// Runs operations and, unless made by [`Tape::inference`], remembers them.
 pub struct Tape {
@@ -95,8 +105,9 @@ impl Tape {
         gradients.put(variable, seed);
         for node in (0..nodes.len()).rev() {
             // A leaf has no operation and keeps its gradient; an operation that no loss reached is just dropped.
-            let Some(op) = nodes[node].take() else { continue };
+            let Some(op) = nodes[node].op.take() else { continue };
             if let Some(grad) = gradients.nodes[node].take() {
+                let _place = std::mem::replace(&mut nodes[node].span, Span::none()).entered();
                 op.backward(self.backend.as_ref(), grad, gradients)?;
             }
         }
@@ -114,7 +125,12 @@ impl Tape {
     }
 }
 
-fn push(nodes: &mut Vec<Node>, tensor: Tensor, op: Node) -> Tensor {
-    nodes.push(op);
+/// The span of the operation that runs; none where nobody listens, which is asked first: it is one comparison.
+fn current_span() -> Span {
+    if Level::DEBUG <= LevelFilter::current() { Span::current() } else { Span::none() }
+}
+
+fn push(nodes: &mut Vec<Node>, tensor: Tensor, op: Option<Box<dyn Op>>) -> Tensor {
+    nodes.push(Node { op, span: current_span() });
     Tensor::variable_of(tensor.buffer().clone(), tensor.shape().clone(), Some(Variable::Node(nodes.len() - 1)))
 }

@@ -8,9 +8,11 @@ use std::path::{Path, PathBuf};
 pub const BASE: &str = "base";
 
 /// What a run writes at its folder's top; nothing else is ever removed.
-const OWN: [&str; 11] = [
+const OWN: [&str; 13] = [
     "metrics.jsonl",
     "report.html",
+    "profile.json",
+    "trace.json",
     "adapter_config.json",
     "adapter_model.safetensors",
     "config.json",

@@ -14,9 +14,11 @@ mod device;
 mod error;
 mod folder;
 mod memory;
+mod messages;
 mod open;
 mod options;
 mod paging;
+mod profile;
 mod ranks;
 mod report;
 mod sample;
@@ -26,8 +28,9 @@ mod study;
 
 use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 use clap::{Parser, Subcommand};
-use std::io::IsTerminal;
 use std::process::ExitCode;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 
 /// Parameter-efficient finetuning: LoRA and QLoRA, exact and deterministic.
 ///
@@ -59,13 +62,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into()))
-        .without_time()
-        .with_target(false)
-        .init();
+    tracing_subscriber::registry().with(messages::layer()).init();
     let outcome = std::panic::catch_unwind(|| {
         let cli = match Cli::try_parse() {
             Ok(cli) => cli,

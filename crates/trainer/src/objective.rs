@@ -7,6 +7,7 @@ use rankfold_adapters::{Linear, PeftConfig, Relative};
 use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::{Backend, DType};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// The terms that a method adds, each where it has it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -61,6 +62,7 @@ impl Terms {
         layers: impl IntoIterator<Item = &'a Linear> + Clone,
         gradients: &mut Gradients,
     ) -> Result<Added> {
+        let _layer = debug_span!("layer", kind = "objective").entered();
         let mut added = Added { value: 0.0, changed: None };
         if let Some(Orthogonality { weight, squared }) = self.orthogonality {
             let tape = Tape::new(backend.clone());

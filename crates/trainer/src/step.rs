@@ -3,6 +3,10 @@
 //! The loss is Σ over the kept targets of the whole step, its micro-batches together, divided by their number; so
 //! are its gradients. Two micro-batches of 4 rows are thus one batch of 8, whatever their targets' counts. What a method
 //! adds to it is added once a step.
+//!
+//! Spans of `tracing` say where a step is: `step` (its `number`; one for its gradients, one for its update) holds
+//! `forward`, `backward` and `block`s (their `number`), and these the model's parts, each a `layer` of some `kind`.
+//! They cost next to nothing where nobody listens.
 
 use crate::data::{Batch, Loader};
 use crate::model::Model;
@@ -18,6 +22,7 @@ use rankfold_autograd::{Gradients, Tape};
 use rankfold_backend::Compute;
 use serde::{Serialize, Serializer};
 use std::time::Instant;
+use tracing::debug_span;
 
 /// Where a step's batches come from.
 #[derive(Debug)]
@@ -148,6 +153,7 @@ pub fn gradients(
     optimizer: &AdamW,
     step: usize,
 ) -> Result<Pending> {
+    let _step = debug_span!("step", number = step).entered();
     let begun = Instant::now();
     let backend = model.backend();
     let micro_batches: Vec<Batch> = (0..recipe.accumulate).map(|micro| batches.batch(step, micro)).collect();
@@ -159,13 +165,16 @@ pub fn gradients(
     for (micro, batch) in micro_batches.iter().enumerate() {
         let draw = ((step - 1) * recipe.accumulate + micro) as u64;
         let mode = Forward { compute: recipe.compute, dropout: Some(DropoutKey { seed: recipe.seed, draw }) };
+        let forward = debug_span!("forward").entered();
         let device = model.batch(batch)?;
         let tape = Tape::new(backend.clone());
         let (root, value) = model.loss(&tape, &device, kept.max(1) as f64, &mode, recipe.checkpointing)?;
+        drop(forward);
         loss += value;
         if !loss.is_finite() {
             return Err(Error::NotFinite { step, what: "loss", value: loss });
         }
+        let _backward = debug_span!("backward").entered();
         tape.backward_from_loss(&root, &mut gradients)?;
     }
     let Added { value, changed } = recipe.terms.add_to(backend, model.linears(), &mut gradients)?;
@@ -190,10 +199,12 @@ impl Pending {
         allocator: Option<(&mut Allocator, &mut Model)>,
     ) -> Result<StepMetrics> {
         let Self { step, gradients, loss, grad_norm, changed, closed: sparsity, tokens, seconds } = self;
+        let _step = debug_span!("step", number = step).entered();
         let begun = Instant::now();
         let (lr, scale) = (recipe.schedule.at(step), clip_scale(grad_norm, recipe.clip));
         optimizer.update(&gradients, lr, scale)?;
         let spend = |(allocator, model): (&mut Allocator, &mut Model)| -> Result<Spent> {
+            let _layer = debug_span!("layer", kind = "budget").entered();
             let backend = model.backend().clone();
             let Allocation { budget, ranks, cuts } =
                 allocator.after_step(backend.as_ref(), step, &gradients, scale, &mut model.linears_mut())?;

@@ -11,6 +11,7 @@ use crate::memory::{self, Subject};
 use crate::open::Folder;
 use crate::options::Options;
 use crate::paging::{self, Paged};
+use crate::profile::Profiling;
 use crate::ranks::RankMap;
 use crate::report;
 use crate::sample::sample_prompt;
@@ -20,6 +21,7 @@ use clap::Args;
 use rankfold_adapters::adalora::Allocator;
 use rankfold_adapters::{PeftConfig, VirtualTokens, diff};
 use rankfold_files::Checkpoint;
+use rankfold_profile::Profile;
 use rankfold_trainer::checkpoint::Checkpoints;
 use rankfold_trainer::convert;
 use rankfold_trainer::data::{Batch, Data, Evaluation, Loader, Shape, Source, Tokenizer, tokens};
@@ -55,6 +57,11 @@ pub struct Train {
     /// Threads; all cores if not given. Never changes a result.
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
+    /// Say where the steps' time went, by kernel and layer, and how near that is to the machine's limits, which are
+    /// measured after the run: a table, OUT/profile.json, and a trace of the first 5 steps (100,000 events at the most)
+    /// for ui.perfetto.dev, in FILE [default: OUT/trace.json]. Never changes a result.
+    #[arg(long, value_name = "FILE", num_args = 0..=1)]
+    profile: Option<Option<PathBuf>>,
 }
 
 impl Train {
@@ -76,6 +83,9 @@ impl Train {
             return Ok(());
         }
         check(&options)?;
+        if let Some(Some(trace)) = &self.profile {
+            super::parent_exists("--profile", trace)?;
+        }
         if let Some(out) = &self.out {
             folder::refuse_taken(out, self.resume, self.overwrite)?;
         }
@@ -84,7 +94,8 @@ impl Train {
             _ => None,
         };
         // The data and the model are opened before anything is written, so that a bad input leaves no folder.
-        let job = Job::open(&options, self.threads, done.as_ref())?;
+        let profile = self.profile.as_ref().map(|_| Profile::default());
+        let job = Job::open(&options, self.threads, done.as_ref(), profile.as_ref())?;
         let out = match self.out {
             Some(out) => out,
             None => folder::first_free(Path::new("runs"))?,
@@ -94,7 +105,8 @@ impl Train {
         if done.is_none() {
             job.write_base(&options, &out)?;
         }
-        job.run(&options, &out, self.resume)
+        let profiling = profile.map(|profile| Profiling::new(profile, &out, self.profile.flatten()));
+        job.run(&options, &out, self.resume, profiling.as_ref())
     }
 }
 
@@ -117,7 +129,7 @@ struct Job {
 }
 
 impl Job {
-    fn open(options: &Options, threads: Option<usize>, done: Option<&Done>) -> Result<Self> {
+    fn open(options: &Options, threads: Option<usize>, done: Option<&Done>, profile: Option<&Profile>) -> Result<Self> {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let precision = precision(options, &folder)?;
         let adapter = adapter::asked_for(options, folder.builtin)?;
@@ -140,6 +152,10 @@ impl Job {
             threads,
         };
         let (backend, paged) = device.open_on(tiers)?;
+        let backend = match profile {
+            Some(profile) => profile.wrap(backend)?,
+            None => backend,
+        };
         let mut model = match done.filter(|_| options.init == Some(Start::Loftq)) {
             // The base that the run made when it began.
             Some(Done { out, .. }) => {
@@ -167,7 +183,7 @@ impl Job {
         Ok(staged.commit()?)
     }
 
-    fn run(self, options: &Options, out: &Path, resume: bool) -> Result<()> {
+    fn run(self, options: &Options, out: &Path, resume: bool, profiling: Option<&Profiling>) -> Result<()> {
         let Self { mut model, folder, precision: _, tokenizer, mut adapter, batches, held_out, paged } = self;
         let base = out.join(folder::BASE);
         let loftq = options.init == Some(Start::Loftq);
@@ -219,7 +235,11 @@ impl Job {
         let gauge = gauge.as_ref().map(|gauge| gauge as Gauge);
         let run = Run { model: &mut model, kind, batches, held_out, recipe, cadence, optimizer, allocator, gauge };
         let (mut bar, begun) = (Bar::new(steps), Instant::now());
-        run.to_end(out, resume, &mut bar)?;
+        let to_end = || run.to_end(out, resume, &mut bar);
+        match profiling {
+            Some(profiling) => profiling.over(to_end)?,
+            None => to_end()?,
+        }
         bar.finish();
 
         if let Some(prompt) = &prompt {
@@ -237,6 +257,11 @@ impl Job {
         eprintln!("{steps} steps in {:.0} s{memory}", begun.elapsed().as_secs_f64());
         if let Some(paged) = &paged {
             eprintln!("{}", paged.summary());
+        }
+        if let Some(profiling) = profiling {
+            // A limit is kept: beside what else there is, an eighth of it is room that paging makes.
+            let room = options.memory_limit.as_ref().map_or(u64::MAX, |limit| limit.bytes() / 8);
+            profiling.finish(model.backend().as_ref(), room, out)?;
         }
         let report = report::write(out, options.memory_limit.as_ref().map(Size::bytes))?;
         eprintln!("how it went: {}", report.display());

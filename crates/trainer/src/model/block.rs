@@ -6,6 +6,7 @@ use rankfold_adapters::{Forward, Linear, VirtualTokens};
 use rankfold_autograd::{AttentionShape, Tape, Tensor, Value};
 use rankfold_backend::{Buffer, params};
 use std::sync::Arc;
+use tracing::debug_span;
 
 /// The seven linear layers and the norms of a block.
 #[derive(Debug)]
@@ -63,13 +64,14 @@ impl Block {
         mode: &Forward,
         cache: Option<(&mut Cache, usize)>,
     ) -> Result<Tensor> {
-        let n = tape.rms_norm(h, &self.input_norm.tensor(), self.eps)?;
+        let attention = debug_span!("layer", kind = "attention").entered();
+        let n = self.norm(tape, h, &self.input_norm)?;
         let mut q = self.q.forward(tape, &n, mode)?;
         let mut k = self.k.forward(tape, &n, mode)?;
         let v = self.v.forward(tape, &n, mode)?;
         if let Some([q_gain, k_gain]) = &self.qk_norm {
-            q = tape.rms_norm(&q, &q_gain.tensor(), self.eps)?;
-            k = tape.rms_norm(&k, &k_gain.tensor(), self.eps)?;
+            q = self.norm(tape, &q, q_gain)?;
+            k = self.norm(tape, &k, k_gain)?;
         }
         let q = tape.rope(&q, &place.positions, &place.cos, &place.sin)?;
         let k = tape.rope(&k, &place.positions, &place.cos, &place.sin)?;
@@ -91,12 +93,19 @@ impl Block {
             }
         };
         let h = tape.add(h, &self.o.forward(tape, &mixed, mode)?)?;
+        drop(attention);
 
-        let n = tape.rms_norm(&h, &self.post_norm.tensor(), self.eps)?;
+        let _mlp = debug_span!("layer", kind = "mlp").entered();
+        let n = self.norm(tape, &h, &self.post_norm)?;
         let gate = self.gate.forward(tape, &n, mode)?;
         let up = self.up.forward(tape, &n, mode)?;
         let inner = tape.silu_mul(&gate, &up)?;
         Ok(tape.add(&h, &self.down.forward(tape, &inner, mode)?)?)
+    }
+
+    fn norm(&self, tape: &Tape, x: &Tensor, gain: &Value) -> Result<Tensor> {
+        let _layer = debug_span!("layer", kind = "norm").entered();
+        Ok(tape.rms_norm(x, &gain.tensor(), self.eps)?)
     }
 
     /// The kernel's parameters for new tokens of one sequence; the cache knows how many keys there are.

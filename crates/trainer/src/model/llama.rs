@@ -14,6 +14,7 @@ use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::params::IGNORED;
 use rankfold_backend::{Backend, Buffer, Compute, DType, rope};
 use std::sync::{Arc, Mutex};
+use tracing::debug_span;
 
 /// A language model on some backend.
 #[derive(Debug)]
@@ -161,6 +162,7 @@ impl Model {
     ///
     /// Errors: a row of several documents where there are such tokens.
     pub fn batch(&self, batch: &Batch) -> Result<DeviceBatch> {
+        let _layer = debug_span!("layer", kind = "batch").entered();
         let before = match &self.virtual_tokens {
             None => Before::Nothing,
             Some(tokens) if tokens.embeddings().is_some() => Before::Rows(tokens.count()),
@@ -188,11 +190,14 @@ impl Model {
             sin,
             prefix: None,
         };
+        let embedding = debug_span!("layer", kind = "embedding").entered();
         let mut h = tape.embedding(&batch.ids, &self.embedding.tensor(), DType::F32)?;
         if let Some(learned) = self.virtual_tokens.as_ref().and_then(VirtualTokens::embeddings) {
             h = tape.prepend(&learned, &h, batch.rows)?;
         }
+        drop(embedding);
         for (layer, block) in self.blocks.iter().enumerate() {
+            let _block = debug_span!("block", number = layer).entered();
             let prefix = self.virtual_tokens.clone().map(|tokens| (tokens, layer));
             let place = Place { prefix, ..place.clone() };
             h = if checkpointing {
@@ -204,6 +209,7 @@ impl Model {
                 block.forward(tape, &h, &place, mode, None)?
             };
         }
+        let _layer = debug_span!("layer", kind = "norm").entered();
         Ok(tape.rms_norm(&h, &self.norm.tensor(), self.config.eps)?)
     }
 
@@ -217,6 +223,7 @@ impl Model {
         checkpointing: bool,
     ) -> Result<(Tensor, f64)> {
         let h = self.hidden(tape, batch, mode, checkpointing)?;
+        let _layer = debug_span!("layer", kind = "head").entered();
         Ok(tape.linear_cross_entropy(&h, &self.head(), &batch.targets, normalizer, mode.compute)?)
     }
 

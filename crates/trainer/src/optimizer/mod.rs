@@ -11,6 +11,7 @@ use rankfold_adapters::linear::is_b;
 use rankfold_autograd::{Gradients, Parameter};
 use rankfold_backend::{Backend, params};
 use std::sync::Arc;
+use tracing::debug_span;
 
 pub use state::{Coded, LEAST_IN_8_BITS, Moments, State};
 
@@ -117,6 +118,7 @@ impl AdamW {
 
     /// ‖gradient‖₂ over all parameters: the squares summed in f64, parameter by parameter.
     pub fn grad_norm(&self, gradients: &Gradients) -> Result<f64> {
+        let _layer = debug_span!("layer", kind = "optimiser").entered();
         let mut sum = 0.0;
         for slot in &self.slots {
             if let Some(grad) = gradients.of(&slot.named.parameter) {
@@ -149,6 +151,7 @@ impl AdamW {
 
     /// The same, `piece` elements at a time: whole blocks of 8-bit moments.
     fn update_by(&mut self, piece: usize, gradients: &Gradients, lr: f64, grad_scale: f64) -> Result<()> {
+        let _layer = debug_span!("layer", kind = "optimiser").entered();
         self.step += 1;
         let Hyper { beta1, beta2, eps, weight_decay, lora_plus, gates } = self.hyper;
         for Slot { named, state } in &mut self.slots {
