@@ -10,11 +10,15 @@
 //! rate of the dense product of 2048³ in that precision, which stands for the machine's own. Both may be passed, the first by a weight
 //! that stays in the cache from call to call.
 
+mod dense;
+mod fastest;
 mod machine;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dense::draw;
+use fastest::fastest_of;
 use rankfold_backend::params::{Compute, Linear, Weight};
-use rankfold_backend::{Backend, DType, Format, Quantized, Result, philox};
+use rankfold_backend::{Backend, DType, Format, Quantized, Result};
 use rankfold_cpu::CpuBackend;
 
 const SHAPES: [(usize, usize, usize); 9] = [
@@ -42,33 +46,12 @@ const COMPUTE: [(Compute, &str); 2] = [(Compute::F32, "f32"), (Compute::Bf16, "b
 fn products(criterion: &mut Criterion) {
     let backend = machine::backend();
     let limits = Limits {
-        read: machine::bandwidth(backend.threads()).read,
-        products: COMPUTE.map(|(compute, _)| product_rate(&backend, compute).expect("shapes that agree")),
+        read: machine::bandwidth(backend.threads(), machine::MEMORY).read,
+        products: dense::rates(&backend).expect("shapes that agree"),
     };
-    for ((_, name), rate) in COMPUTE.iter().zip(limits.products) {
-        println!("{name} products {:.1} GFLOP/s", rate * 1e-9);
-    }
     for (m, n, k) in SHAPES {
         shape(criterion, &backend, &limits, m, n, k).expect("shapes that agree");
     }
-}
-
-/// In [−1, 1).
-fn draw(len: usize, seed: u64) -> Vec<f32> {
-    (0..len as u64).map(|i| 2.0 * philox::unit(philox::word(seed, 0, i)) - 1.0).collect()
-}
-
-/// Operations a second of the dense product of 2048³.
-fn product_rate(b: &dyn Backend, compute: Compute) -> Result<f64> {
-    const SIDE: usize = 2048;
-    let (x, w) = (b.upload(&draw(SIDE * SIDE, 1))?, b.upload(&draw(SIDE * SIDE, 2))?);
-    let mut y = b.alloc(DType::F32, SIDE * SIDE)?;
-    let p = Linear { tokens: SIDE, inputs: SIDE, outputs: SIDE, compute };
-    let weight = Weight::Dense(w.view());
-    let best = machine::fastest(5, || {
-        b.linear(&p, x.view(), &weight, None, None, y.view_mut()).expect("a right call");
-    });
-    Ok((2 * SIDE * SIDE * SIDE) as f64 / best)
 }
 
 fn shape(criterion: &mut Criterion, backend: &CpuBackend, limits: &Limits, m: usize, n: usize, k: usize) -> Result<()> {
@@ -92,12 +75,12 @@ fn shape(criterion: &mut Criterion, backend: &CpuBackend, limits: &Limits, m: us
             println!("{m}x{n}x{k} {name}: {:.1} GFLOP/s, {:.0} % of {bound}", rate * 1e-9, 100.0 * part);
         };
         let forward = format!("{stored} in {inputs}, y = x·Wᵀ");
-        let best = machine::fastest_of(&mut group, &forward, || {
+        let best = fastest_of(&mut group, &forward, || {
             b.linear(&p, x.view(), weight, None, None, y.view_mut()).expect("a right call");
         });
         report(&forward, best);
         let backward = format!("{stored} in {inputs}, dx = dy·W");
-        let best = machine::fastest_of(&mut group, &backward, || {
+        let best = fastest_of(&mut group, &backward, || {
             b.linear_grad_input(&p, dy.view(), weight, None, false, dx.view_mut()).expect("a right call");
         });
         report(&backward, best);

@@ -1,7 +1,5 @@
-//! The backend to measure, what the machine can do, and how near a kernel comes.
+//! The backend to measure, and how fast the machine's memory is.
 
-use criterion::BenchmarkGroup;
-use criterion::measurement::WallTime;
 use rankfold_cpu::CpuBackend;
 use rankfold_cpu::simd::Isa;
 use std::hint::black_box;
@@ -35,48 +33,39 @@ pub fn fastest(times: u64, mut f: impl FnMut()) -> f64 {
     best
 }
 
-/// How fast all threads read memory, and how fast they write it (with plain stores: a fill), printed too: 256 MiB, an
-/// equal part to each.
-pub fn bandwidth(threads: usize) -> Bandwidth {
-    const WORDS: usize = 32 << 20;
-    let mut memory = vec![1u64; WORDS];
-    let part = WORDS.div_ceil(threads);
+/// More than any cache holds.
+pub const MEMORY: usize = 256 << 20;
+
+/// How fast all threads read so many bytes, and how fast they write them (with plain stores: a fill), printed too: an
+/// equal part to each, over and over where they are few, so that what a cache holds comes from there.
+pub fn bandwidth(threads: usize, bytes: usize) -> Bandwidth {
+    let mut memory = vec![1u64; bytes / size_of::<u64>()];
+    let (part, passes) = (memory.len().div_ceil(threads), (MEMORY / bytes).max(1));
     let read = fastest(20, || {
         std::thread::scope(|scope| {
             for part in memory.chunks(part) {
-                // Thirty-two sums beside each other: additions do not wait for one another.
-                scope.spawn(move || {
-                    let mut sums = [0u64; 32];
-                    for words in part.chunks_exact(32) {
-                        sums.iter_mut().zip(words).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
-                    }
-                    black_box(sums)
-                });
+                scope.spawn(move || (0..passes).for_each(|_| _ = black_box(sum(black_box(part)))));
             }
         });
     });
     let write = fastest(20, || {
         std::thread::scope(|scope| {
             for part in memory.chunks_mut(part) {
-                scope.spawn(move || black_box(part).fill(2));
+                scope.spawn(move || (0..passes).for_each(|_| black_box(&mut *part).fill(2)));
             }
         });
     });
-    let bytes = (WORDS * size_of::<u64>()) as f64;
+    let bytes = (passes * size_of_val(&*memory)) as f64;
     let found = Bandwidth { read: bytes / read, write: bytes / write };
     println!("read {:.1} GB/s, write {:.1} GB/s", found.read * 1e-9, found.write * 1e-9);
     found
 }
 
-/// Runs a kernel in the group; seconds of its fastest call, `None` where the command line passes it over.
-pub fn fastest_of(group: &mut BenchmarkGroup<WallTime>, name: &str, mut kernel: impl FnMut()) -> Option<f64> {
-    let mut best = f64::INFINITY;
-    group.bench_function(name, |bencher| {
-        bencher.iter_custom(|iterations| {
-            let begun = Instant::now();
-            best = best.min(fastest(iterations, &mut kernel));
-            begun.elapsed()
-        });
-    });
-    best.is_finite().then_some(best)
+/// Thirty-two sums beside each other: additions do not wait for one another.
+fn sum(part: &[u64]) -> [u64; 32] {
+    let mut sums = [0u64; 32];
+    for words in part.chunks_exact(32) {
+        sums.iter_mut().zip(words).for_each(|(sum, word)| *sum = sum.wrapping_add(*word));
+    }
+    sums
 }

@@ -15,11 +15,12 @@
 //! beside them a table (.md) and a plot (.svg). `--quick` runs small sizes, to see that everything runs; its times mean
 //! nothing.
 //!
-//! In reading order: `disk`, the limit; `work`, `optimiser`, `weights`, `model`: what is measured; `meter`: how; `table`,
-//! `plot`: what is kept.
+//! In reading order: `disk`, the limit; `work`, `optimiser`, `weights`, `model`, which is `llama`'s: what is measured;
+//! `meter`: how; `table`, `plot`: what is kept.
 
 #[path = "paging/disk.rs"]
 mod disk;
+mod llama;
 #[path = "paging/meter.rs"]
 mod meter;
 #[path = "paging/model.rs"]

@@ -5,6 +5,7 @@
 //! bandwidth that binds it: the bytes it must read, to quantise, or write, to dequantise, in that time.
 //! `benches/peers/quantize.py` runs this beside bitsandbytes.
 
+mod fastest;
 mod machine;
 
 use criterion::measurement::WallTime;
@@ -25,7 +26,7 @@ fn measure(
     limit: (&str, f64),
     mut kernel: impl FnMut() -> Result<()>,
 ) {
-    if let Some(best) = machine::fastest_of(group, name, || kernel().expect("a right call")) {
+    if let Some(best) = fastest::fastest_of(group, name, || kernel().expect("a right call")) {
         let (rate, part) = (ELEMENTS as f64 / best * 1e-9, bytes as f64 / best / limit.1);
         println!("{name}: {rate:.2} Gelem/s, {:.0} % of the {} bandwidth", 100.0 * part, limit.0);
     }
@@ -33,7 +34,7 @@ fn measure(
 
 fn quantisation(criterion: &mut Criterion) {
     let backend = machine::backend();
-    let limits = machine::bandwidth(backend.threads());
+    let limits = machine::bandwidth(backend.threads(), machine::MEMORY);
     let mut group = criterion.benchmark_group(format!("{ROWS}x{COLUMNS}"));
     group.throughput(Throughput::Elements(ELEMENTS as u64));
     run(&mut group, &backend, limits).expect("shapes that agree");

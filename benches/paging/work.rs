@@ -1,14 +1,11 @@
 //! The pieces of work, and their sizes.
 
+pub use crate::llama::{Failure, Step};
 use crate::{model, optimiser, weights};
 use rankfold_backend::{Backend, philox};
 use rankfold_trainer::optimizer::Moments;
-use std::error::Error;
 use std::sync::Arc;
 
-pub type Failure = Box<dyn Error>;
-/// One step of a piece of work.
-pub type Step = Box<dyn FnMut() -> Result<(), Failure>>;
 /// The work with all its buffers on a backend.
 pub type Make = Box<dyn Fn(Arc<dyn Backend>) -> Result<Step, Failure>>;
 
@@ -34,8 +31,8 @@ pub struct Sizes {
     pub stacks: [[usize; 2]; 2],
     /// Few tokens and many.
     pub tokens: [usize; 2],
-    /// Vocabulary, width, layers, heads, feed-forward of the model.
-    pub model: [usize; 5],
+    /// Vocabulary, width, layers, heads, heads of keys, feed-forward of the model.
+    pub model: [usize; 6],
     /// Rows of its batch, and tokens of a row.
     pub batch: [usize; 2],
 }
@@ -50,7 +47,7 @@ impl Sizes {
             tensors: [16, 1 << 20],
             stacks: [[32, 1024], [24, 2048]],
             tokens: [64, 1024],
-            model: [2048, 512, 6, 8, 1408],
+            model: [2048, 512, 6, 8, 8, 1408],
             batch: [2, 256],
         }
     }
@@ -64,7 +61,7 @@ impl Sizes {
             tensors: [8, 1 << 18],
             stacks: [[8, 512], [8, 1024]],
             tokens: [16, 64],
-            model: [256, 256, 2, 4, 704],
+            model: [256, 256, 2, 4, 4, 704],
             batch: [1, 64],
         }
     }
