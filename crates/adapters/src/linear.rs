@@ -215,7 +215,8 @@ impl Linear {
             None => Ok(alone(bias)?),
             Some(Adapter::Lora(lora)) => {
                 let dropout = mode.dropout.map(|key| (key.seed, streams::dropout(key.draw, self.index)));
-                lora.forward(tape, x, (&base, bias), dropout, mode.compute)
+                let update = lora.on_tape(tape, &base, dropout)?;
+                Ok(tape.linear(x, &base, bias, Some(&update), mode.compute)?)
             }
             Some(Adapter::Ia3(ia3)) => ia3.forward(tape, x, &base, bias, mode.compute),
             Some(Adapter::Bias(own)) => Ok(alone(Some(&own.bias.tensor()))?),

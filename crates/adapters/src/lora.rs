@@ -11,17 +11,13 @@
 //! (Kalajdzievski 2023, rsLoRA); for AdaLoRA α/(r + 10⁻⁵), r the rank it began with, whatever is left of it: PEFT's.
 //!
 //! While training, dropout is the update's: A takes x̃ = dropout(x). DoRA's update is all that it adds to W x, the rescaled
-//! base too, as in PEFT:
-//!
-//! ```text
-//! h = W x + (m/‖·‖ − 1)∘W x̃ + m/‖·‖∘s·B A x̃ = W (x − x̃) + m/‖·‖ ∘ (W + s·B A) x̃
-//! ```
+//! base too, as in PEFT: h = W x + (m/‖·‖ − 1)∘W x̃ + m/‖·‖∘s·B A x̃.
 
 use crate::merge::update_norms;
 use crate::{Error, Result};
 use rankfold_autograd::{Base, LinearAdapter, Parameter, Tape, Tensor};
+use rankfold_backend::Shape;
 use rankfold_backend::params::Dropout;
-use rankfold_backend::{Compute, Shape};
 
 /// Which of the three.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -239,34 +235,9 @@ impl Lora {
         self.parameters().iter().map(|(_, parameter)| parameter.shape().elements()).sum()
     }
 
-    /// h of x [tokens, inputs] with its bias, beside `base`, with dropout from (seed, stream) where one is given.
-    pub(crate) fn forward(
-        &self,
-        tape: &Tape,
-        x: &Tensor,
-        (base, bias): (&Base, Option<&Tensor>),
-        dropout: Option<(u64, u64)>,
-        compute: Compute,
-    ) -> Result<Tensor> {
+    /// The update beside `base` as the tape takes it, with dropout from (seed, stream) where one is given.
+    pub(crate) fn on_tape(&self, tape: &Tape, base: &Base, dropout: Option<(u64, u64)>) -> Result<LinearAdapter> {
         let probability = self.spec.dropout as f32;
-        let dropout = dropout.filter(|_| probability > 0.0);
-        let dropout = dropout.map(|(seed, stream)| Dropout { probability, seed, stream });
-        let update = self.on_tape(tape, base)?;
-        match dropout {
-            Some(p) if self.spec.form == Form::Dora => {
-                let kept = tape.dropout(x, p)?;
-                let minus = tape.backend().filled(x.dtype(), x.shape().width(), -1.0)?;
-                let minus = Tensor::constant(minus, [x.shape().width()])?;
-                let dropped = tape.add(x, &tape.scale_columns(&kept, &minus)?)?;
-                let of_dropped = tape.linear(&dropped, base, bias, None, compute)?;
-                Ok(tape.add(&of_dropped, &tape.linear(&kept, base, None, Some(&update), compute)?)?)
-            }
-            dropout => Ok(tape.linear(x, base, bias, Some(&LinearAdapter { dropout, ..update }), compute)?),
-        }
-    }
-
-    /// The update beside `base` as the tape takes it, without dropout.
-    fn on_tape(&self, tape: &Tape, base: &Base) -> Result<LinearAdapter> {
         let (per_rank, row_scale) = match &self.part {
             Part::None => (None, None),
             Part::Magnitude(m) => {
@@ -276,7 +247,13 @@ impl Lora {
             }
             Part::Triplets { lambda, .. } => (Some(lambda.tensor()), None),
         };
-        let (a, b) = (self.a.tensor(), self.b.tensor());
-        Ok(LinearAdapter { a, b, scale: self.spec.scale(), per_rank, row_scale, dropout: None })
+        Ok(LinearAdapter {
+            a: self.a.tensor(),
+            b: self.b.tensor(),
+            scale: self.spec.scale(),
+            per_rank,
+            row_scale,
+            dropout: dropout.filter(|_| probability > 0.0).map(|(seed, stream)| Dropout { probability, seed, stream }),
+        })
     }
 }

@@ -64,7 +64,7 @@ pub struct LowRank<'a> {
     pub per_rank: Option<View<'a>>,
     /// DoRA's m/‖W + s·B·A‖ `[outputs]`.
     pub row_scale: Option<View<'a>>,
-    /// Dropout on the input of A alone.
+    /// Dropout on the input of A; beside a `row_scale` also of what that adds to the base.
     pub dropout: Option<Dropout>,
 }
 
