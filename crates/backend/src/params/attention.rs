@@ -53,6 +53,7 @@ impl Attention {
     }
 
     /// The keys that query `i` sees, given its segment's start.
+    #[inline]
     pub fn visible(&self, i: usize, start: usize) -> std::ops::RangeInclusive<usize> {
         let position = self.query_offset + i;
         let window = self.window.map_or(0, |w| (position + 1).saturating_sub(w));

@@ -11,10 +11,9 @@
 //!
 //! dq, dk and dv are formed each where asked for, and dP and dS only for dq and dk.
 
-use super::pack::{Rows, Transpose, taken};
-use super::product::Product;
-use super::{KEYS, QUERIES, ROWS, Shape, padded, parts, take, within};
+use super::{KEYS, QUERIES, Scaled, Shape, padded, parts, take, within};
 use crate::elementwise::Dot;
+use crate::gemm::near::{Multiply, Strided};
 use crate::scratch;
 use crate::simd::{Isa, Kernel, Simd, exp};
 use crate::threads::{Disjoint, Threads};
@@ -69,27 +68,49 @@ struct KeyHead<'a> {
     dv: Option<Disjoint<'a, f32>>,
 }
 
-/// The keys and values from key `first` on, and their gradients. What no gradient asked for needs is empty.
+/// The keys from key `first` on, block by block, and their gradients. What no gradient asked for needs is empty.
 struct Keys<'a> {
     first: usize,
-    /// kᵀ and vᵀ [blocks][head_dim][KEYS]
-    kt: &'a mut [f32],
-    vt: &'a mut [f32],
-    /// k, dk and dv [blocks·KEYS][width]
+    end: usize,
+    /// As right panels: k and v [head_dim, KEYS], and k [KEYS, head_dim].
+    across_k: &'a mut [f32],
+    across_v: &'a mut [f32],
     k: &'a mut [f32],
+    /// dk and dv [blocks·KEYS, width]
     dk: &'a mut [f32],
     dv: &'a mut [f32],
 }
 
 /// A block of queries of one head. What no gradient asked for needs is empty.
 struct Block<'a> {
-    /// q, dout and Σ dS k, [QUERIES, width] each
+    head: usize,
+    queries: Range<usize>,
+    /// As left panels: q and dout [QUERIES, head_dim].
     q: &'a mut [f32],
     dout: &'a mut [f32],
+    /// As right panels: q and dout [QUERIES, head_dim].
+    across_q: &'a mut [f32],
+    across_dout: &'a mut [f32],
+    /// Σ dS k [QUERIES, width]
     dq: &'a mut [f32],
-    /// P and dS, [QUERIES, KEYS] each
+    /// D [QUERIES]
+    d: &'a mut [f32],
+    /// P and dS [QUERIES, KEYS], and a left panel of either.
     p: &'a mut [f32],
     ds: &'a mut [f32],
+    panel: &'a mut [f32],
+}
+
+/// Room for the panels of one head.
+struct Room {
+    /// [head_dim, KEYS], [KEYS, head_dim] and [QUERIES, head_dim] as right panels.
+    across: usize,
+    keys: usize,
+    queries: usize,
+    /// [QUERIES, head_dim] as left panels.
+    left: usize,
+    /// A left panel of P or dS, whichever side is its rows.
+    panel: usize,
 }
 
 impl KeyHead<'_> {
@@ -98,153 +119,200 @@ impl KeyHead<'_> {
         self.dq.is_some() || self.dk.is_some()
     }
 
+    fn room(&self) -> Room {
+        let (near, depth) = (self.shape.near, self.shape.p.head_dim);
+        Room {
+            across: near.right_len(depth, KEYS),
+            keys: near.right_len(KEYS, depth),
+            queries: near.right_len(QUERIES, depth),
+            left: near.left_len(QUERIES, depth),
+            panel: near.left_len(near.height(), QUERIES.max(KEYS)),
+        }
+    }
+
     fn run(&self) {
-        let (Shape { p, width, .. }, b) = (self.shape, self.b);
+        let (Shape { p, width, .. }, b, room) = (self.shape, self.b, self.room());
         let span = self.shape.span(b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
-        let keys = (span.end - first).next_multiple_of(KEYS);
+        let blocks = (span.end - first).div_ceil(KEYS);
         let [dq, dk, dv, ds] = [self.dq.is_some(), self.dk.is_some(), self.dv.is_some(), self.needs_ds()];
         // Long enough for all three.
-        let len = keys * (2 * p.head_dim + 3 * width) + QUERIES * (3 * width + 2 * KEYS);
-        scratch::with(len, |mut s| {
+        let of_keys = blocks * (2 * room.across + room.keys + 2 * KEYS * width);
+        let of_block = 2 * (room.left + room.queries) + QUERIES * (width + 1 + 2 * KEYS) + room.panel;
+        scratch::with(of_keys + of_block, |mut s| {
             let mut take_if = |needed: bool, len: usize| take(&mut s, if needed { len } else { 0 });
             let mut keys = Keys {
                 first,
-                kt: take_if(true, keys * p.head_dim),
-                vt: take_if(ds, keys * p.head_dim),
-                k: take_if(dq, keys * width),
-                dk: take_if(dk, keys * width),
-                dv: take_if(dv, keys * width),
+                end: span.end,
+                across_k: take_if(true, blocks * room.across),
+                across_v: take_if(ds, blocks * room.across),
+                k: take_if(dq, blocks * room.keys),
+                dk: take_if(dk, blocks * KEYS * width),
+                dv: take_if(dv, blocks * KEYS * width),
             };
-            self.pack(&mut keys, first..span.end);
+            self.pack_keys(&mut keys, &room);
             let mut block = Block {
-                q: take_if(true, QUERIES * width),
-                dout: take_if(true, QUERIES * width),
+                head: 0,
+                queries: 0..0,
+                q: take_if(true, room.left),
+                dout: take_if(ds, room.left),
+                across_q: take_if(dk, room.queries),
+                across_dout: take_if(dv, room.queries),
                 dq: take_if(dq, QUERIES * width),
+                d: take_if(ds, QUERIES),
                 p: take_if(true, QUERIES * KEYS),
                 ds: take_if(ds, QUERIES * KEYS),
+                panel: take_if(true, room.panel),
             };
             let group = self.shape.group();
             for h in self.g * group..(self.g + 1) * group {
                 for queries in parts(0..p.queries, QUERIES) {
-                    self.queries(&mut keys, &mut block, h, queries);
+                    (block.head, block.queries) = (h, queries);
+                    self.queries(&mut keys, &mut block, &room);
                 }
             }
-            self.write_keys(&keys, first..span.end);
+            self.write_keys(&keys);
         });
     }
 
-    fn pack(&self, keys: &mut Keys, range: Range<usize>) {
-        let Shape { p, isa, width, round, .. } = self.shape;
-        let (depth, stride) = (p.head_dim, p.kv_heads * p.head_dim);
-        for (x, out) in [(self.saved.k, &mut *keys.kt), (self.saved.v, &mut *keys.vt)] {
-            for (keys, out) in parts(range.clone(), KEYS).zip(out.chunks_exact_mut((KEYS * depth).max(1))) {
-                let (first, rows) = (self.shape.key(self.b, keys.start, self.g).start, keys.len());
-                isa.run(Transpose { x, first, stride, rows, depth, columns: KEYS, round, out });
+    fn pack_keys(&self, keys: &mut Keys, room: &Room) {
+        let Shape { p, near, .. } = self.shape;
+        let head = |x, along| self.shape.key_head(x, self.b, self.g, along);
+        for (i, range) in parts(keys.first..keys.end, KEYS).enumerate() {
+            near.right(head(self.saved.k, true), 0..p.head_dim, range.clone(), &mut keys.across_k[i * room.across..]);
+            if self.needs_ds() {
+                let out = &mut keys.across_v[i * room.across..];
+                near.right(head(self.saved.v, true), 0..p.head_dim, range.clone(), out);
+            }
+            if self.dq.is_some() {
+                near.right(head(self.saved.k, false), range, 0..p.head_dim, &mut keys.k[i * room.keys..]);
             }
         }
-        let rows = range.map(|j| self.shape.key(self.b, j, self.g));
-        isa.run(Rows { x: self.saved.k, rows, width, round, out: &mut *keys.k });
         keys.dk.fill(0.0);
         keys.dv.fill(0.0);
     }
 
-    /// A block of queries of head h: all of its dq, and its part of dk and dv.
-    fn queries(&self, keys: &mut Keys, block: &mut Block, h: usize, queries: Range<usize>) {
-        let (Shape { p, isa, width, round, .. }, b, saved) = (self.shape, self.b, self.saved);
-        let elements = |i| self.shape.query(b, i, h);
-        for (x, out) in [(saved.q, &mut *block.q), (saved.dout, &mut *block.dout)] {
-            isa.run(Rows { x, rows: queries.clone().map(elements), width, round, out });
+    fn pack_queries(&self, block: &mut Block) {
+        let (Shape { p, near, isa, .. }, saved, queries) = (self.shape, self.saved, block.queries.clone());
+        let head = |x, along| self.shape.head(x, self.b, block.head, along);
+        near.left(head(saved.q, true), queries.clone(), 0..p.head_dim, block.q);
+        if self.dk.is_some() {
+            near.right(head(saved.q, false), queries.clone(), 0..p.head_dim, block.across_q);
         }
-        block.dq.fill(0.0);
-        let mut d = [0.0; QUERIES];
+        if self.dv.is_some() {
+            near.right(head(saved.dout, false), queries.clone(), 0..p.head_dim, block.across_dout);
+        }
         if self.needs_ds() {
-            for (d, i) in d.iter_mut().zip(queries.clone()) {
-                let (dout, out) = (&saved.dout[elements(i)], &saved.out[elements(i)]);
-                *d = isa.run(Dot(dout, out)) as f32;
+            near.left(head(saved.dout, true), queries.clone(), 0..p.head_dim, block.dout);
+            for (d, i) in block.d.iter_mut().zip(queries) {
+                let elements = self.shape.query(self.b, i, block.head);
+                *d = isa.run(Dot(&saved.dout[elements.clone()], &saved.out[elements])) as f32;
             }
-        }
-        let span = self.shape.span(b, queries.clone());
-        for key in (span.start / KEYS * KEYS..span.end).step_by(KEYS) {
-            self.block(keys, block, key, h, queries.clone(), &d);
-        }
-        let Some(dq) = self.dq else { return };
-        for (r, i) in queries.enumerate() {
-            // SAFETY: this task alone writes the query heads of its group.
-            let dq = unsafe { dq.get(elements(i)) };
-            dq.iter_mut().zip(&block.dq[r * width..]).for_each(|(dq, sum)| *dq = p.scale * sum);
         }
     }
 
-    /// A block of queries and the block of keys from `key`.
-    fn block(&self, keys: &mut Keys, block: &mut Block, key: usize, h: usize, queries: Range<usize>, d: &[f32]) {
-        let (Shape { p, isa, width, .. }, depth) = (self.shape, self.shape.p.head_dim);
-        let start = key - keys.first;
-        for rows in parts(queries.clone(), ROWS) {
-            let (row, m) = (rows.start - queries.start, rows.len());
-            let seen = within(&self.shape.span(self.b, rows.clone()), key);
+    /// A block of queries: all of its dq, and its part of dk and dv.
+    fn queries(&self, keys: &mut Keys, block: &mut Block, room: &Room) {
+        let Shape { p, isa, width, .. } = self.shape;
+        self.pack_queries(block);
+        block.dq.fill(0.0);
+        let span = self.shape.span(self.b, block.queries.clone());
+        for (i, range) in parts(keys.first..keys.end, KEYS).enumerate() {
+            if range.end > span.start && range.start < span.end {
+                self.scores(keys, block, room, i, range.clone());
+                self.key_gradients(keys, block, range);
+            }
+        }
+        let Some(dq) = self.dq else { return };
+        for (r, i) in block.queries.clone().enumerate() {
+            // SAFETY: this task alone writes the query heads of its group.
+            let dq = unsafe { dq.get(self.shape.query(self.b, i, block.head)) };
+            isa.run(Scaled { x: &block.dq[r * width..], factor: p.scale, out: dq });
+        }
+    }
+
+    /// P and dS of a block of queries and block i of the keys, and its part of dq.
+    fn scores(&self, keys: &Keys, block: &mut Block, room: &Room, i: usize, range: Range<usize>) {
+        let (Shape { isa, near, width, .. }, depth) = (self.shape, self.shape.p.head_dim);
+        for rows in near.panels(block.queries.len()) {
+            let queries = block.queries.start + rows.start..block.queries.start + rows.end;
+            let (seen, m) = (within(&self.shape.span(self.b, queries.clone()), range.start), rows.len());
             let columns = padded(&seen);
-            let scores = (true, &*block.q, &*keys.kt, &mut *block.p);
-            let dp = (self.needs_ds(), &*block.dout, &*keys.vt, &mut *block.ds);
-            for (_, a, b, c) in [scores, dp].into_iter().filter(|(needed, ..)| *needed) {
-                isa.run(Product {
-                    m,
-                    n: columns.len(),
+            let scores = (true, &*block.q, &*keys.across_k, &mut *block.p);
+            let dp = (self.needs_ds(), &*block.dout, &*keys.across_v, &mut *block.ds);
+            for (_, left, right, c) in [scores, dp].into_iter().filter(|(needed, ..)| *needed) {
+                near.multiply(Multiply {
+                    rows: m,
                     k: depth,
-                    a: &a[row * width..],
-                    strides: [width, 1],
-                    b: &b[start * depth + columns.start..],
-                    b_row: KEYS,
-                    c: &mut c[row * KEYS + columns.start..],
-                    c_row: KEYS,
+                    left: &left[near.left_start(rows.start, depth)..],
+                    right: &right[i * room.across..],
+                    right_k: depth,
+                    first: 0,
+                    columns: columns.clone(),
+                    c: &mut c[rows.start * KEYS + columns.start..],
+                    stride: KEYS,
                     accumulate: false,
                 });
             }
-            let lse = &self.saved.lse[self.shape.lse(self.b, h, rows.clone())];
-            for (r, (i, lse)) in rows.zip(lse).enumerate() {
-                let of_row = (row + r) * KEYS..(row + r + 1) * KEYS;
-                isa.run(ScoreGradients {
-                    p: &mut block.p[of_row.clone()],
-                    ds: self.needs_ds().then(|| &mut block.ds[of_row]),
-                    seen: within(&self.shape.visible(self.b, i), key),
-                    scale: p.scale,
-                    round: self.shape.round,
-                    lse: *lse,
-                    d: d[row + r],
-                });
-            }
-            if self.dq.is_some() {
-                isa.run(Product {
-                    m,
-                    n: width,
-                    k: seen.len(),
-                    a: &block.ds[row * KEYS + seen.start..],
-                    strides: [KEYS, 1],
-                    b: &keys.k[(start + seen.start) * width..],
-                    b_row: width,
-                    c: &mut block.dq[row * width..],
-                    c_row: width,
+            let of_rows = rows.start * KEYS..rows.end * KEYS;
+            isa.run(ScoreGradients {
+                shape: self.shape,
+                b: self.b,
+                key: range.start,
+                queries: queries.clone(),
+                columns,
+                lse: &self.saved.lse[self.shape.lse(self.b, block.head, queries)],
+                p: &mut block.p[of_rows.clone()],
+                ds: self.needs_ds().then(|| (&mut block.ds[of_rows], &block.d[rows.clone()])),
+            });
+            if self.dq.is_some() && !seen.is_empty() {
+                let from = seen.start / near.step() * near.step();
+                near.left(
+                    Strided { data: block.ds, stride: KEYS, along: true },
+                    rows.clone(),
+                    from..seen.end,
+                    block.panel,
+                );
+                near.multiply(Multiply {
+                    rows: m,
+                    k: seen.end - from,
+                    left: block.panel,
+                    right: &keys.k[i * room.keys..],
+                    right_k: range.len(),
+                    first: from,
+                    columns: 0..width,
+                    c: &mut block.dq[rows.start * width..],
+                    stride: width,
                     accumulate: true,
                 });
             }
         }
-        for columns in parts(within(&self.shape.span(self.b, queries.clone()), key), ROWS) {
+    }
+
+    /// The part of a block of queries in dv and dk of a block of keys.
+    fn key_gradients(&self, keys: &mut Keys, block: &mut Block, range: Range<usize>) {
+        let (Shape { p, near, width, .. }, n) = (self.shape, block.queries.len());
+        let seen = within(&self.shape.span(self.b, block.queries.clone()), range.start);
+        for rows in near.panels(seen.len()) {
+            let rows = seen.start + rows.start..seen.start + rows.end;
             // The causal triangle: queries before the first of these keys do not see it.
-            let row = (key + columns.start).saturating_sub(p.query_offset + queries.start);
-            let (n, first) = (queries.len() - row, (start + columns.start) * width);
-            let dv = (self.dv.is_some(), &*block.p, &*block.dout, &mut *keys.dv);
-            let dk = (self.dk.is_some(), &*block.ds, &*block.q, &mut *keys.dk);
-            for (_, a, b, c) in [dv, dk].into_iter().filter(|(asked, ..)| *asked) {
-                isa.run(Product {
-                    m: columns.len(),
-                    n: width,
-                    k: n,
-                    a: &a[row * KEYS + columns.start..],
-                    strides: [1, KEYS],
-                    b: &b[row * width..],
-                    b_row: width,
-                    c: &mut c[first..],
-                    c_row: width,
+            let first = (range.start + rows.start).saturating_sub(p.query_offset + block.queries.start);
+            let from = first / near.step() * near.step();
+            let of_key = (range.start - keys.first + rows.start) * width;
+            let dv = (self.dv.is_some(), &*block.p, &*block.across_dout, &mut *keys.dv);
+            let dk = (self.dk.is_some(), &*block.ds, &*block.across_q, &mut *keys.dk);
+            for (_, data, right, c) in [dv, dk].into_iter().filter(|(asked, ..)| *asked) {
+                near.left(Strided { data, stride: KEYS, along: false }, rows.clone(), from..n, block.panel);
+                near.multiply(Multiply {
+                    rows: rows.len(),
+                    k: n - from,
+                    left: block.panel,
+                    right,
+                    right_k: n,
+                    first: from,
+                    columns: 0..width,
+                    c: &mut c[of_key..],
+                    stride: width,
                     accumulate: true,
                 });
             }
@@ -252,16 +320,15 @@ impl KeyHead<'_> {
     }
 
     /// dk and dv of every key, each where asked for; 0 of those that no query sees.
-    fn write_keys(&self, keys: &Keys, packed: Range<usize>) {
-        let (Shape { p, width, .. }, b) = (self.shape, self.b);
+    fn write_keys(&self, keys: &Keys) {
+        let (Shape { p, isa, width, .. }, b) = (self.shape, self.b);
         for (grad, sums, factor) in [(self.dk, &*keys.dk, p.scale), (self.dv, &*keys.dv, 1.0)] {
             let Some(grad) = grad else { continue };
             for j in 0..p.keys {
                 // SAFETY: this task alone writes this key head of this sequence.
                 let grad = unsafe { grad.get(self.shape.key(b, j, self.g)) };
-                if packed.contains(&j) {
-                    let sums = &sums[(j - keys.first) * width..];
-                    grad.iter_mut().zip(sums).for_each(|(grad, sum)| *grad = factor * sum);
+                if (keys.first..keys.end).contains(&j) {
+                    isa.run(Scaled { x: &sums[(j - keys.first) * width..], factor, out: grad });
                 } else {
                     grad.fill(0.0);
                 }
@@ -270,44 +337,50 @@ impl KeyHead<'_> {
     }
 }
 
-/// One query's products q·k of a block become P, and its dP, where given, become dS; both 0 outside `seen`.
+/// The products q·k of some queries with a block of keys become P, and their dP, where given with D, become dS; both 0
+/// where a query does not see the key.
 struct ScoreGradients<'a> {
-    /// [KEYS]
+    shape: Shape<'a>,
+    b: usize,
+    /// The first key of the block.
+    key: usize,
+    queries: Range<usize>,
+    /// Whole vectors of a row, those that hold products.
+    columns: Range<usize>,
+    /// [queries]
+    lse: &'a [f32],
+    /// [queries, KEYS]
     p: &'a mut [f32],
-    /// [KEYS]
-    ds: Option<&'a mut [f32]>,
-    seen: Range<usize>,
-    scale: f32,
-    /// Whether both are rounded to bf16 for their products.
-    round: bool,
-    lse: f32,
-    d: f32,
+    /// [queries, KEYS] and [queries]
+    ds: Option<(&'a mut [f32], &'a [f32])>,
 }
 
 impl Kernel for ScoreGradients<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { p, mut ds, seen, scale, round, lse, d } = self;
-        assert!(p.len() == KEYS && ds.as_ref().is_none_or(|ds| ds.len() == KEYS) && KEYS.is_multiple_of(S::LANES));
-        let columns = if seen.is_empty() { 0..0 } else { padded(&seen) };
-        // SAFETY: LANES elements from each i < KEYS.
-        unsafe {
-            let (scale, lse, d) = (S::splat(scale), S::splat(lse), S::splat(d));
-            for i in columns.step_by(S::LANES) {
-                let at_p = p.as_mut_ptr().add(i);
-                let probability = exp::<S>(S::sub(S::mul(S::load(at_p), scale), lse));
-                S::store(at_p, taken::<S>(round, probability));
-                if let Some(ds) = &mut ds {
-                    let at_ds = ds.as_mut_ptr().add(i);
-                    let ds = S::mul(probability, S::sub(S::load(at_ds), d));
-                    S::store(at_ds, taken::<S>(round, ds));
+        let Self { shape, columns, lse, p, mut ds, .. } = self;
+        assert!(columns.end <= KEYS && columns.len().is_multiple_of(S::LANES));
+        for (r, ((i, p), lse)) in self.queries.zip(p.chunks_exact_mut(KEYS)).zip(lse).enumerate() {
+            let seen = within(&shape.visible(self.b, i), self.key);
+            let mut of_row = ds.as_mut().map(|(ds, d)| (&mut ds[r * KEYS..(r + 1) * KEYS], d[r]));
+            // SAFETY: LANES elements from each column.
+            unsafe {
+                let (scale, lse) = (S::splat(shape.p.scale), S::splat(*lse));
+                for j in columns.clone().step_by(S::LANES) {
+                    let at_p = p.as_mut_ptr().add(j);
+                    let probability = exp::<S>(S::sub(S::mul(S::load(at_p), scale), lse));
+                    S::store(at_p, probability);
+                    if let Some((ds, d)) = &mut of_row {
+                        let at_ds = ds.as_mut_ptr().add(j);
+                        S::store(at_ds, S::mul(probability, S::sub(S::load(at_ds), S::splat(*d))));
+                    }
                 }
             }
-        }
-        for x in [Some(p), ds].into_iter().flatten() {
-            x[..seen.start].fill(0.0);
-            x[seen.end..].fill(0.0);
+            for x in [Some(p), of_row.map(|(ds, _)| ds)].into_iter().flatten() {
+                x[..seen.start].fill(0.0);
+                x[seen.end..].fill(0.0);
+            }
         }
     }
 }

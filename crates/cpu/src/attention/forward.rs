@@ -2,9 +2,8 @@
 //! m = max s, l = Σ exp(s − m) and the output Σ exp(s − m) v; a block with a larger maximum scales the latter two by
 //! exp(m_old − m_new). At the end out = output / l and lse = m + log l. A task is one head of one sequence.
 
-use super::pack::{Rows, Transpose, taken};
-use super::product::Product;
-use super::{KEYS, QUERIES, ROWS, Shape, padded, parts, take, within};
+use super::{KEYS, QUERIES, Scaled, Shape, padded, parts, take, within};
+use crate::gemm::near::{Multiply, Strided};
 use crate::scratch;
 use crate::simd::{Isa, Kernel, Simd, exp};
 use crate::threads::{Disjoint, Threads};
@@ -17,7 +16,7 @@ pub(crate) fn attention(
     threads: &Threads,
     isa: Isa,
     p: &Attention,
-    [q, k, v]: [&[f32]; 3],
+    inputs: [&[f32]; 3],
     starts: Option<&[u32]>,
     out: &mut [f32],
     lse: &mut [f32],
@@ -25,8 +24,7 @@ pub(crate) fn attention(
     let shape = Shape::new(isa, p, starts)?;
     let (out, lse) = (Disjoint::new(out), Disjoint::new(lse));
     threads.run(p.batch * p.heads, |task| {
-        let head = Head { shape, b: task / p.heads, h: task % p.heads, out, lse };
-        head.run(q, k, v);
+        Head { shape, b: task / p.heads, h: task % p.heads, out, lse }.run(inputs);
     });
     Ok(())
 }
@@ -40,145 +38,148 @@ struct Head<'a> {
     lse: Disjoint<'a, f32>,
 }
 
-/// The keys and values of a head, from key `first` on: [blocks][head_dim][KEYS] and [blocks·KEYS][width].
-struct Packed<'a> {
-    first: usize,
+/// A block of keys.
+struct Keys<'a> {
+    range: Range<usize>,
+    /// k [head_dim, KEYS] and v [KEYS, head_dim] as right panels.
     k: &'a [f32],
     v: &'a [f32],
 }
 
-/// The state of a block of queries.
+/// A block of queries.
 struct Block<'a> {
-    /// [QUERIES, width]
+    /// [QUERIES, head_dim] as left panels.
     q: &'a mut [f32],
     /// Σ exp(s − m) v [QUERIES, width]
     sums: &'a mut [f32],
     /// The running maximum and Σ exp(s − m), [QUERIES] each.
     m: &'a mut [f32],
     l: &'a mut [f32],
-    /// Scores of ROWS queries, [ROWS, KEYS].
+    /// Scores of a tile's queries, [height, KEYS]; and exp(s − m) as a left panel.
     scores: &'a mut [f32],
+    weights: &'a mut [f32],
 }
 
 impl Head<'_> {
-    fn run(&self, q: &[f32], k: &[f32], v: &[f32]) {
-        let Shape { p, isa, width, round, .. } = self.shape;
-        let span = self.shape.span(self.b, 0..p.queries);
+    fn run(&self, [q, k, v]: [&[f32]; 3]) {
+        let Shape { p, near, width, .. } = self.shape;
+        let (b, g, depth) = (self.b, self.h / self.shape.group(), p.head_dim);
+        let span = self.shape.span(b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
         let blocks = (span.end - first).div_ceil(KEYS);
-        let (depth, stride) = (p.head_dim, p.kv_heads * p.head_dim);
-        let g = self.h / self.shape.group();
-        scratch::with(
-            (blocks * KEYS + 2 * QUERIES) * width + blocks * KEYS * depth + 2 * QUERIES + ROWS * KEYS,
-            |mut s| {
-                let (packed_k, packed_v) = (take(&mut s, blocks * KEYS * depth), take(&mut s, blocks * KEYS * width));
-                for (keys, out) in parts(first..span.end, KEYS).zip(packed_k.chunks_exact_mut((KEYS * depth).max(1))) {
-                    let (first, rows) = (self.shape.key(self.b, keys.start, g).start, keys.len());
-                    isa.run(Transpose { x: k, first, stride, rows, depth, columns: KEYS, round, out });
-                }
-                let rows = (first..span.end).map(|j| self.shape.key(self.b, j, g));
-                isa.run(Rows { x: v, rows, width, round, out: &mut *packed_v });
-                let packed = Packed { first, k: packed_k, v: packed_v };
-                let mut block = Block {
-                    q: take(&mut s, QUERIES * width),
-                    sums: take(&mut s, QUERIES * width),
-                    m: take(&mut s, QUERIES),
-                    l: take(&mut s, QUERIES),
-                    scores: take(&mut s, ROWS * KEYS),
-                };
-                for queries in parts(0..p.queries, QUERIES) {
-                    let rows = queries.clone().map(|i| self.shape.query(self.b, i, self.h));
-                    isa.run(Rows { x: q, rows, width, round, out: &mut *block.q });
-                    block.sums.fill(0.0);
-                    block.m.fill(f32::NEG_INFINITY);
-                    block.l.fill(0.0);
-                    let span = self.shape.span(self.b, queries.clone());
-                    for keys in (span.start / KEYS * KEYS..span.end).step_by(KEYS) {
-                        for rows in parts(queries.clone(), ROWS) {
-                            self.pass(&packed, &mut block, keys, rows.clone(), rows.start - queries.start);
-                        }
+        let (of_k, of_v) = (near.right_len(depth, KEYS), near.right_len(KEYS, depth));
+        let (of_q, of_tile) = (near.left_len(QUERIES, depth), near.left_len(near.height(), KEYS));
+        let of_block = of_q + QUERIES * (width + 2) + near.height() * KEYS + of_tile;
+        scratch::with(blocks * (of_k + of_v) + of_block, |mut s| {
+            let mut block = Block {
+                q: take(&mut s, of_q),
+                sums: take(&mut s, QUERIES * width),
+                m: take(&mut s, QUERIES),
+                l: take(&mut s, QUERIES),
+                scores: take(&mut s, near.height() * KEYS),
+                weights: take(&mut s, of_tile),
+            };
+            let (packed_k, packed_v) = (take(&mut s, blocks * of_k), take(&mut s, blocks * of_v));
+            for (i, keys) in parts(first..span.end, KEYS).enumerate() {
+                let (k, v) = (self.shape.key_head(k, b, g, true), self.shape.key_head(v, b, g, false));
+                near.right(k, 0..depth, keys.clone(), &mut packed_k[i * of_k..]);
+                near.right(v, keys, 0..depth, &mut packed_v[i * of_v..]);
+            }
+            for queries in parts(0..p.queries, QUERIES) {
+                near.left(self.shape.head(q, b, self.h, true), queries.clone(), 0..depth, block.q);
+                block.sums.fill(0.0);
+                block.m.fill(f32::NEG_INFINITY);
+                block.l.fill(0.0);
+                for (i, range) in parts(first..span.end, KEYS).enumerate() {
+                    let keys = Keys { range, k: &packed_k[i * of_k..], v: &packed_v[i * of_v..] };
+                    for rows in near.panels(queries.len()) {
+                        self.pass(&keys, &mut block, queries.start, rows);
                     }
-                    self.finish(&block, queries);
                 }
-            },
-        );
+                self.finish(&block, queries);
+            }
+        });
     }
 
-    /// Up to ROWS queries, the first of which is row `row` of the block, through the block of keys from `keys`.
-    fn pass(&self, packed: &Packed, block: &mut Block, keys: usize, queries: Range<usize>, row: usize) {
-        let Shape { p, isa, width, .. } = self.shape;
-        let (m, depth) = (queries.len(), p.head_dim);
-        let seen = within(&self.shape.span(self.b, queries.clone()), keys);
+    /// The queries of one left panel, rows of the block that starts at query `first`, through a block of keys.
+    fn pass(&self, keys: &Keys, block: &mut Block, first: usize, rows: Range<usize>) {
+        let Shape { p, isa, near, width, .. } = self.shape;
+        let (m, queries, depth) = (rows.len(), first + rows.start..first + rows.end, p.head_dim);
+        let seen = within(&self.shape.span(self.b, queries.clone()), keys.range.start);
         if seen.is_empty() {
             return;
         }
         let columns = padded(&seen);
-        let start = keys - packed.first;
-        isa.run(Product {
-            m,
-            n: columns.len(),
+        near.multiply(Multiply {
+            rows: m,
             k: depth,
-            a: &block.q[row * width..],
-            strides: [width, 1],
-            b: &packed.k[start * depth + columns.start..],
-            b_row: KEYS,
+            left: &block.q[near.left_start(rows.start, depth)..],
+            right: keys.k,
+            right_k: depth,
+            first: 0,
+            columns: columns.clone(),
             c: &mut block.scores[columns.start..],
-            c_row: KEYS,
+            stride: KEYS,
             accumulate: false,
         });
-        for (r, i) in queries.enumerate() {
-            let (scores, sums) = (&mut block.scores[r * KEYS..][columns.clone()], (row + r) * width);
-            let seen = within(&self.shape.visible(self.b, i), keys);
-            isa.run(OnlineSoftmax {
-                scores,
-                scale: p.scale,
-                round: self.shape.round,
-                seen: seen.start.max(columns.start) - columns.start..seen.end.max(columns.start) - columns.start,
-                m: &mut block.m[row + r],
-                l: &mut block.l[row + r],
-                sums: &mut block.sums[sums..sums + width],
-            });
-        }
-        isa.run(Product {
-            m,
-            n: width,
-            k: seen.len(),
-            a: &block.scores[seen.start..],
-            strides: [KEYS, 1],
-            b: &packed.v[(start + seen.start) * width..],
-            b_row: width,
-            c: &mut block.sums[row * width..],
-            c_row: width,
+        isa.run(OnlineSoftmax {
+            shape: self.shape,
+            b: self.b,
+            key: keys.range.start,
+            queries,
+            scores: block.scores,
+            columns,
+            m: &mut block.m[rows.clone()],
+            l: &mut block.l[rows.clone()],
+            sums: &mut block.sums[rows.start * width..rows.end * width],
+        });
+        let from = seen.start / near.step() * near.step();
+        let weights = Strided { data: block.scores, stride: KEYS, along: true };
+        near.left(weights, 0..m, from..seen.end, block.weights);
+        near.multiply(Multiply {
+            rows: m,
+            k: seen.end - from,
+            left: block.weights,
+            right: keys.v,
+            right_k: keys.range.len(),
+            first: from,
+            columns: 0..width,
+            c: &mut block.sums[rows.start * width..],
+            stride: width,
             accumulate: true,
         });
     }
 
     /// out = sums / l, lse = m + log l
     fn finish(&self, block: &Block, queries: Range<usize>) {
-        let width = self.shape.width;
+        let Shape { isa, width, .. } = self.shape;
         // SAFETY: this task alone writes this head of this sequence.
         let lse = unsafe { self.lse.get(self.shape.lse(self.b, self.h, queries.clone())) };
         for (r, (i, lse)) in queries.zip(lse).enumerate() {
             // SAFETY: as above.
             let out = unsafe { self.out.get(self.shape.query(self.b, i, self.h)) };
             let l = block.l[r];
-            out.iter_mut().zip(&block.sums[r * width..]).for_each(|(out, sum)| *out = sum / l);
+            isa.run(Scaled { x: &block.sums[r * width..], factor: 1.0 / l, out });
             *lse = (f64::from(block.m[r]) + f64::from(l).ln()) as f32;
         }
     }
 }
 
-/// One query's products q·k of a block become exp(s − m), 0 outside `seen`; m, l and the sums follow.
+/// The products q·k of some queries with a block of keys become exp(s − m), 0 where a query does not see the key; m, l
+/// and the sums of the queries follow.
 struct OnlineSoftmax<'a> {
-    /// Whole vectors.
+    shape: Shape<'a>,
+    b: usize,
+    /// The first key of the block.
+    key: usize,
+    queries: Range<usize>,
+    /// [queries, KEYS], of which `columns`, whole vectors, hold products.
     scores: &'a mut [f32],
-    scale: f32,
-    /// Whether exp(s − m) is rounded to bf16 for its product with v; not so in l.
-    round: bool,
-    seen: Range<usize>,
-    m: &'a mut f32,
-    l: &'a mut f32,
-    /// Whole vectors.
+    columns: Range<usize>,
+    /// [queries] each
+    m: &'a mut [f32],
+    l: &'a mut [f32],
+    /// [queries, width]
     sums: &'a mut [f32],
 }
 
@@ -186,40 +187,66 @@ impl Kernel for OnlineSoftmax<'_> {
     type Output = ();
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { scores, scale, round, seen, m, l, sums } = self;
-        assert!(scores.len().is_multiple_of(S::LANES) && sums.len().is_multiple_of(S::LANES));
-        if seen.is_empty() {
-            return scores.fill(0.0);
-        }
-        scores.iter_mut().for_each(|score| *score *= scale);
-        scores[..seen.start].fill(f32::NEG_INFINITY);
-        scores[seen.end..].fill(f32::NEG_INFINITY);
-        // SAFETY: LANES elements from each i.
-        unsafe {
-            let mut max = S::splat(f32::NEG_INFINITY);
-            for i in (0..scores.len()).step_by(S::LANES) {
-                max = S::max(S::load(scores.as_ptr().add(i)), max);
+        let Self { shape, columns, .. } = self;
+        assert!(columns.len().is_multiple_of(S::LANES) && shape.width.is_multiple_of(S::LANES));
+        let rows = self.scores.chunks_exact_mut(KEYS).zip(self.sums.chunks_exact_mut(shape.width));
+        let state = self.m.iter_mut().zip(self.l.iter_mut());
+        for (i, ((scores, sums), (m, l))) in self.queries.zip(rows.zip(state)) {
+            let seen = within(&shape.visible(self.b, i), self.key);
+            scores[..columns.start].fill(0.0);
+            let scores = &mut scores[columns.clone()];
+            if seen.is_empty() {
+                scores.fill(0.0);
+                continue;
             }
-            let new = S::max_lane(max).max(*m);
-            let (mut sum, shift) = (S::splat(0.0), S::splat(new));
-            for i in (0..scores.len()).step_by(S::LANES) {
-                let p = scores.as_mut_ptr().add(i);
-                let e = exp::<S>(S::sub(S::load(p), shift));
-                S::store(p, taken::<S>(round, e));
-                sum = S::add(sum, e);
-            }
-            if new > *m {
-                // 0 in the first block, where nothing is to be scaled.
-                let factor = S::max_lane(exp::<S>(S::splat(*m - new)));
-                let factors = S::splat(factor);
-                for i in (0..sums.len()).step_by(S::LANES) {
-                    let p = sums.as_mut_ptr().add(i);
-                    S::store(p, S::mul(S::load(p), factors));
+            // SAFETY: LANES elements from each i.
+            unsafe {
+                let mut max = scaled::<S>(scores, shape.p.scale);
+                if seen != columns {
+                    scores[..seen.start - columns.start].fill(f32::NEG_INFINITY);
+                    scores[seen.end - columns.start..].fill(f32::NEG_INFINITY);
+                    max = scaled::<S>(scores, 1.0);
                 }
-                *l *= factor;
+                let new = max.max(*m);
+                let (mut sum, shift) = (S::splat(0.0), S::splat(new));
+                for i in (0..scores.len()).step_by(S::LANES) {
+                    let p = scores.as_mut_ptr().add(i);
+                    let e = exp::<S>(S::sub(S::load(p), shift));
+                    S::store(p, e);
+                    sum = S::add(sum, e);
+                }
+                // Not in the first block, where nothing is to be scaled.
+                if new > *m && *m > f32::NEG_INFINITY {
+                    let factor = S::max_lane(exp::<S>(S::splat(*m - new)));
+                    let factors = S::splat(factor);
+                    for i in (0..sums.len()).step_by(S::LANES) {
+                        let p = sums.as_mut_ptr().add(i);
+                        S::store(p, S::mul(S::load(p), factors));
+                    }
+                    *l *= factor;
+                }
                 *m = new;
+                *l += S::sum(sum);
             }
-            *l += S::sum(sum);
         }
+    }
+}
+
+/// Scale whole vectors, and find the largest.
+///
+/// # Safety
+/// The machine has S.
+#[inline(always)]
+unsafe fn scaled<S: Simd>(scores: &mut [f32], scale: f32) -> f32 {
+    // SAFETY: LANES elements from each i.
+    unsafe {
+        let (scale, mut max) = (S::splat(scale), S::splat(f32::NEG_INFINITY));
+        for i in (0..scores.len()).step_by(S::LANES) {
+            let p = scores.as_mut_ptr().add(i);
+            let v = S::mul(S::load(p), scale);
+            S::store(p, v);
+            max = S::max(v, max);
+        }
+        S::max_lane(max)
     }
 }

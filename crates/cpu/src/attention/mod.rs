@@ -6,38 +6,30 @@
 //! q, out [batch, queries, heads, head_dim]; k, v [batch, keys, kv_heads, head_dim]; lse [batch, heads, queries].
 //!
 //! Queries come in blocks of [`QUERIES`] and keys in blocks of [`KEYS`], which with their scores fit a core's nearer
-//! caches; only the blocks' own products are ever formed. A head's rows are strided in memory, so they are packed
-//! first: row by row with the head padded to whole vectors (where the product runs along the head), and transposed
-//! block by block (where it runs along the keys). Within a block of queries, [`ROWS`] of them go through a block of
-//! keys together, and only from the first to the last key that one of them sees: blocks outside a segment, a window
-//! or the causal triangle cost nothing, and the diagonal little.
+//! caches; only the blocks' own products are ever formed, by the microkernels of every other product
+//! ([`crate::gemm::near`]). A head's rows, strided in memory, are packed once a block; P and dS as they are formed, which
+//! is where they are rounded if products are of bf16. Within a block of queries, as many as a tile has rows go through a
+//! block of keys together, and only from the first to the last key that one of them sees: blocks outside a segment, a
+//! window or the causal triangle cost nothing, and the diagonal little.
 //!
-//! With bf16 products their inputs are rounded as they are packed or formed, and multiplied in f32: exactly, as bf16
-//! units do.
-//!
-//! In reading order: `product` (the small products), `pack`, then `forward` and `backward`.
+//! In reading order: this file, `forward`, `backward`.
 
 mod backward;
 mod forward;
-mod pack;
-mod product;
 
 pub(crate) use backward::{Gradients, Saved, attention_grad};
 pub(crate) use forward::attention;
 
-use crate::simd::Isa;
+use crate::gemm::near::{Near, PAD, Strided};
+use crate::simd::{Isa, Kernel, Simd};
 use rankfold_backend::Result;
-use rankfold_backend::params::{Attention, Compute};
+use rankfold_backend::params::Attention;
 use std::ops::Range;
 
 /// Keys of a block.
 const KEYS: usize = 64;
 /// Queries of a block.
-const QUERIES: usize = 48;
-/// Queries that share a pass over a block of keys: rows of the largest register tile.
-const ROWS: usize = product::ROWS;
-/// Elements that rows and ranges of keys are padded to a multiple of: the widest vector.
-const PAD: usize = 16;
+const QUERIES: usize = 64;
 
 /// What every task of a call knows.
 #[derive(Clone, Copy)]
@@ -45,10 +37,9 @@ struct Shape<'a> {
     p: &'a Attention,
     isa: Isa,
     starts: Option<&'a [u32]>,
+    near: Near,
     /// head_dim, padded.
     width: usize,
-    /// Whether the inputs of products are rounded to bf16.
-    round: bool,
 }
 
 impl<'a> Shape<'a> {
@@ -57,7 +48,8 @@ impl<'a> Shape<'a> {
         for (row, start) in starts.into_iter().flatten().enumerate() {
             p.check_start(row % p.queries, *start as usize)?;
         }
-        Ok(Self { p, isa, starts, width: p.head_dim.next_multiple_of(PAD).max(PAD), round: p.compute == Compute::Bf16 })
+        let near = Near::new(isa, p.compute);
+        Ok(Self { p, isa, starts, near, width: p.head_dim.next_multiple_of(PAD).max(PAD) })
     }
 
     /// The keys that query i of sequence b sees.
@@ -83,6 +75,20 @@ impl<'a> Shape<'a> {
     fn key(&self, b: usize, j: usize, g: usize) -> Range<usize> {
         let start = ((b * self.p.keys + j) * self.p.kv_heads + g) * self.p.head_dim;
         start..start + self.p.head_dim
+    }
+
+    /// Head h of q, or of what is shaped like it, in sequence b: [queries, head_dim].
+    fn head<'x>(&self, x: &'x [f32], b: usize, h: usize, along: bool) -> Strided<'x> {
+        self.strided(x, b * self.p.queries * self.p.heads + h, self.p.heads, along)
+    }
+
+    /// Head g of k, or of what is shaped like it, in sequence b: [keys, head_dim].
+    fn key_head<'x>(&self, x: &'x [f32], b: usize, g: usize, along: bool) -> Strided<'x> {
+        self.strided(x, b * self.p.keys * self.p.kv_heads + g, self.p.kv_heads, along)
+    }
+
+    fn strided<'x>(&self, x: &'x [f32], first: usize, heads: usize, along: bool) -> Strided<'x> {
+        Strided { data: &x[(first * self.p.head_dim).min(x.len())..], stride: heads * self.p.head_dim, along }
     }
 
     /// Query heads a key head.
@@ -118,4 +124,48 @@ fn take<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (front, rest) = std::mem::take(scratch).split_at_mut(len);
     *scratch = rest;
     front
+}
+
+/// out = factor·x, of as many elements as out has.
+struct Scaled<'a> {
+    x: &'a [f32],
+    factor: f32,
+    out: &'a mut [f32],
+}
+
+impl Kernel for Scaled<'_> {
+    type Output = ();
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        for (out, x) in self.out.iter_mut().zip(self.x) {
+            *out = self.factor * x;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::CpuBackend;
+    use crate::simd::{Isa, Units};
+    use rankfold_backend::conformance::{Law, attention, judge};
+    use rankfold_reference::ReferenceBackend;
+
+    /// What the conformance suite asks of the machine's own units, on those that it may not have.
+    #[test]
+    fn every_microkernel_keeps_the_contract() {
+        let laws: [(&str, Law); 4] = [
+            ("attention_forward", attention::forward),
+            ("attention_backward", attention::backward),
+            ("attention_bf16_forward", attention::forward_bf16),
+            ("attention_bf16_backward", attention::backward_bf16),
+        ];
+        for units in [Units::None, Units::Pairs, Units::Tiles] {
+            let on = |threads| CpuBackend::with_isa(Isa::portable_16(units), Some(threads));
+            for (name, law) in laws {
+                let verdict = law(&on(1), &ReferenceBackend::new());
+                judge(name, &verdict);
+                assert_eq!(law(&on(2), &ReferenceBackend::new()), verdict, "{name} on two threads");
+            }
+        }
+    }
 }

@@ -25,13 +25,16 @@
 //! An element of C is the sum, in this order, of what the microkernel makes of every DEPTH of k; nothing else of the
 //! above touches its bits, neither tiles nor tasks nor threads.
 //!
-//! Products of a few rows are bound by reading the right operand, not by arithmetic, and go another way: `few`.
+//! Products of a few rows are bound by reading the right operand, not by arithmetic, and go another way: `few`. Kernels
+//! that multiply blocks which they make themselves use the same panels and microkernels through `near`.
 //!
-//! Read `operand.rs`, this file, `unit.rs` and `micro.rs`, `pack.rs` and `quantized.rs`, `tile.rs`, `amx.rs`; `few`.
+//! Read `operand.rs`, this file, `unit.rs` and `micro.rs`, `pack.rs` and `quantized.rs`, `tile.rs`, `amx.rs`; `few`;
+//! `near.rs`.
 
 mod amx;
 mod few;
 mod micro;
+pub(crate) mod near;
 mod operand;
 mod pack;
 mod plan;

@@ -122,8 +122,11 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn scale_exp2(a: __m256, n: __m256) -> __m256 {
         unsafe {
-            let exponent = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
-            _mm256_mul_ps(a, _mm256_castsi256_ps(exponent))
+            // Two powers of two, as one alone may be none that f32 has.
+            let power = |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))));
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_epi32(n, half)))
         }
     }
     #[inline(always)]

@@ -81,7 +81,7 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     unsafe fn sqrt(a: Self::V) -> Self::V;
     /// To the nearest integer, ties to even; |a| < 2³¹.
     unsafe fn round(a: Self::V) -> Self::V;
-    /// a · 2ⁿ for integral n in [−126, 127].
+    /// a · 2ⁿ for integral n in [−252, 254]; a denormal result may be rounded twice.
     unsafe fn scale_exp2(a: Self::V, n: Self::V) -> Self::V;
 
     /// The sum of all lanes, by halves: (0+8)(…) first at 16 lanes, then (0+4), (0+2), (0+1).

@@ -115,7 +115,11 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     }
     #[inline(always)]
     unsafe fn scale_exp2(a: Self::V, n: Self::V) -> Self::V {
-        zip(a, n, |a, n| a * f32::from_bits(((n as i32 + 127) as u32) << 23))
+        // Two powers of two, as one alone may be none that f32 has.
+        zip(a, n, |a, n| {
+            let (n, power) = (n as i32, |n: i32| f32::from_bits(((n + 127) as u32) << 23));
+            a * power(n >> 1) * power(n - (n >> 1))
+        })
     }
     #[inline(always)]
     unsafe fn sum(a: Self::V) -> f32 {
