@@ -12,7 +12,7 @@
 
 use crate::decompose::{product, qr, svd, transposed};
 use crate::lora::Part;
-use crate::{Adapter, AdapterConfig, Error, Linear, Lora, LoraSpec, Names, Result, Targets};
+use crate::{Adapter, AdapterConfig, Error, Linear, Lora, LoraSpec, Names, PeftConfig, Result, Targets};
 use rankfold_autograd::Parameter;
 use rankfold_backend::Backend;
 use std::collections::BTreeMap;
@@ -119,10 +119,12 @@ pub struct Rack {
 }
 
 impl Rack {
-    /// Take the adapter off the layers and keep it under a name, in place of one that had it.
+    /// Take the adapter of this configuration off the layers and keep it under a name, in place of one that had it.
     ///
-    /// Errors: one that began by taking a part out of some layer's base. It stays where it is.
-    pub fn keep(&mut self, name: &str, layers: &mut [&mut Linear]) -> Result<()> {
+    /// Errors: one that is more than what sits on the layers ([`PeftConfig::check_alone`]); a layer whose base was made
+    /// for it. It stays where it is.
+    pub fn keep(&mut self, name: &str, config: &PeftConfig, layers: &mut [&mut Linear]) -> Result<()> {
+        config.check_alone()?;
         layers.iter().try_for_each(|layer| layer.check_whole())?;
         let adapter = layers.iter_mut().map(|layer| layer.take_adapter()).collect::<Result<_>>()?;
         self.adapters.insert(name.into(), adapter);

@@ -2,7 +2,7 @@
 
 use crate::patterns::Specs;
 use crate::saved::trained_bias;
-use crate::start::check_start;
+use crate::start::{check_alike, check_start};
 use crate::targets::{select, unmatched};
 use crate::{AdapterConfig, AdapterFolder, Error, Form, Init, Linear, Lora, LoraSpec, Part, Result, Targets};
 use rankfold_autograd::{Base, Parameter};
@@ -12,7 +12,8 @@ use rankfold_backend::{Backend, DType};
 /// What was attached, for printing and for writing.
 #[derive(Clone, Debug)]
 pub struct Attached {
-    /// The configuration with its targets by name, whatever the model: what belongs in the adapter's folder.
+    /// The configuration with its targets by name, whatever the model, and the start that the update still has: what
+    /// belongs in the adapter's folder.
     pub config: AdapterConfig,
     /// The layers, in the model's order.
     pub modules: Vec<AttachedModule>,
@@ -45,8 +46,8 @@ impl Attached {
 /// `layers` are the linear layers of the model's blocks; `architecture` is the `model_type` of its `config.json`, for
 /// targets that are not given.
 ///
-/// A start that takes something out of the base leaves W − s·B₀·A₀ there; LoftQ's is
-/// [`attach_loftq`](crate::attach_loftq)'s.
+/// A start that takes something out of the base leaves W − s·B₀·A₀ there; LoftQ's, and PiSSA's on 4 bits, is
+/// [`attach_remade`](crate::attach_remade)'s.
 ///
 /// Errors: targets that match nothing; hyper-parameters out of range; a base that is trained, or that the start cannot
 /// decompose. No layer is then changed. And a remainder of the base that its element type cannot hold.
@@ -89,7 +90,7 @@ pub fn attach_blank(
             Form::AdaLora => Part::Triplets { lambda: parameter(&[rank, 1])?, kept },
         };
         let lora = Lora::new(layer.path(), a, b, part, spec)?;
-        if !config.init.takes_from_the_base() {
+        if !config.init.takes_from_the_base() || matches!(layer.base(), Base::Quantized(_)) {
             return Ok(lora);
         }
         let plain = LoraSpec { form: Form::Plain, ..spec };
@@ -152,11 +153,13 @@ impl Plan {
             AttachedModule { path: layer.path().into(), spec, parameters: 0, is_wasteful: spec.is_wasteful(dims) }
         };
         let modules: Vec<AttachedModule> = places.iter().map(module).collect();
+        check_alike(places.iter().map(|&place| layers[place]), config.init)?;
 
         let paths: Vec<&str> = modules.iter().map(|module| module.path.as_str()).collect();
         let excluded = config.exclude.as_ref().map_or(Ok(Vec::new()), |names| unmatched(names, &layers))?;
         let unused = [
             ("rank_pattern", specs.ranks.unmatched(&paths)),
+            ("rank_pattern", config.adalora.as_ref().map_or(Vec::new(), |adalora| adalora.unmatched(&paths))),
             ("alpha_pattern", specs.alphas.unmatched(&paths)),
             ("exclude_modules", excluded),
         ];
@@ -219,6 +222,11 @@ impl Plan {
         }
         for TrainedBias { place, value, .. } in biases {
             layers[place].train_bias(value);
+        }
+        // In 4 bits what is left is a base of its own, and the update a plain one beside it.
+        let has_start = self.places.iter().any(|&place| layers[place].adapter().is_some_and(|l| l.start().is_some()));
+        if self.attached.config.init.takes_from_the_base() && !has_start {
+            self.attached.config.init = Init::Kaiming;
         }
         Ok(self.attached)
     }

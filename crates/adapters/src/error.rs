@@ -65,10 +65,11 @@ pub enum Error {
     #[error("{module}: an adapter needs a frozen base, and this one is trained")]
     TrainedBase { module: String },
     /// An adapter that cannot be taken off.
-    #[error(
-        "{module}: its adapter began as a part of the base, which stays without that part: expected a model read anew"
-    )]
+    #[error("{module}: its base was made for the adapter that began on it, and stays so: expected a model read anew")]
     PartialBase { module: String },
+    /// An adapter that is more than what sits on the layers.
+    #[error("the adapter comes with {with}, expected one that leaves the base as it is")]
+    NotAlone { with: &'static str },
     /// An update that cannot be a term of a sum.
     #[error("{module}: what sits on it is no term of a sum, expected LoRA or AdaLoRA")]
     NoSum { module: String },

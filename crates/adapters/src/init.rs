@@ -4,15 +4,16 @@
 //! 1/r, B zero; DoRA's m is the norm of each row of W + s·B A, so that training begins at the base. AdaLoRA: A and B
 //! normal with standard deviation 0.02, E zero. Numbers are drawn by Philox from (seed, layer, element): the same on
 //! every backend. PiSSA and OLoRA take A and B out of the base ([`start`](crate::start)), LoftQ out of what 4 bits lost
-//! of it ([`loftq`](mod@crate::loftq)).
+//! of it ([`loftq`](mod@crate::loftq)). DoRA's m is of the rows that the layer begins with: those of W, but for what
+//! requantising a base in 4 bits changed of them.
 
 use crate::lora::{Form, Part};
 use crate::merge::{base_norms, update_norms};
-use crate::start::{first_values, taken_out};
+use crate::start::{first_values, remainder, taken_out};
 use crate::streams;
 use crate::values::{normal, uniform};
 use crate::{Error, Linear, Lora, LoraSpec, Result};
-use rankfold_autograd::Parameter;
+use rankfold_autograd::{Base, Parameter};
 use rankfold_backend::{Backend, DType};
 use std::fmt;
 
@@ -69,8 +70,8 @@ impl fmt::Display for Init {
 impl Lora {
     /// First values for a layer, in f32.
     ///
-    /// Errors: hyper-parameters out of range; a base that cannot be decomposed; LoftQ, which needs the matrix that was
-    /// quantised ([`attach_loftq`](crate::attach_loftq)).
+    /// Errors: hyper-parameters out of range; a base that cannot be decomposed; LoftQ, and PiSSA on 4 bits, which need
+    /// the matrix that was quantised ([`attach_remade`](crate::attach_remade)).
     pub fn init(backend: &dyn Backend, layer: &Linear, spec: LoraSpec, init: Init, seed: u64) -> Result<Self> {
         spec.check()?;
         if init.takes_from_the_base() {
@@ -103,9 +104,17 @@ impl Lora {
         let start = taken_out(backend, layer, [&a0, &b0], spec, init)?;
         let a = Parameter::new(backend.upload(&a0)?, [spec.rank, layer.inputs()])?;
         let b = Parameter::new(backend.upload(&b0)?, [layer.outputs(), spec.rank])?;
-        let part = match spec.form {
+        let part = match (spec.form, layer.base()) {
             // Rows of the base as it was, which is what the layer begins as.
-            Form::Dora => Part::Magnitude(Parameter::new(base_norms(backend, &layer.base())?, [layer.outputs()])?),
+            (Form::Dora, base @ Base::Dense(_)) => {
+                Part::Magnitude(Parameter::new(base_norms(backend, &base)?, [layer.outputs()])?)
+            }
+            (Form::Dora, Base::Quantized(_)) => {
+                let plain = LoraSpec { form: Form::Plain, ..spec };
+                let update = Self::new(layer.path(), a.clone(), b.clone(), Part::None, plain)?;
+                let norms = update_norms(backend, &remainder(backend, layer, &start)?, &update)?;
+                Part::Magnitude(Parameter::new(norms, [layer.outputs()])?)
+            }
             _ => Part::None,
         };
         Ok(Self::new(layer.path(), a, b, part, spec)?.started(start))

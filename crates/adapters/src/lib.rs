@@ -7,7 +7,7 @@
 //!
 //! In reading order:
 //! - [`lora`], [`init`]: the update in its three forms (LoRA, DoRA, AdaLoRA), and its first values;
-//! - [`start`], [`loftq`](mod@loftq), `decompose`: first values that come from the base, and change it;
+//! - [`start`], [`loftq`](mod@loftq), [`remade`], `decompose`: first values that come from the base, and change it;
 //! - [`linear`]: the layer;
 //! - [`streams`]: which random numbers are whose;
 //! - [`adalora`]: AdaLoRA's budget of triplets, and who gets it;
@@ -44,6 +44,7 @@ pub mod merge;
 pub mod patterns;
 pub mod peft;
 pub mod relatives;
+pub mod remade;
 pub mod saved;
 pub mod start;
 pub mod streams;
@@ -59,11 +60,11 @@ pub use error::{Error, Result};
 pub use folder::{AdapterFolder, Purpose, write_folder};
 pub use init::Init;
 pub use linear::{DropoutKey, Forward, Linear, Weight, peft_name};
-pub use loftq::attach_loftq;
 pub use lora::{Form, Lora, LoraSpec, Part};
 pub use merge::{Merged, merged, merged_weight};
 pub use peft::{AttachedPeft, PeftConfig};
 pub use relatives::{Relative, RelativeConfig};
+pub use remade::attach_remade;
 pub use saved::{Bias, train_modules};
 pub use targets::{Names, Targets};
 pub use values::Values;

@@ -57,6 +57,8 @@ pub struct Linear {
     inputs: usize,
     pub(crate) adapter: Option<Adapter>,
     pub(crate) unmerged: Option<Unmerged>,
+    /// Whether W is no longer what the layer was made with, but what an adapter's start left or made of it.
+    pub(crate) is_remade: bool,
 }
 
 impl Linear {
@@ -81,7 +83,7 @@ impl Linear {
             let expected = format!("[{outputs}]");
             return Err(Error::Shape { module: path, tensor: "bias", expected, found });
         }
-        Ok(Self { path, index, weight, bias, outputs, inputs, adapter: None, unmerged: None })
+        Ok(Self { path, index, weight, bias, outputs, inputs, adapter: None, unmerged: None, is_remade: false })
     }
 
     /// Its name in the model.
@@ -150,10 +152,15 @@ impl Linear {
         }
     }
 
+    /// Whether its base is in 4 bits that were made for its adapter, and are in no file that the model came from.
+    pub fn has_own_base(&self) -> bool {
+        self.is_remade && matches!(self.base(), Base::Quantized(_))
+    }
+
     /// Attach an adapter in place of the one there is, if any, merged or not.
     ///
-    /// Errors: shapes that are not the layer's; a base that is trained itself, or of which the adapter that there is
-    /// took a part.
+    /// Errors: shapes that are not the layer's; a base that is trained itself, or was made for the adapter that there
+    /// is.
     pub fn set_adapter(&mut self, adapter: impl Into<Adapter>) -> Result<()> {
         let adapter = adapter.into();
         self.check_adapter(&adapter)?;
@@ -164,7 +171,8 @@ impl Linear {
 
     /// Take off what sits on it, merged or not.
     ///
-    /// Errors: an adapter that began by taking a part out of the base, which would not come back with it.
+    /// Errors: an adapter whose start made another base, without which it is of no use: what it took out would not
+    /// come back with it.
     pub fn take_adapter(&mut self) -> Result<Option<Adapter>> {
         self.check_whole()?;
         self.unmerge();
@@ -179,14 +187,9 @@ impl Linear {
         }
     }
 
-    /// That the base is the file's, whatever sits on it: only W₀ = W − s·B₀·A₀ is kept, not W.
+    /// That the base is the file's, whatever sits on it: of one that an adapter's start made, W is not kept.
     pub(crate) fn check_whole(&self) -> Result<()> {
-        match self.adapter.as_ref().or(self.unmerged.as_ref().map(|before| &before.adapter)) {
-            Some(Adapter::Lora(lora)) if lora.start().is_some() => {
-                Err(Error::PartialBase { module: self.path.clone() })
-            }
-            _ => Ok(()),
-        }
+        if self.is_remade { Err(Error::PartialBase { module: self.path.clone() }) } else { Ok(()) }
     }
 
     /// That an update is of this layer's shape.

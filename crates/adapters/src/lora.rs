@@ -135,7 +135,7 @@ pub struct Lora {
     b: Parameter,
     part: Part,
     spec: LoraSpec,
-    start: Option<Box<Self>>,
+    pub(crate) start: Option<Box<Self>>,
 }
 
 impl Lora {

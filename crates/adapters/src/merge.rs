@@ -22,7 +22,7 @@ use rankfold_backend::{Backend, Buffer, Compute, DType, View};
 pub(crate) struct Unmerged {
     weight: Weight,
     bias: Option<Value>,
-    pub(crate) adapter: Adapter,
+    adapter: Adapter,
 }
 
 /// The layer's matrix with its update folded in, [outputs, inputs] as `dtype`; W of 4 bits is dequantised.
@@ -120,7 +120,7 @@ pub fn merged(backend: &dyn Backend, layer: &Linear, dtype: DType) -> Result<Opt
 }
 
 /// W in `dtype`, which for 4 bits is f32.
-fn values(backend: &dyn Backend, base: &Base, dtype: DType) -> Result<Buffer> {
+pub(crate) fn values(backend: &dyn Backend, base: &Base, dtype: DType) -> Result<Buffer> {
     match base {
         Base::Dense(w) => cast(backend, w.view(), dtype),
         Base::Quantized(quantized) => {

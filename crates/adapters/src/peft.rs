@@ -98,6 +98,19 @@ impl PeftConfig {
         }
     }
 
+    /// That the adapter is what sits on the linear layers and nothing else: that without it they are the base as it is.
+    ///
+    /// Errors: a start that changes the base; biases or modules that are trained beside it; learned tokens.
+    pub fn check_alone(&self) -> Result<()> {
+        let with = match self {
+            Self::Lora(lora) if lora.init.changes_the_base() => "a base that its start changes",
+            Self::Lora(lora) if lora.trains_the_base() => "biases or modules that are trained beside it",
+            Self::Virtual(_) => "tokens before the text",
+            _ => return Ok(()),
+        };
+        Err(Error::NotAlone { with })
+    }
+
     /// The base that the adapter was made for.
     pub fn base_model(&self) -> Option<&str> {
         match self {

@@ -5,31 +5,36 @@
 //! OLoRA   W = Q R,     A₀ = R[:r],          B₀ = Q[:, :r]           (Büyükakyüz 2024, alg. 1)
 //! ```
 //!
-//! What stays frozen is W₀ = W − s·B₀·A₀, in W's element type, and h = W₀ x + s·B A x begins as W x. The base must be
-//! dense: in 4 bits W₀ would be another matrix than the one that was decomposed (LoftQ is the start for those).
+//! What stays frozen is W₀ = W − s·B₀·A₀, in W's element type, and h = W₀ x + s·B A x begins as W x.
 //!
-//! W₀ + s·B A = W + s·(B A − B₀ A₀), so that beside the original base the update is a plain LoRA of rank 2r:
-//! [B, −B₀]·[A; A₀], with α doubled as well (× √2 where s = α/√r). That is what is written; only what a run goes on
-//! from keeps A, B and A₀, B₀ apart. W₀ was rounded and W was not: beside the original base the update is off by that
-//! rounding, as it is with PEFT.
+//! In 4 bits W₀ = quant(W − s·B₀·A₀), in the base's own format, blocks and kind of scales: off by what that loses, as
+//! plain quantisation is by what it loses of W. OLoRA's W is what the 4 bits stand for, as with PEFT, so that a 4-bit
+//! checkpoint will do; PiSSA's is the matrix that was quantised (QPiSSA; Meng et al. 2024), whose largest parts 4 bits
+//! have blurred ([`attach_remade`](crate::attach_remade)). The update is from then on a plain LoRA that belongs to W₀.
+//!
+//! Where W is dense, W₀ + s·B A = W + s·(B A − B₀ A₀), so that beside the original base the update is a plain LoRA of
+//! rank 2r: [B, −B₀]·[A; A₀], with α doubled as well (× √2 where s = α/√r). That is what is written; only what a run
+//! goes on from keeps A, B and A₀, B₀ apart. W₀ was rounded and W was not: beside the original base the update is off
+//! by that rounding, as it is with PEFT.
 
 use crate::decompose::{qr, svd};
-use crate::loftq;
 use crate::lora::{Form, Part};
-use crate::merge::merged_weight;
-use crate::{AdapterConfig, Error, Init, Linear, Lora, LoraSpec, Result, Weight};
+use crate::merge::{merged_weight, values};
+use crate::remade::{four_bits, requantised};
+use crate::{Adapter, AdapterConfig, Error, Init, Linear, Lora, LoraSpec, Result, Weight};
 use rankfold_autograd::{Base, Parameter, Tensor};
 use rankfold_backend::{Backend, Buffer, DType};
+use std::sync::Arc;
 
-/// A₀ [rank, inputs] and B₀ [outputs, rank] of a layer whose base is dense.
+/// A₀ [rank, inputs] and B₀ [outputs, rank] of a layer's base.
 ///
-/// α is positive ([`AdapterConfig::check`]). Errors: a base in 4 bits; a rank that the matrix does not have.
+/// α is positive ([`AdapterConfig::check`]). Errors: PiSSA on 4 bits; a rank that the matrix does not have.
 pub(crate) fn first_values(backend: &dyn Backend, layer: &Linear, spec: LoraSpec, init: Init) -> Result<[Vec<f32>; 2]> {
-    let (w, dims, rank) = (dense(layer, init)?, [layer.outputs(), layer.inputs()], spec.rank);
+    let (dims, rank) = ([layer.outputs(), layer.inputs()], spec.rank);
     check_start(layer, spec, init)?;
-    let mut wide = backend.alloc(DType::F32, w.shape().elements())?;
-    backend.cast(w.view(), wide.view_mut())?;
-    let w: Vec<f64> = backend.download::<f32>(wide.view())?.into_iter().map(f64::from).collect();
+    check_values(layer, init)?;
+    let w = values(backend, &layer.base(), DType::F32)?;
+    let w: Vec<f64> = backend.download::<f32>(w.view())?.into_iter().map(f64::from).collect();
     match init {
         Init::Olora => {
             let found = qr(&w, dims, rank);
@@ -61,20 +66,33 @@ pub(crate) fn check_start(layer: &Linear, spec: LoraSpec, init: Init) -> Result<
         check_rank(layer.path(), [layer.outputs(), layer.inputs()], spec)?;
     }
     match init {
-        Init::Loftq { .. } => loftq::block(layer).map(drop),
-        _ if init.takes_from_the_base() => dense(layer, init).map(drop),
+        Init::Loftq { .. } => four_bits(layer).map(drop),
         _ => Ok(()),
     }
 }
 
-/// The base, where it is dense.
-fn dense(layer: &Linear, init: Init) -> Result<Tensor> {
-    match layer.base() {
-        Base::Dense(w) => Ok(w),
-        Base::Quantized(_) => {
+/// That a layer's own base has the values that a start decomposes.
+fn check_values(layer: &Linear, init: Init) -> Result<()> {
+    match (init, layer.base()) {
+        (Init::Pissa, Base::Quantized(_)) => {
             let field = format!("{}: init_lora_weights", layer.path());
-            Err(Error::field(field, init, "a start for a base in 4 bits"))
+            Err(Error::field(field, init, "with it, a dense base or the one that was quantised"))
         }
+        _ => Ok(()),
+    }
+}
+
+/// That the layers of a start which takes something out of the base are all dense or all in 4 bits.
+pub(crate) fn check_alike<'a>(layers: impl Iterator<Item = &'a Linear>, init: Init) -> Result<()> {
+    let mut layers = layers.filter(|_| init.takes_from_the_base()).peekable();
+    let is_dense = |layer: &Linear| matches!(layer.base(), Base::Dense(_));
+    let first = layers.peek().map(|layer| is_dense(layer));
+    match layers.find(|layer| Some(is_dense(layer)) != first) {
+        Some(other) => {
+            let found = if is_dense(other) { "dense" } else { "in 4 bits" };
+            Err(Error::field(format!("{}: base", other.path()), found, "as the other targets' with this start"))
+        }
+        None => Ok(()),
     }
 }
 
@@ -88,7 +106,7 @@ fn check_rank(module: &str, dims: [usize; 2], spec: LoraSpec) -> Result<()> {
 
 /// The update −s·B₀·A₀ of a layer whose base is to lose it.
 ///
-/// Errors: a base in 4 bits.
+/// Errors: PiSSA on 4 bits.
 pub(crate) fn taken_out(
     backend: &dyn Backend,
     layer: &Linear,
@@ -96,24 +114,49 @@ pub(crate) fn taken_out(
     spec: LoraSpec,
     init: Init,
 ) -> Result<Lora> {
-    dense(layer, init)?;
-    let a = Parameter::new(backend.upload(a)?, [spec.rank, layer.inputs()])?;
-    let b = Parameter::new(backend.upload(b)?, [layer.outputs(), spec.rank])?;
+    check_values(layer, init)?;
+    taken_out_of(backend, layer.path(), [layer.outputs(), layer.inputs()], [a, b], spec)
+}
+
+/// The same of a matrix [outputs, inputs] of `module`.
+pub(crate) fn taken_out_of(
+    backend: &dyn Backend,
+    module: &str,
+    [outputs, inputs]: [usize; 2],
+    [a, b]: [&[f32]; 2],
+    spec: LoraSpec,
+) -> Result<Lora> {
+    let a = Parameter::new(backend.upload(a)?, [spec.rank, inputs])?;
+    let b = Parameter::new(backend.upload(b)?, [outputs, spec.rank])?;
     let spec = LoraSpec { alpha: -spec.alpha, form: Form::Plain, dropout: 0.0, ..spec };
-    Lora::new(layer.path(), a, b, Part::None, spec)
+    Lora::new(module, a, b, Part::None, spec)
+}
+
+/// W₀, what a layer's base is without `start`.
+///
+/// Errors: values that are not finite in the base's element type.
+pub(crate) fn remainder(backend: &dyn Backend, layer: &Linear, start: &Lora) -> Result<Base> {
+    let (base, dims) = (layer.base(), [layer.outputs(), layer.inputs()]);
+    let left = |dtype| merged_weight(backend, layer.path(), &base, start, dtype);
+    Ok(match &base {
+        Base::Dense(w) => Base::Dense(Tensor::constant(left(w.dtype())?, dims)?),
+        Base::Quantized(q) => Base::Quantized(Arc::new(requantised(backend, left(DType::F32)?.view(), q)?)),
+    })
 }
 
 impl Linear {
-    /// W₀ in place of W, where the adapter began by taking something out of it.
+    /// W₀ in place of W, where the adapter began by taking something out of it. In 4 bits W + s·(B A − B₀ A₀) is
+    /// another matrix than the layer's, so that A₀ and B₀ are of no more use.
     ///
-    /// Errors: values that are not finite in the base's element type.
+    /// Errors: those of [`remainder`].
     pub(crate) fn take_out(&mut self, backend: &dyn Backend) -> Result<()> {
         let Some(start) = self.adapter().and_then(Lora::start) else { return Ok(()) };
-        let (base, dims) = (self.base(), [self.outputs(), self.inputs()]);
-        if let Base::Dense(w) = &base {
-            let left = merged_weight(backend, self.path(), &base, start, w.dtype())?;
-            self.weight = Weight::Frozen(Base::Dense(Tensor::constant(left, dims)?));
+        let left = remainder(backend, self, start)?;
+        if let (Base::Quantized(_), Some(Adapter::Lora(lora))) = (&left, &mut self.adapter) {
+            lora.start = None;
         }
+        self.weight = Weight::Frozen(left);
+        self.is_remade = true;
         Ok(())
     }
 }

@@ -42,12 +42,14 @@ pub fn default_targets(architecture: &str) -> Option<&'static [&'static str]> {
 }
 
 impl Targets {
-    /// From a command line: "all-linear", a list with commas, or a regular expression, which is a text with any
-    /// sign that no path has.
+    /// From a command line: "all-linear"; "peft-default"; a list with commas; or a regular expression, which is a text
+    /// with any sign that no path has.
     pub fn parse(text: &str) -> Self {
         let in_paths = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ',');
         if text.eq_ignore_ascii_case(ALL_LINEAR) {
             Self::AllLinear
+        } else if text.eq_ignore_ascii_case(PEFT_DEFAULT) {
+            Self::Default
         } else if text.chars().all(in_paths) {
             Self::Named(Names::List(text.split(',').map(str::to_string).collect()))
         } else {
@@ -90,6 +92,7 @@ impl Targets {
 }
 
 const ALL_LINEAR: &str = "all-linear";
+const PEFT_DEFAULT: &str = "peft-default";
 
 /// What PEFT would adapt and no list of linear layers has: they are the embedding's and the loss's own.
 const OUTSIDE: [&str; 2] = ["model.embed_tokens", "lm_head"];

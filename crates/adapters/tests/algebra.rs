@@ -5,7 +5,10 @@ mod common;
 use common::{UNIT, grid, layer, matrix, reference};
 use proptest::prelude::*;
 use rankfold_adapters::algebra::{Rack, of_rank, weighted_sum};
-use rankfold_adapters::{Error, Form, Init, Linear, Lora, LoraSpec, Part, merged_weight};
+use rankfold_adapters::virtual_tokens::Kind;
+use rankfold_adapters::{
+    AdapterConfig, Bias, Error, Form, Init, Linear, Lora, LoraSpec, Part, PeftConfig, VirtualConfig, merged_weight,
+};
 use rankfold_autograd::{Base, Parameter, Tensor};
 use rankfold_backend::{Backend, DType};
 
@@ -146,7 +149,7 @@ proptest! {
         for seed in &seeds {
             let lora = Lora::init(backend, &layer, LoraSpec::new(2, 4.0), Init::Random, *seed).unwrap();
             layer.set_adapter(lora).unwrap();
-            rack.keep(&seed.to_string(), &mut [&mut layer]).unwrap();
+            rack.keep(&seed.to_string(), &AdapterConfig::default().into(), &mut [&mut layer]).unwrap();
             prop_assert!(layer.adapter().is_none());
         }
         let as_merged = |rack: &Rack, seed: &u64, layer: &mut Linear| {
@@ -185,4 +188,55 @@ fn what_is_no_sum_is_refused() {
     assert!(message(&[(1.0, &lora), (1.0, &other)]).contains("expected [2, 4]"));
     let missing = Rack::default().put("a", &mut [&mut target]);
     assert!(matches!(missing, Err(Error::Field { value, .. }) if value == "a"));
+}
+
+/// Whatever the caller checked before: an adapter that is put back is all that it was.
+#[test]
+fn an_adapter_that_is_more_than_what_sits_on_the_layers_is_not_kept_and_stays() {
+    let backend = reference();
+    let backend = backend.as_ref();
+    let lora = AdapterConfig::default;
+    let saved = AdapterConfig { modules_to_save: vec!["lm_head".into()], ..lora() };
+    let with: [(PeftConfig, &str); 6] = [
+        (AdapterConfig { init: Init::Pissa, ..lora() }.into(), "start changes"),
+        (AdapterConfig { init: Init::Loftq { iterations: 1 }, ..lora() }.into(), "start changes"),
+        (AdapterConfig { bias: Bias::LoraOnly, ..lora() }.into(), "biases or modules"),
+        (AdapterConfig { bias: Bias::All, ..lora() }.into(), "biases or modules"),
+        (saved.into(), "biases or modules"),
+        (PeftConfig::Virtual(VirtualConfig::new(Kind::Prompt, 3)), "tokens before the text"),
+    ];
+    let mut layer = layer(backend, "m", 0, [3, 4], &[0.25; 12]);
+    let update = Lora::init(backend, &layer, LoraSpec::new(2, 4.0), Init::Random, 0).unwrap();
+    layer.set_adapter(update).unwrap();
+    let mut rack = Rack::default();
+    for (config, words) in with {
+        let why = rack.keep("a", &config, &mut [&mut layer]).unwrap_err();
+        assert!(matches!(why, Error::NotAlone { with } if with.contains(words)), "{why}");
+        assert!(layer.adapter().is_some() && rack.names().next().is_none());
+    }
+    rack.keep("a", &lora().into(), &mut [&mut layer]).unwrap();
+    assert!(layer.adapter().is_none());
+}
+
+/// Layers that AdaLoRA has cut to nothing add nothing: a sum of such alone is one of zeros, and beside another it is
+/// that other.
+#[test]
+fn a_rank_of_0_adds_nothing_to_a_sum() {
+    let backend = reference();
+    let backend = backend.as_ref();
+    let parameter =
+        |dims: [usize; 2]| Parameter::new(backend.alloc(DType::F32, dims[0] * dims[1]).unwrap(), dims).unwrap();
+    let spec = LoraSpec { form: Form::AdaLora, ..LoraSpec::new(2, 4.0) };
+    let part = Part::Triplets { lambda: parameter([0, 1]), kept: vec![false; 2] };
+    let none = Lora::new("m", parameter([0, 4]), parameter([3, 0]), part, spec).unwrap();
+    let of = |lora: &Lora| [lora.a(), lora.b()].map(|p| backend.download::<f32>(p.tensor().view()).unwrap());
+    for parts in [vec![(2.0, &none)], vec![(2.0, &none), (-1.0, &none)]] {
+        let sum = weighted_sum(backend, "m", &parts).unwrap();
+        assert_eq!((sum.rank(), sum.dims(), of(&sum)), (1, [3, 4], [vec![0.0; 4], vec![0.0; 3]]));
+        assert_eq!(of_rank(backend, "m", &sum, 2).unwrap().rank(), 2);
+    }
+    let target = layer(backend, "m", 0, [3, 4], &[0.25; 12]);
+    let other = Lora::init(backend, &target, LoraSpec::new(2, 2.0), Init::Random, 0).unwrap();
+    let sum = weighted_sum(backend, "m", &[(3.0, &none), (1.0, &other)]).unwrap();
+    assert_eq!(of(&sum), of(&other));
 }

@@ -2,16 +2,15 @@
 
 mod common;
 
-use common::{UNIT, all, layer, matrix, reference};
+use common::{UNIT, layer, matrix, reference};
 use proptest::prelude::*;
 use rankfold_adapters::algebra::Rack;
-use rankfold_adapters::loftq::loftq;
 use rankfold_adapters::{
     AdapterConfig, AdapterFolder, Error, Form, Forward, Init, Linear, LoraSpec, Names, Part, Purpose, Targets, Weight,
-    attach_folder, attach_loftq, attach_new, write_folder,
+    attach_folder, attach_new, write_folder,
 };
 use rankfold_autograd::{Base, Parameter, Tape, Tensor};
-use rankfold_backend::{Backend, Compute, DType, Format, Quantized, philox};
+use rankfold_backend::{Backend, Compute, DType, philox};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -211,98 +210,18 @@ proptest! {
         prop_assert_eq!(bits(backend.as_ref(), &layer), bits(backend.as_ref(), &other));
         prop_assert_eq!(matrix(backend.as_ref(), &layer), matrix(backend.as_ref(), &other));
     }
-
-    /// What a turn measures is of factors in f32, whose rounding adds no more than (r + 4)·u of their size to what the
-    /// best of them would leave; the first leaves less than plain quantisation by what they take away.
-    #[test]
-    fn loftq_leaves_no_more_than_plain_quantisation_and_no_more_with_more_turns(
-        [outputs, inputs, rank] in dims(), alpha in prop::sample::select(vec![1.0, 4.0]), stream: u64
-    ) {
-        let backend = reference();
-        let (dims, w) = ([outputs, inputs], numbers(stream, outputs * inputs));
-        let plain = quantized(backend.as_ref(), dims, &w, Format::Nf4, false);
-        let mut decoded = backend.alloc(DType::F32, w.len()).unwrap();
-        backend.dequantize_4bit(&plain, decoded.view_mut()).unwrap();
-        let decoded: Vec<f32> = backend.download(decoded.view()).unwrap();
-        let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-        let lost = norm(&mut w.iter().zip(&decoded).map(|(w, q)| f64::from(*w) - f64::from(*q)));
-        let mut before = lost * (1.0 + (rank as f64 + 4.0) * UNIT);
-        for turns in 1..5 {
-            let spec = LoraSpec::new(rank, alpha);
-            let found = loftq(backend.as_ref(), "m", &w, dims, 32, spec, turns).unwrap();
-            prop_assert!(found.left <= before, "{turns} turns leave {:e}, before {before:e}", found.left);
-            before = found.left;
-        }
-    }
-}
-
-fn quantized(backend: &dyn Backend, dims: [usize; 2], w: &[f32], format: Format, double: bool) -> Quantized {
-    Quantized::quantize(backend, backend.upload(w).unwrap().view(), dims, format, 32, double).unwrap()
-}
-
-fn in_4_bits(backend: &dyn Backend, dims: [usize; 2], w: &[f32], format: Format, double: bool) -> Linear {
-    let base = Base::Quantized(Arc::new(quantized(backend, dims, w, format, double)));
-    Linear::new("m", 0, Weight::Frozen(base), None).unwrap()
 }
 
 #[test]
-fn loftq_replaces_the_base_by_the_one_that_its_factors_belong_to() {
+fn a_rank_that_the_base_does_not_have_is_refused_and_changes_nothing() {
     let b = reference();
-    let (dims, w) = ([6, 32], numbers(3, 6 * 32));
-    let spec = LoraSpec::new(2, 2.0);
-    let found = loftq(b.as_ref(), "m", &w, dims, 32, spec, 3).unwrap();
-    let mut layer = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false);
-    let config = config(Init::Loftq { iterations: 3 }, spec);
-    attach_loftq(b.as_ref(), &mut [&mut layer], &config, "llama", &|_| Ok(w.clone())).unwrap();
-    let Base::Quantized(q) = layer.base() else { panic!("expected 4 bits") };
-    let codes = |q: &Quantized| b.download::<u8>(q.codes.view()).unwrap();
-    assert_eq!(codes(&q), codes(&found.q));
-    let lora = layer.adapter().unwrap();
-    let [a, up] = [lora.a(), lora.b()].map(|p| b.download::<f32>(p.tensor().view()).unwrap());
-    assert_eq!((a, up), (found.a, found.b));
-}
-
-#[test]
-fn starts_that_the_base_cannot_give_are_refused_and_change_nothing() {
-    let b = reference();
-    let (dims, w) = ([3, 32], numbers(3, 3 * 32));
-    let refuse = |mut layer: Linear, init: Init, rank: usize| {
-        let config = config(init, LoraSpec::new(rank, 1.0));
-        let message = match init {
-            Init::Loftq { .. } => {
-                attach_loftq(b.as_ref(), &mut [&mut layer], &config, "llama", &|_| Ok(w.clone())).unwrap_err()
-            }
-            _ => attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap_err(),
-        };
-        assert!(layer.adapter().is_none());
-        message.to_string()
-    };
-    let dense = || layer(b.as_ref(), "m", 0, dims, &w);
-    let none = loftq(b.as_ref(), "m", &w, dims, 32, LoraSpec::new(2, 2.0), 0).unwrap_err().to_string();
-    assert_eq!(none, "'loftq_iter' is 0, expected 1 or more");
-    let loftq = Init::Loftq { iterations: 1 };
     for init in [Init::Pissa, Init::Olora] {
-        let message = refuse(in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false), init, 2);
-        assert_eq!(message, format!("'m: init_lora_weights' is {init}, expected a start for a base in 4 bits"));
-        assert_eq!(refuse(dense(), init, 4), "'m: r' is 4, expected no more than the matrix has by itself");
+        let mut layer = layer(b.as_ref(), "m", 0, [3, 32], &numbers(3, 3 * 32));
+        let config = config(init, LoraSpec::new(4, 1.0));
+        let message = attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap_err().to_string();
+        assert_eq!(message, "'m: r' is 4, expected no more than the matrix has by itself");
+        assert!(layer.adapter().is_none());
     }
-    let nf4 = "expected a base that is quantised to nf4 with plain scales";
-    assert_eq!(refuse(dense(), loftq, 2), format!("'m: base' is f32, {nf4}"));
-    assert_eq!(
-        refuse(in_4_bits(b.as_ref(), dims, &w, Format::Fp4, false), loftq, 2),
-        format!("'m: base' is fp4, {nf4}")
-    );
-    let double = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, true);
-    assert_eq!(refuse(double, loftq, 2), format!("'m: base' is nf4, double, {nf4}"));
-    let mut layers = [dense()];
-    let folder = tempfile::tempdir().unwrap();
-    let mut quantised = in_4_bits(b.as_ref(), dims, &w, Format::Nf4, false);
-    let config = config(loftq, LoraSpec::new(2, 2.0));
-    let attached = attach_loftq(b.as_ref(), &mut [&mut quantised], &config, "llama", &|_| Ok(w.clone())).unwrap();
-    write(b.as_ref(), folder.path(), &attached.config, &quantised, Purpose::Resume);
-    let opened = AdapterFolder::open(folder.path()).unwrap();
-    let message = attach_folder(b.as_ref(), &mut all(&mut layers), &opened, "llama").unwrap_err().to_string();
-    assert!(message.contains("the base in 4 bits that LoftQ made"), "{message}");
 }
 
 /// W₀ without its adapter is nobody's base.
@@ -320,7 +239,7 @@ fn an_adapter_that_took_a_part_of_the_base_stays_on_it() {
             }
             let before = matrix(b.as_ref(), &layer);
             let refused = [
-                Rack::default().keep("a", &mut [&mut layer]).unwrap_err(),
+                Rack::default().keep("a", &AdapterConfig::default().into(), &mut [&mut layer]).unwrap_err(),
                 layer.take_adapter().unwrap_err(),
                 layer.set_adapter(plain.clone()).unwrap_err(),
                 attach_new(b.as_ref(), &mut [&mut layer], &config, "llama", 0).unwrap_err(),

@@ -117,6 +117,8 @@ fn a_command_line_text_is_a_list_unless_it_has_signs_that_no_path_has() {
     for text in [r".*\.q_proj", "(a|b)", "a{1,2}", "q_proj$"] {
         assert_eq!(Targets::parse(text), Targets::Named(pattern(text)));
     }
+    assert_eq!(Targets::parse("peft-default"), Targets::Default);
+    assert_eq!(Targets::parse("peft-default,q_proj"), Targets::Named(list(&["peft-default", "q_proj"])));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use crate::choices::{Method, Quantize, Start};
 use crate::error::{Error, Result};
 use crate::options::Options;
 use clap::ValueEnum;
+use rankfold_adapters::Targets;
 
 /// The most of a count: beyond it, a typing error is likelier than a machine that could do it.
 const MOST: usize = 1 << 20;
@@ -108,9 +109,8 @@ fn conflicts(o: &Options) -> Result<()> {
     let full = o.method == Some(Method::Full);
     let quantized = [("quantize", o.quantize.is_some_and(|format| format != Quantize::None))];
     let starts = [("init-adapter", o.init_adapter.is_some())];
-    let double = [("double-quant", o.double_quant == Some(true))];
-    let not_nf4 = [("quantize", o.quantize.is_some_and(|format| format != Quantize::Nf4))];
-    let (loftq, dense) = (o.init == Some(Start::Loftq), matches!(o.init, Some(Start::Pissa | Start::Olora)));
+    let dense = [("quantize", o.quantize == Some(Quantize::None))];
+    let loftq = o.init == Some(Start::Loftq);
     let its_own = "the folder has its own, expected none";
     beside(o.tokens.is_some(), "--tokens", &text, "one batch is the whole data, expected one of the two")?;
     beside(o.tokens.is_some(), "--tokens", &rows, "the file's shape is the batch's, expected none")?;
@@ -125,9 +125,7 @@ fn conflicts(o: &Options) -> Result<()> {
     let adaloras = o.method == Some(Method::Adalora);
     beside(adaloras, "--method adalora", &no_adaloras, "AdaLoRA gives ranks and begins by itself, expected none")?;
     beside(!loftq, "no --init loftq", &[("loftq-iter", o.loftq_iter.is_some())], "it is LoftQ's, expected none")?;
-    beside(loftq, "--init loftq", &not_nf4, "LoftQ makes its base in nf4, expected nf4")?;
-    beside(loftq, "--init loftq", &double, "LoftQ's scales are plain, expected none")?;
-    beside(dense, "--init pissa or olora", &quantized, "they begin as a part of a dense base, expected none")?;
+    beside(loftq, "--init loftq", &dense, "LoftQ makes up for what 4 bits lose, expected nf4, fp4 or int4")?;
     if let Some(method) = o.method {
         let named = method.to_possible_value().map_or(String::new(), |value| format!("--method {}", value.get_name()));
         let why = "it has no low-rank update, expected none";
@@ -140,6 +138,10 @@ fn conflicts(o: &Options) -> Result<()> {
         let what = if o.init_adapter.is_some() { "--init-adapter" } else { "a method that has no such thing" };
         beside(stranger, what, &[(name, given)], "expected none")?;
     }
+    let pefts =
+        [("targets peft-default", o.targets.as_deref().is_some_and(|text| Targets::parse(text) == Targets::Default))];
+    let without = matches!(o.method, Some(Method::Bitfit | Method::Diff));
+    beside(without, "--method bitfit or diff", &pefts, "PEFT has no such method, expected names or all-linear")?;
     beside(full, "--method full", &starts, "there is no adapter, expected none")?;
     beside(full, "--method full", &quantized, "4-bit weights cannot be trained, expected none")?;
     let pages = [("page-folder", o.page_folder.is_some()), ("page-io", o.page_io.is_some())];
@@ -179,10 +181,9 @@ mod tests {
             ("init-adapter = 'a'\nmodules-to-save = 'lm_head'", ["--modules-to-save", "--init-adapter"]),
             ("method = 'adalora'\ninit = 'pissa'", ["--init", "--method adalora"]),
             ("method = 'adalora'\nrank-pattern = 'q_proj=3'", ["--rank-pattern", "--method adalora"]),
-            ("init = 'pissa'\nquantize = 'nf4'", ["--quantize", "--init pissa"]),
-            ("init = 'loftq'\nquantize = 'fp4'", ["--quantize", "nf4"]),
-            ("init = 'loftq'\ndouble-quant = true", ["--double-quant", "--init loftq"]),
+            ("init = 'loftq'\nquantize = 'none'", ["--quantize", "nf4, fp4 or int4"]),
             ("init = 'gaussian'\nloftq-iter = 3", ["--loftq-iter", "--init loftq"]),
+            ("method = 'diff'\ntargets = 'peft-default'", ["--targets peft-default", "--method bitfit or diff"]),
             ("method = 'full'\nlora-plus = 4.0", ["--lora-plus", "--method full"]),
             ("method = 'ia3'\nlora-plus = 4.0", ["--lora-plus", "--method ia3"]),
             ("method = 'prefix'\nlora-plus = 4.0", ["--lora-plus", "--method prefix"]),

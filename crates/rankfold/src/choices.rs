@@ -48,7 +48,7 @@ pub enum Start {
     Pissa,
     /// The first columns of the base's Q and rows of its R, which it loses.
     Olora,
-    /// What nf4 lost of the base.
+    /// What 4 bits lost of the base.
     Loftq,
 }
 

@@ -9,6 +9,7 @@ use crate::options::Options;
 use clap::{Args, ValueEnum};
 use rankfold_adapters::algebra::Rack;
 use rankfold_adapters::{AttachedPeft, Init, PeftConfig, Values};
+use rankfold_autograd::Base;
 use rankfold_backend::{Backend, DType, check_block};
 use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
@@ -225,13 +226,8 @@ pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<Pef
     Ok(config)
 }
 
-/// Whether an adapter is low-rank updates of the base as it is, and nothing else: what sums and plain adapters are of.
-pub fn is_updates_alone(config: &PeftConfig) -> bool {
-    config.lora().is_some_and(|lora| !lora.init.changes_the_base() && !lora.trains_the_base())
-}
-
-/// Whether two models' names may mean one model: by their last parts, and, where these are LoftQ's, by those before
-/// them, as far as both have any.
+/// Whether two models' names may mean one model: by their last parts, and, where these are runs' own bases, by those
+/// before them, as far as both have any.
 fn is_the_same(one: &str, other: &str) -> bool {
     let parts = |name| Path::new(name).components().rev().filter(|part| matches!(part, Component::Normal(_)));
     let compared = if parts(one).next() == Some(Component::Normal(folder::BASE.as_ref())) { 2 } else { 1 };
@@ -248,23 +244,26 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
     for (name, adapter) in names.iter().zip(adapters) {
         let config = attach_saved(model, of, adapter)?;
-        if !is_updates_alone(&config) {
-            let why = "no sum can be made with it: expected LoRA or AdaLoRA that leave the base as it is";
-            return Err(Error::Path { path: adapter.clone(), why: why.into() });
+        let no_sum =
+            |why: String| Error::Path { path: adapter.clone(), why: format!("no sum can be made with it: {why}") };
+        if config.lora().is_none() {
+            return Err(no_sum("expected LoRA or AdaLoRA".into()));
         }
-        rack.keep(name, &mut model.linears_mut())?;
+        rack.keep(name, &config, &mut model.linears_mut()).map_err(|why| no_sum(why.to_string()))?;
     }
     let weights = weights.iter().copied().chain(std::iter::repeat(1.0));
     let parts: Vec<(f64, &str)> = weights.zip(names.iter().map(String::as_str)).collect();
     Ok(rack.put_sum(backend.as_ref(), &parts, &mut model.linears_mut())?)
 }
 
-/// Put a new adapter onto a model; its configuration. With LoftQ the model was quantised from `checkpoint`.
+/// Put a new adapter onto a model; its configuration. A start that needs what was quantised reads it from `checkpoint`.
 pub fn attach_fresh(model: &mut Model, config: &PeftConfig, checkpoint: &Checkpoint, seed: u64) -> Result<PeftConfig> {
-    match config.lora().filter(|lora| matches!(lora.init, Init::Loftq { .. })) {
+    let in_4_bits = model.linears().any(|layer| matches!(layer.base(), Base::Quantized(_)));
+    let needs_it = |init| matches!(init, Init::Loftq { .. }) || (init == Init::Pissa && in_4_bits);
+    match config.lora().filter(|lora| needs_it(lora.init)) {
         Some(lora) => {
             let dense = |path: &str| Ok(checkpoint.read_f32(&format!("{path}.weight"))?);
-            Ok(warned(model.attach_loftq(lora, &dense)?))
+            Ok(warned(model.attach_remade(lora, &dense)?))
         }
         None => attach(model, config, Values::New(seed)),
     }
@@ -288,7 +287,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn models_are_told_apart_by_their_last_parts_and_loftqs_bases_by_their_runs() {
+    fn models_are_told_apart_by_their_last_parts_and_runs_own_bases_by_their_runs() {
         for (one, other, same) in [
             ("meta/llama", "/models/llama/", true),
             ("meta/llama", "meta/mistral", false),

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Place, both, metrics, refuse, succeed};
+use common::{Place, both, kill_at, metrics, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
 
@@ -122,4 +122,67 @@ fn a_run_that_ends_before_the_last_choice_of_its_folder_is_warned_of_and_squared
     std::fs::write(&folder, config("run/checkpoints/step-000002").replace("\"orth_reg_squared\": true,", "")).unwrap();
     go_on("9");
     assert_ne!(first("8"), first("9"), "norms and their squares");
+}
+
+/// What a run wrote, and what it said of every step but its speed.
+fn product(run: &Path) -> (Vec<u8>, String, Vec<[Value; 3]>) {
+    let line = |line: &Value| ["loss", "budget", "ranks"].map(|field| line[field].clone());
+    let adapter = std::fs::read(run.join("adapter_model.safetensors")).unwrap();
+    let config = std::fs::read_to_string(run.join("adapter_config.json")).unwrap();
+    (adapter, config, steps(run).iter().map(line).collect())
+}
+
+/// Held-out data that takes no time.
+fn held(place: &Place) -> String {
+    place.file("held.txt", "The LORD is my light and my salvation; whom shall I fear?\n".repeat(6))
+}
+
+/// Of 20 steps with masks at every second one from the second to the fourteenth.
+const SCHEDULE: [&str; 6] = ["--steps", "20", "--adalora-tfinal", "6", "--adalora-delta", "2"];
+
+/// Killed amid AdaLoRA's schedule, with triplets gone already where they go.
+#[test]
+fn a_killed_and_resumed_dora_or_adalora_gives_the_bits_of_one_that_never_stopped() {
+    let place = Place::new();
+    let cases: [(&str, &[&str]); 3] = [
+        ("dora", &["--method", "dora", "--steps", "20"]),
+        ("mask", &["--method", "adalora", "--adalora-prune", "mask"]),
+        ("shrink", &["--method", "adalora", "--adalora-prune", "shrink"]),
+    ];
+    let held = held(&place);
+    for (name, flags) in cases {
+        let schedule: &[&str] = if name == "dora" { &[] } else { &SCHEDULE };
+        let flags = [flags, schedule, &["--eval-data", &held, "--checkpoint-every", "5", "--keep", "20"]].concat();
+        let (whole, killed) = (place.text(name), place.text(&format!("{name}-killed")));
+        train(&whole, &flags);
+        let small = ["train", "--batch", "2", "--seq", "32", "--rank", "4", "--out", &killed];
+        kill_at(&[&small, &flags[..]].concat(), &place.path(&format!("{name}-killed/checkpoints/step-000010")));
+        assert!(!place.path(&format!("{name}-killed/adapter_model.safetensors")).exists());
+        succeed(&["train", "--out", &killed, "--resume", "--threads", "1"]);
+        let [whole, killed] = [&whole, &killed].map(|run| product(Path::new(run)));
+        assert_eq!((whole.1, whole.2), (killed.1, killed.2), "{name}");
+        assert!(whole.0 == killed.0, "{name}: other bits");
+    }
+}
+
+#[test]
+fn triplets_out_of_budget_go_in_a_new_run_and_are_masked_in_one_that_goes_on_from_a_folder_unless_said() {
+    let place = Place::new();
+    let held = held(&place);
+    let run = |name: &str, start: &[&str], prune: &[&str]| {
+        let out = place.text(name);
+        let small = ["train", "--batch", "2", "--seq", "32", "--eval-data", &held, "--out", &out];
+        succeed(&[&small, start, prune].concat());
+        product(Path::new(&out))
+    };
+    let new =
+        [&["--method", "adalora", "--rank", "4", "--checkpoint-every", "4", "--keep", "9"], &SCHEDULE[..]].concat();
+    let [unsaid, mask, shrink] = [("new", None), ("mask", Some("mask")), ("shrink", Some("shrink"))]
+        .map(|(name, prune)| run(name, &new, &prune.map_or(Vec::new(), |prune| vec!["--adalora-prune", prune])));
+    assert!(unsaid == shrink && unsaid != mask);
+    let begun = place.text("new/checkpoints/step-000004");
+    let on = ["--init-adapter", &begun, "--steps", "20"];
+    let [unsaid, mask, shrink] = [("on", None), ("on-mask", Some("mask")), ("on-shrink", Some("shrink"))]
+        .map(|(name, prune)| run(name, &on, &prune.map_or(Vec::new(), |prune| vec!["--adalora-prune", prune])));
+    assert!(unsaid == mask && unsaid != shrink);
 }

@@ -2,10 +2,9 @@
 
 mod common;
 
-use common::{Place, figures, loss, metrics, refuse, succeed};
+use common::{Place, figures, kill_at, loss, metrics, refuse, succeed};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 fn adapter(folder: &Path) -> Vec<u8> {
     std::fs::read(folder.join("adapter_model.safetensors")).unwrap()
@@ -38,14 +37,7 @@ fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     let args = |out| run(out, &more);
     succeed(&args(&whole));
 
-    let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args(&killed)).spawn().unwrap();
-    let begun = Instant::now();
-    while !place.path("killed/checkpoints/step-000010").exists() {
-        assert!(begun.elapsed() < Duration::from_secs(600) && child.try_wait().unwrap().is_none(), "killed too late");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
+    kill_at(&args(&killed), &place.path("killed/checkpoints/step-000010"));
     assert!(!place.path("killed/adapter_model.safetensors").exists(), "the product appears only at the end");
 
     refuse(&["train", "--out", &killed, "--resume", "--lr", "0.5"], &["lr", "0.5"]);

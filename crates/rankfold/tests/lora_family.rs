@@ -96,29 +96,67 @@ fn a_run_that_begins_as_a_part_of_its_base_goes_on_with_the_same_bits_and_is_a_p
     }
     let out = small.place.text("no");
     let args = |more: &[&'static str]| [&small.args(&out)[..], more].concat();
-    refuse(&args(&["--init", "pissa", "--quantize", "nf4"]), &["--quantize", "dense"]);
     refuse(&args(&["--init", "olora", "--rank", "33"]), &["r' is 33"]);
     refuse(&args(&["--init", "pizza"]), &["pizza"]);
 }
 
 #[test]
-fn a_loftq_run_keeps_its_base_begins_nearer_to_the_dense_one_and_goes_on_with_the_same_bits() {
+fn a_run_that_makes_its_base_in_4_bits_keeps_it_and_goes_on_with_the_same_bits() {
     let small = Small::new(MODEL);
-    let out = small.train("out", &["--init", "loftq", "--loftq-iter", "3", "--rank", "8", "--seed", "3"]);
-    let base = format!("{out}/base");
-    assert_eq!(config(&out)["base_model_name_or_path"], base.as_str());
-    assert_eq!(config(&out)["init_lora_weights"], true);
-    // Of the loss before the last step the adapter is one step ahead.
+    let no = small.place.text("no");
+    let cases: [(&str, &str, &[&str]); 5] = [
+        ("loftq", "nf4", &["--init", "loftq", "--loftq-iter", "3"]),
+        ("loftq-int4", "int4", &["--init", "loftq", "--quantize", "int4", "--double-quant"]),
+        ("pissa", "nf4", &["--init", "pissa", "--quantize", "nf4"]),
+        ("pissa-fp4", "fp4", &["--init", "pissa", "--quantize", "fp4", "--double-quant", "--method", "dora"]),
+        ("olora", "nf4", &["--init", "olora", "--quantize", "nf4", "--double-quant"]),
+    ];
+    for (name, format, flags) in cases {
+        let flags = [flags, &["--rank", "8", "--seed", "3"]].concat();
+        let out = small.train(name, &flags);
+        let base = format!("{out}/base");
+        let written = config(&out);
+        assert_eq!(written["base_model_name_or_path"], base.as_str());
+        assert_eq!((&written["init_lora_weights"], &written["r"]), (&true.into(), &8.into()), "{name}");
+        // Of the loss before the last step the adapter is one step ahead.
+        let after = small.loss(&["--model", &base, "--adapter", &out]);
+        assert!(after < losses(&out)[5], "{name}: {after} {:?}", losses(&out));
+        assert!(succeed(&["inspect", &base]).contains(format), "{name}");
+        let whole = tensors(&out);
+        let said = finish_again(&out);
+        assert!(!said.contains("was made for"), "{said}");
+        assert!(whole == tensors(&out), "{name}: a resumed run has other bits");
+        // The matrix that was quantised is in no 4-bit checkpoint; what OLoRA takes of one is what is there.
+        let again = [&["--model", &base][..], &flags].concat();
+        match name {
+            "olora" => {
+                let again = small.train("again", &again);
+                assert!(losses(&again)[5] < losses(&again)[0]);
+                assert!(Path::new(&again).join("base/model.safetensors").exists());
+            }
+            _ => refuse(&[&small.args(&no)[..], &again].concat(), &["base", "q_proj"]),
+        }
+    }
+    refuse(&[&small.args(&no)[..], &["--init", "loftq", "--quantize", "none"]].concat(), &["--quantize", "nf4"]);
+}
+
+/// A folder that PEFT's OLoRA left on a base in 4 bits: what is trained on from it has a base of its own as well.
+#[test]
+fn an_olora_that_is_trained_on_in_4_bits_leaves_its_base_too() {
+    let small = Small::new(MODEL);
+    let dense = small.train("dense", &["--init", "olora", "--rank", "4"]);
+    let begun = format!("{dense}/checkpoints/step-000004");
+    let four = ["--init-adapter", &begun, "--quantize", "nf4"];
+    let out = small.train("out", &four);
+    let (base, whole) = (format!("{out}/base"), tensors(&out));
+    assert_eq!((&config(&out)["r"], &config(&out)["init_lora_weights"]), (&4.into(), &true.into()));
     let after = small.loss(&["--model", &base, "--adapter", &out]);
     assert!(after < losses(&out)[5], "{after} {:?}", losses(&out));
-    assert!(succeed(&["inspect", &base]).contains("nf4"));
-    let whole = tensors(&out);
-    let said = finish_again(&out);
-    assert!(!said.contains("was made for"), "{said}");
+    finish_again(&out);
     assert!(whole == tensors(&out), "a resumed run has other bits");
-    let no = small.place.text("no");
-    refuse(&[&small.args(&no)[..], &["--init", "loftq", "--quantize", "none"]].concat(), &["--quantize", "nf4"]);
-    refuse(&[&small.args(&no)[..], &["--init", "loftq", "--model", &base]].concat(), &["base"]);
+    // On its own base the folder is as any other, and no sum is made of it where it makes one.
+    let eval = ["eval", "--tokens", &small.tokens, "--model", &small.model, "--quantize", "nf4", "--weight", "2"];
+    refuse(&[&eval[..], &["--adapter", &begun]].concat(), &["step-000004", "no sum", "base was made"]);
 }
 
 #[test]
@@ -202,6 +240,16 @@ fn patterns_biases_and_saved_modules_are_written_counted_and_used() {
     refused(&["--rank-pattern", "(=2"], &["rank_pattern", "regular expression"]);
     refused(&["--modules-to-save", "q_proj"], &["modules_to_save", "q_proj", "lm_head"]);
     refused(&["--bias", "some"], &["some", "lora_only"]);
+}
+
+/// In the architecture of the model, whatever it is; as the folder of PEFT would say it.
+#[test]
+fn pefts_own_targets_are_asked_for_by_name() {
+    let small = Small::new(MODEL);
+    for (method, expected) in [("lora", ["q_proj", "v_proj"].as_slice()), ("ia3", &["down_proj", "q_proj", "v_proj"])] {
+        let out = small.train(method, &["--method", method, "--targets", "peft-default"]);
+        assert_eq!(config(&out)["target_modules"], serde_json::json!(expected), "{method}");
+    }
 }
 
 #[test]

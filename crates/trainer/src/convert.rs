@@ -1,6 +1,7 @@
 //! A model's folder into another: quantised, dequantised. Tensor by tensor, so that memory stays near the largest of
 //! them. What the file holds beyond the config's tensors goes along.
 
+use crate::merge::format;
 use crate::model::{Model, ModelConfig, Quantization};
 use crate::product::{dtype_name, write_config};
 use crate::{Error, Result};
@@ -46,10 +47,11 @@ pub fn quantize(
     })
 }
 
-/// Write `checkpoint` with the 4-bit weights that a model has in place of its own: the base that LoftQ made.
+/// Write `checkpoint` with the 4-bit weights that a model has in place of its own: a base that was made for an adapter.
 ///
-/// Errors: a linear layer that is not in 4 bits.
-pub fn write_base(model: &Model, checkpoint: &Checkpoint, how: Quantization, out: &Path) -> Result<Converted> {
+/// Errors: a linear layer that is not in 4 bits; layers in several formats.
+pub fn write_base(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Result<Converted> {
+    let how = format(model, checkpoint)?;
     let layers: BTreeMap<String, Base> = model.linears().map(|l| (format!("{}.weight", l.path()), l.base())).collect();
     write_quantized(checkpoint, &model.config, how, out, model.backend().as_ref(), &|name, _| match layers.get(name) {
         Some(Base::Quantized(weight)) => Ok(weight.clone()),

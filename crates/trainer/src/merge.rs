@@ -180,7 +180,7 @@ pub fn merge_in_4_bits(model: &Model, checkpoint: &Checkpoint, out: &Path) -> Re
 }
 
 /// The one way in which all layers are in 4 bits.
-fn format(model: &Model, checkpoint: &Checkpoint) -> Result<Quantization> {
+pub(crate) fn format(model: &Model, checkpoint: &Checkpoint) -> Result<Quantization> {
     let mut all = None;
     for linear in model.linears() {
         let wrong = |what: &str| Err(Error::file(checkpoint.path(), format!("{} {what}", linear.path())));

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 const SQUARED: &str = "orth_reg_squared";
 
 /// What PEFT adds to a layer's path in `rank_pattern`.
-const LAMBDA: &str = ".lora_E";
+pub(super) const LAMBDA: &str = ".lora_E";
 
 impl AdaLora {
     /// Take a field, if it is one of these.

@@ -10,6 +10,7 @@
 //!
 //! and masks fall where t is a multiple of ΔT between the two, at T − t_final always.
 
+use super::fields::LAMBDA;
 use crate::{Error, Result};
 
 /// What becomes of triplets that are masked.
@@ -102,12 +103,18 @@ impl AdaLora {
         if self.pattern.is_empty() {
             return Ok(vec![true; first]);
         }
-        let field = || format!("rank_pattern: {path}.lora_E");
+        let field = || format!("rank_pattern: {path}{LAMBDA}");
         match self.pattern.iter().find(|(of, _)| of == path) {
             Some((_, kept)) if kept.len() == first => Ok(kept.clone()),
             Some((_, kept)) => Err(Error::field(field(), format!("of {} entries", kept.len()), "init_r of them")),
             None => Err(Error::field(field(), "missing", "an entry for every layer that is targeted")),
         }
+    }
+
+    /// The pattern's keys that mean none of `paths`, as the file has them: for a warning.
+    pub(crate) fn unmatched(&self, paths: &[&str]) -> Vec<String> {
+        let strangers = self.pattern.iter().filter(|(path, _)| !paths.contains(&path.as_str()));
+        strangers.map(|(path, _)| format!("{path}{LAMBDA}")).collect()
     }
 
     /// That a schedule of `total` steps has any between its two phases, and one whose scores the last choice ranks.

@@ -2,11 +2,11 @@
 
 use crate::check::count;
 use crate::error::{Error, Result};
-use crate::open::{BUILTIN, ModelArgs, is_updates_alone};
+use crate::open::{BUILTIN, ModelArgs};
 use crate::show::say;
 use clap::Args;
 use rankfold_adapters::algebra::{config_of, of_rank, weighted_sum};
-use rankfold_adapters::{AdapterConfig, Purpose, write_folder};
+use rankfold_adapters::{AdapterConfig, PeftConfig, Purpose, write_folder};
 use rankfold_trainer::merge::{Requantised, merge, merge_in_4_bits};
 use rankfold_trainer::model::Model;
 use std::path::PathBuf;
@@ -38,7 +38,8 @@ impl Merge {
         let (mut model, config) = self.model.load(&folder)?;
         if self.as_adapter {
             // Of several the sum is updates alone.
-            if !config.as_ref().is_none_or(is_updates_alone) {
+            let is_alone = |config: &PeftConfig| config.lora().is_some() && config.check_alone().is_ok();
+            if !config.as_ref().is_none_or(is_alone) {
                 let why = "expected LoRA or AdaLoRA that leave the base as it is";
                 return Err(Error::Usage(format!("--as-adapter: {why}")));
             }

@@ -3,7 +3,7 @@
 use crate::adapter;
 use crate::builtin;
 use crate::check::check;
-use crate::choices::{Method, Prune, Start};
+use crate::choices::{Method, Prune};
 use crate::device::DeviceArgs;
 use crate::error::{Error, Result};
 use crate::folder;
@@ -103,7 +103,7 @@ impl Train {
         folder::claim(&out, self.resume, self.overwrite)?;
         rankfold_files::write_atomically(&out.join("run.toml"), options.to_toml()?.as_bytes())?;
         if done.is_none() {
-            job.write_base(&options, &out)?;
+            job.write_base(&out)?;
         }
         let profiling = profile.map(|profile| Profiling::new(profile, &out, self.profile.flatten()));
         job.run(&options, &out, self.resume, profiling.as_ref())
@@ -116,11 +116,17 @@ struct Done {
     path: PathBuf,
 }
 
+impl Done {
+    /// The base that was made for its adapter, if one was.
+    fn base(&self) -> Option<PathBuf> {
+        Some(self.out.join(folder::BASE)).filter(|base| base.exists())
+    }
+}
+
 /// A run's parts, opened.
 struct Job {
     model: Model,
     folder: Folder,
-    precision: Precision,
     tokenizer: Option<Tokenizer>,
     adapter: Option<PeftConfig>,
     batches: Batches,
@@ -156,38 +162,38 @@ impl Job {
             Some(profile) => profile.wrap(backend)?,
             None => backend,
         };
-        let mut model = match done.filter(|_| options.init == Some(Start::Loftq)) {
+        let mut model = match done.and_then(Done::base) {
             // The base that the run made when it began.
-            Some(Done { out, .. }) => {
-                Model::load(backend, &Checkpoint::open(&out.join(folder::BASE))?, folder.config.clone(), precision)?
-            }
+            Some(base) => Model::load(backend, &Checkpoint::open(&base)?, folder.config.clone(), precision)?,
             None => folder.load(backend, precision)?,
         };
         let attach = |fresh: PeftConfig| attach(options, &fresh, &folder, &mut model, done);
         let adapter = adapter.map(attach).transpose()?;
         describe(options, &folder, precision, &model, &batches);
         eprintln!("memory: {}", memory::summary(&plan));
-        Ok(Self { model, folder, precision, tokenizer, adapter, batches, held_out, paged })
+        Ok(Self { model, folder, tokenizer, adapter, batches, held_out, paged })
     }
 
-    /// With LoftQ: write the base that it made, as a whole model, without which the adapter is of no use.
-    fn write_base(&self, options: &Options, out: &Path) -> Result<()> {
-        let (Some(Start::Loftq), Precision::Quantized(how)) = (options.init, self.precision) else { return Ok(()) };
+    /// Write the base that was made for the adapter, if one was, as a whole model, without which that is of no use.
+    fn write_base(&self, out: &Path) -> Result<()> {
         let base = out.join(folder::BASE);
         if base.exists() {
             std::fs::remove_dir_all(&base).map_err(Error::io(&base))?;
         }
+        if !self.model.has_own_base() {
+            return Ok(());
+        }
         let staged = super::stage(&base)?;
-        convert::write_base(&self.model, &self.folder.checkpoint, how, staged.path())?;
+        convert::write_base(&self.model, &self.folder.checkpoint, staged.path())?;
         super::copy_tokenizer(&self.folder, staged.path())?;
         Ok(staged.commit()?)
     }
 
     fn run(self, options: &Options, out: &Path, resume: bool, profiling: Option<&Profiling>) -> Result<()> {
-        let Self { mut model, folder, precision: _, tokenizer, mut adapter, batches, held_out, paged } = self;
+        let Self { mut model, folder, tokenizer, mut adapter, batches, held_out, paged } = self;
         let base = out.join(folder::BASE);
-        let loftq = options.init == Some(Start::Loftq);
-        if let Some(PeftConfig::Lora(config)) = adapter.as_mut().filter(|_| loftq) {
+        let has_own_base = base.exists();
+        if let Some(PeftConfig::Lora(config)) = adapter.as_mut().filter(|_| has_own_base) {
             config.base_model = Some(base.display().to_string());
         }
         let compute = options.compute.unwrap_or_default().into();
@@ -267,7 +273,7 @@ impl Job {
         eprintln!("how it went: {}", report.display());
         let (what, next) = match &adapter {
             Some(_) => {
-                let (model, flags) = match loftq {
+                let (model, flags) = match has_own_base {
                     true => (base.display().to_string(), String::new()),
                     false => (options.model.clone().unwrap_or_default(), folder.flags(options)),
                 };
@@ -323,9 +329,9 @@ fn attach(
     let name = options.model.as_deref().unwrap_or_default();
     match (done, &options.init_adapter) {
         // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
-        // LoftQ's was made for the run's own base.
+        // A base of the run's own is the one that was left or made.
+        (Some(done), _) if done.base().is_some() => crate::open::attach_saved(model, folder::BASE, &done.path),
         (Some(done), _) if fresh.lora().is_some_and(|lora| lora.init.changes_the_base()) => {
-            let name = if options.init == Some(Start::Loftq) { folder::BASE } else { name };
             crate::open::attach_saved(model, name, &done.path)
         }
         (_, Some(saved)) => crate::open::attach_saved(model, name, saved),

@@ -6,6 +6,7 @@ use rankfold_files::{Spec, Writer};
 use rankfold_trainer::model::ModelConfig;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 fn rankfold(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).output().unwrap()
@@ -50,6 +51,18 @@ pub fn refuse(args: &[&str], words: &[&str]) {
     for word in words {
         assert!(error[0].contains(word), "{args:?}: '{word}' is not in: {}", error[0]);
     }
+}
+
+/// Start a command, and kill it when `file` is there.
+pub fn kill_at(args: &[&str], file: &Path) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).spawn().unwrap();
+    let begun = Instant::now();
+    while !file.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(600) && child.try_wait().unwrap().is_none(), "killed too late");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// A folder for one test, and paths in it as text.

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 use rankfold_adapters::linear::peft_name;
 use rankfold_adapters::{
     AdapterConfig, AdapterFolder, AttachedPeft, Forward, Linear, PeftConfig, Values, VirtualTokens, Weight,
-    attach_loftq, train_modules, virtual_tokens,
+    attach_remade, train_modules, virtual_tokens,
 };
 use rankfold_autograd::{Base, Parameter, Tape, Tensor, Value};
 use rankfold_backend::params::IGNORED;
@@ -139,18 +139,24 @@ impl Model {
         Ok(AttachedPeft { config: PeftConfig::Virtual(config), parameters, warnings: Vec::new() })
     }
 
-    /// Put a new LoRA on by LoftQ, which makes the 4-bit base anew from `dense`, the values of a matrix by its path.
+    /// Put a new LoRA on by LoftQ or PiSSA, which make the 4-bit base anew from `dense`, the values of a matrix by its
+    /// path.
     ///
-    /// Errors: those of [`attach_loftq`].
-    pub fn attach_loftq(
+    /// Errors: those of [`attach_remade`].
+    pub fn attach_remade(
         &mut self,
         config: &AdapterConfig,
         dense: &dyn Fn(&str) -> rankfold_adapters::Result<Vec<f32>>,
     ) -> Result<AttachedPeft> {
         let (backend, architecture) = (self.backend.clone(), self.config.architecture.model_type());
         self.training_modules(Some(config), None, |model| {
-            Ok(attach_loftq(backend.as_ref(), &mut model.linears_mut(), config, architecture, dense)?.into())
+            Ok(attach_remade(backend.as_ref(), &mut model.linears_mut(), config, architecture, dense)?.into())
         })
+    }
+
+    /// Whether its base is one that was made for its adapter, in 4 bits, without which that is of no use.
+    pub fn has_own_base(&self) -> bool {
+        self.linears().any(Linear::has_own_base)
     }
 
     /// What was learned to stand before the text, if anything.
