@@ -23,10 +23,13 @@ const PACKED_DEPTH: usize = 2048;
 const UNPACKED_COLUMNS: usize = 64;
 /// and a thread this much of its right operand: 4 panels of 32 columns, 256 deep.
 const PANELS: usize = 4 * 32 * 256;
-/// Attention's blocks of queries and keys, and what a head is padded to a multiple of.
-const QUERIES: usize = 48;
+/// Attention's blocks of queries and keys, what a head is padded to a multiple of, alone and as columns of a panel, and
+/// the rows of the highest tile but AMX's.
+const QUERIES: usize = 64;
 const KEYS: usize = 64;
 const PAD: usize = 16;
+const COLUMNS: usize = 32;
+const TILE: usize = 14;
 /// Elements of a task of a kernel that works row by row.
 const CHUNK: usize = 1 << 14;
 
@@ -148,16 +151,17 @@ impl Nest {
     }
 
     pub(super) fn attention(p: &Attention) -> Self {
-        let (keys, width) = (p.keys.next_multiple_of(KEYS), p.head_dim.next_multiple_of(PAD));
+        let room = Heads::of(p);
         let mut nest = Self::default();
-        nest.task(0, keys * (p.head_dim + width) + QUERIES * (2 * width + 2) + KEYS * PAD);
+        nest.task(0, 2 * room.keys + room.queries + QUERIES * (room.width + 2) + 2 * TILE * KEYS);
         nest
     }
 
     pub(super) fn attention_grad(p: &Attention) -> Self {
-        let (keys, width) = (p.keys.next_multiple_of(KEYS), p.head_dim.next_multiple_of(PAD));
+        let room = Heads::of(p);
         let mut nest = Self::default();
-        nest.task(0, keys * (2 * p.head_dim + 3 * width) + QUERIES * (3 * width + 2 * KEYS));
+        let of_keys = 3 * room.keys + 2 * p.keys.next_multiple_of(KEYS) * room.width;
+        nest.task(0, of_keys + 4 * room.queries + QUERIES * (room.width + 1 + 2 * KEYS) + TILE * KEYS);
         nest
     }
 
@@ -169,6 +173,22 @@ impl Nest {
     /// Elements on the calling thread alone.
     pub(super) fn of(elements: usize) -> Self {
         Self { main: vec![elements], task: 0 }
+    }
+}
+
+/// What attention packs of one head. In bf16 that depends on the machine's units: at the most, an f32 an element.
+struct Heads {
+    width: usize,
+    /// All keys, and a block of queries.
+    keys: usize,
+    queries: usize,
+}
+
+impl Heads {
+    fn of(p: &Attention) -> Self {
+        let columns = p.head_dim.next_multiple_of(COLUMNS);
+        let keys = p.keys.next_multiple_of(KEYS) * columns;
+        Self { width: p.head_dim.next_multiple_of(PAD), keys, queries: QUERIES * columns }
     }
 }
 
