@@ -22,9 +22,9 @@ class Stopwatch:
             self.best[name] = min(self.best.get(name, 1e9), time.perf_counter() - begun)
 
 
-def ours(bench):
+def ours(bench, only):
     """Best times by "group kernel"."""
-    options = ["--warm-up-time", "0.3", "--measurement-time", "1", "--sample-size", "10"]
+    options = ["--warm-up-time", "0.3", "--measurement-time", "1", "--sample-size", "10", *only]
     begun = time.time()
     subprocess.run(["cargo", "bench", "-p", "rankfold-cpu", "--bench", bench, "--", *options], check=True, cwd=ROOT, capture_output=True)
     best = {}
@@ -39,6 +39,18 @@ def ours(bench):
     return best
 
 
+def both(script, bench, rounds, only=()):
+    """Seconds by name, ours and the peer's: best of so many rounds. `only` filters our benches."""
+    mine, theirs = {}, {}
+    for _ in range(rounds):
+        command = [sys.executable, script, "--peer", str(os.cpu_count())]
+        other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+        for best, figures in ((mine, ours(bench, only)), (theirs, json.loads(other))):
+            for name, seconds in figures.items():
+                best[name] = min(best.get(name, 1e9), seconds)
+    return mine, theirs
+
+
 def compare(doc, bench, peer, report):
     """`peer(stopwatch, threads)` measures the other side; `report(ours, theirs)` prints, given seconds by name."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,11 +62,4 @@ def compare(doc, bench, peer, report):
         peer(watch, a.peer)
         print(json.dumps(watch.best))
         return
-    mine, theirs = {}, {}
-    for _ in range(a.rounds):
-        command = [sys.executable, sys.argv[0], "--peer", str(os.cpu_count())]
-        other = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-        for best, figures in ((mine, ours(bench)), (theirs, json.loads(other))):
-            for name, seconds in figures.items():
-                best[name] = min(best.get(name, 1e9), seconds)
-    report(mine, theirs)
+    report(*both(sys.argv[0], bench, a.rounds))

@@ -98,20 +98,31 @@ def main():
     a = parser.parse_args()
     if a.peer:
         return peer(a.peer, a.method, a.dtype, a.steps, a.threads)
+    print(sentence(a, both(a)))
+
+
+def both(a):
+    """The best round of each side."""
     with tempfile.TemporaryDirectory() as folder:
         make(folder, a.config, a.dtype)
         best = {"rankfold": None, "torch": None}
         for _ in range(a.rounds):
             here = ours(a.binary, folder, a.method, a.dtype, a.steps, a.threads)
-            command = [sys.executable, __file__, a.binary, a.config, a.method, a.dtype, "--threads", str(a.threads), "--steps", str(a.steps), "--peer", folder]
+            command = [sys.executable, __file__, a.binary, a.config, a.method, a.dtype, "--threads", str(a.threads),
+                       "--steps", str(a.steps), "--peer", folder]
             there = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             for name, figures in (("rankfold", here), ("torch", there)):
                 if best[name] is None or figures["rate"] > best[name]["rate"]:
                     best[name] = figures
-        r, t = best["rankfold"], best["torch"]
-        print(f"{a.config} {a.method} {a.dtype}, {a.threads} threads: rankfold {r['rate']:.0f} tokens/s, torch {t['rate']:.0f}: "
-              f"{r['rate'] / t['rate']:.2f} times; peak memory {r['rss'] / 1e6:.0f} MB, {t['rss'] / 1e6:.0f}: "
-              f"{r['rss'] / t['rss']:.2f} of it")
+        return best
 
 
-main()
+def sentence(a, best):
+    r, t = best["rankfold"], best["torch"]
+    return (f"{a.config} {a.method} {a.dtype}, {a.threads} threads: rankfold {r['rate']:.0f} tokens/s, torch {t['rate']:.0f}: "
+            f"{r['rate'] / t['rate']:.2f} times; peak memory {r['rss'] / 1e6:.0f} MB, {t['rss'] / 1e6:.0f}: "
+            f"{r['rss'] / t['rss']:.2f} of it")
+
+
+if __name__ == "__main__":
+    main()
