@@ -54,14 +54,14 @@ fn main() -> ExitCode {
 fn run(make: Make) -> Result<(), Failure> {
     let isa = Isa::named("avx2").ok_or("this machine has no AVX2")?;
     let mut work = make(Arc::new(CpuBackend::with_isa(isa, Some(1))))?;
-    work()?;
+    work(&mut || ())?;
     counted(&mut work)
 }
 
 /// callgrind counts from where this is entered to where it is left.
 #[inline(never)]
 fn counted(work: &mut Step) -> Result<(), Failure> {
-    let outcome = work();
+    let outcome = work(&mut || ());
     // Something is left to do here: the work is called, not jumped to.
     black_box(outcome)
 }
@@ -89,7 +89,7 @@ fn tokens(backend: Arc<dyn Backend>) -> Result<Step, Failure> {
     let model = llama::random(backend, MODEL, NF4)?;
     let prompt: Vec<u32> = (0..16).collect();
     let greedy = Sampling { temperature: 0.0, top_p: 1.0, seed: 0 };
-    Ok(Box::new(move || {
+    Ok(Box::new(move |_| {
         generate(&model, &prompt, 4, &[], greedy, Compute::F32)?;
         Ok(())
     }))
@@ -104,7 +104,7 @@ fn formats(b: Arc<dyn Backend>) -> Result<Step, Failure> {
     let (mut codes, mut absmax) = (b.alloc(DType::U8, n)?, b.alloc(DType::F32, n / MOMENT_BLOCK)?);
     let (mut half, mut out, mut losses) =
         (b.alloc(DType::Bf16, n)?, b.alloc(DType::F32, n)?, b.alloc(DType::F32, SIDE)?);
-    Ok(Box::new(move || {
+    Ok(Box::new(move |_| {
         let q = Quantized::quantize(b.as_ref(), w.view(), [SIDE, SIDE], Format::Nf4, 64, true)?;
         b.dequantize_4bit(&q, out.view_mut())?;
         b.quantize_8bit(DynamicMap::Signed, MOMENT_BLOCK, w.view(), codes.view_mut(), absmax.view_mut())?;

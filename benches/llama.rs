@@ -12,8 +12,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub type Failure = Box<dyn Error>;
-/// One step of a piece of work.
-pub type Step = Box<dyn FnMut() -> Result<(), Failure>>;
+/// One step of a piece of work, which calls what it is given where one phase of it ends and another begins.
+pub type Step = Box<dyn FnMut(&mut dyn FnMut()) -> Result<(), Failure>>;
 
 /// A model with weights uniform in ±0.035, whose σ is 0.02, by way of a file. `dimensions` are its vocabulary, width,
 /// layers, heads, heads of keys, and feed-forward.
@@ -41,7 +41,8 @@ pub fn random(backend: Arc<dyn Backend>, dimensions: [usize; 6], precision: Prec
     Ok(Model::load(backend, &Checkpoint::open(folder.path())?, config, precision)?)
 }
 
-/// Steps of AdamW on all that is trained of a model, on one batch of `rows` rows of `seq` tokens.
+/// Steps of AdamW on all that is trained of a model, on one batch of `rows` rows of `seq` tokens. Their phases: the
+/// gradients, the update.
 pub fn training(model: Model, moments: Moments, compute: Compute, [rows, seq]: [usize; 2]) -> Result<Step, Failure> {
     let mut optimizer = AdamW::new(model.backend().clone(), moments, Hyper::default(), model.parameters())?;
     let tokens = rows * seq;
@@ -58,9 +59,11 @@ pub fn training(model: Model, moments: Moments, compute: Compute, [rows, seq]: [
     let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
     let recipe = Recipe { clip: 1.0, compute, ..Recipe::new(schedule) };
     let mut step = 0;
-    Ok(Box::new(move || {
+    Ok(Box::new(move |between| {
         step += 1;
-        gradients(&model, &mut batches, &recipe, &optimizer, step)?.apply(&recipe, &mut optimizer, None)?;
+        let pending = gradients(&model, &mut batches, &recipe, &optimizer, step)?;
+        between();
+        pending.apply(&recipe, &mut optimizer, None)?;
         Ok(())
     }))
 }

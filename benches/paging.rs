@@ -1,19 +1,21 @@
 //! What paging costs: the time of a step, and the bytes that it moves, against how much may be in memory; beside the
 //! same step without a pager, and beside the limit of the disk.
 //!
-//!     cargo bench -p rankfold-trainer --bench paging -- [--quick] [--folder DIR] [--direct] [--page KIB] [--only NAME]
-//!                                                       [--out FILE.json]
+//!     cargo bench -p rankfold-trainer --bench paging -- [--quick] [--folder DIR] [--buffered] [--page KIB]
+//!                                                       [--only NAME] [--out FILE.json]
 //!
-//! First the disk is measured by itself, in runs as the pager moves them. Then each piece of work: once without a pager
-//! (its compute), once on one, whose limit goes from half as much again as all its buffers down to a tenth of them. At
-//! every limit some steps pass first, until the forecast knows the work; the time is the median of those that follow,
-//! one right after the other. `disk` is what the disk alone would need for the bytes that a step moved, and `bound` the
-//! time over max(compute, disk): the work cannot take less than either.
+//! First the disk is measured by itself, in runs as the pager moves them. Then each piece of work, on a pager whose
+//! limit goes from half as much again as all its buffers down to a tenth of them. At every limit some steps pass first,
+//! until the forecast knows the work. Then it takes turns with the same work without a pager (its compute) and with the
+//! disk alone, so that a machine that others slow down slows all three. `disk` is what the disk alone needs for the
+//! bytes that a step moved, and `bound` the time over max(compute, disk): the work cannot take less than either.
+//! `phases` is the time over the sum of that maximum over the phases of a step (a training step's gradients, and its
+//! update), each with the bytes that moved in it: a disk that idles in one cannot help in the next.
 //!
-//! `--folder` says where the file is ($TMPDIR), `--direct` that the system's cache is bypassed, `--page` how large a
-//! page is (256), `--only` which piece of work is measured: those whose name begins so. `--out` keeps the rows, and
-//! beside them a table (.md) and a plot (.svg). `--quick` runs small sizes, to see that everything runs; its times mean
-//! nothing.
+//! `--folder` says where the file is ($TMPDIR), `--buffered` that the system's cache is not bypassed, `--page` how
+//! large a page is (256), `--only` which piece of work is measured: those whose name begins so. `--out` keeps the rows,
+//! and beside them a table (.md) and a plot (.svg). `--quick` runs small sizes, to see that everything runs; its
+//! times mean nothing.
 //!
 //! In reading order: `disk`, the limit; `work`, `optimiser`, `weights`, `model`, which is `llama`'s: what is measured;
 //! `meter`: how; `table`, `plot`: what is kept.
@@ -56,14 +58,14 @@ struct Options {
 
 impl Options {
     fn parse() -> Result<Self, String> {
-        let file = FileOptions { folder: env::temp_dir(), direct: false, capacity: u64::MAX };
+        let file = FileOptions { folder: env::temp_dir(), direct: true, capacity: u64::MAX };
         let mut options = Self { quick: false, file, page: 256 << 10, only: String::new(), out: None };
         let mut arguments = env::args().skip(1);
         while let Some(argument) = arguments.next() {
             let mut value = |what| arguments.next().ok_or_else(|| format!("{argument}: expected {what}"));
             match argument.as_str() {
                 "--quick" => options.quick = true,
-                "--direct" => options.file.direct = true,
+                "--buffered" => options.file.direct = false,
                 "--folder" => options.file.folder = value("a folder")?.into(),
                 "--only" => options.only = value("a name")?,
                 "--out" => options.out = Some(value("a file")?.into()),
@@ -99,12 +101,12 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> Result<(), Failure> {
     let sizes = if options.quick { Sizes::quick() } else { Sizes::whole() };
-    let disk = Disk::measure(&options.file, options.page, sizes.disk)?;
+    let mut disk = Disk::measure(&options.file, options.page, sizes.disk)?;
     println!("{disk}");
-    let meter = Meter { file: &options.file, page: options.page, disk: &disk, sizes: &sizes };
+    let meter = Meter { file: &options.file, page: options.page, sizes: &sizes };
     let mut series = Vec::new();
     for work in work::all(&sizes).into_iter().filter(|work| work.name.starts_with(&options.only)) {
-        let measured = meter.measure(&work)?;
+        let measured = meter.measure(&work, &mut disk)?;
         print!("{}", table::text(&measured));
         series.push(measured);
     }

@@ -5,13 +5,15 @@
 //! and the runs by as many threads as is fastest, of one, two and four. A first pass gives the file its space and is not
 //! counted; of those that follow the median is. Through the system's cache that is the speed of copies, as long as the
 //! cache has room; directly, the medium's.
+//!
+//! Then, beside the work, a quarter of the file is moved again each time that somebody asks how fast the disk is now.
 
 use crate::meter::median;
 use crate::work::Failure;
-use rankfold_pager::{FileOptions, Limit, Options, Pager};
+use rankfold_pager::{Allocation, FileOptions, Limit, Options, Pager};
 use serde_json::{Value, json};
 use std::fmt;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
@@ -37,7 +39,7 @@ pub struct Rates {
 impl Rates {
     /// Seconds for so many bytes each way: those that can go both ways at once, and the rest; or one way after the other,
     /// where that is faster.
-    fn seconds(&self, written: f64, read: f64) -> f64 {
+    pub fn seconds(&self, written: f64, read: f64) -> f64 {
         let paired = written.min(read);
         let together = 2.0 * paired / self.both + (written - paired) / self.write + (read - paired) / self.read;
         together.min(written / self.write + read / self.read)
@@ -46,28 +48,39 @@ impl Rates {
 
 /// What the disk can do.
 pub struct Disk {
-    direct: bool,
     run: usize,
     buffered: Rates,
     /// Where the file system can.
     unbuffered: Option<Rates>,
+    probe: Probe,
 }
 
 impl Disk {
     /// Measured in the pager's folder over `bytes` of a file.
     pub fn measure(file: &FileOptions, page: usize, bytes: usize) -> Result<Self, Failure> {
-        let run = RUN * page;
-        let rates = |direct| rates(&file.folder, direct, run, bytes.next_multiple_of(8 * run));
-        let unbuffered = match rates(true) {
-            Err(why) if file.direct => return Err(why),
-            measured => measured.ok(),
+        let (run, bytes) = (RUN * page, bytes.next_multiple_of(8 * RUN * page));
+        let measured = |direct| -> Result<(Probe, Rates), Failure> {
+            let mut probe = Probe::new(&file.folder, direct, run, bytes)?;
+            let rates = probe.measure()?;
+            Ok((probe, rates))
         };
-        Ok(Self { direct: file.direct, run, buffered: rates(false)?, unbuffered })
+        let without = |why| format!("direct I/O in {}: {why}; --buffered does without", file.folder.display());
+        let (probe, buffered, unbuffered) = match file.direct {
+            true => {
+                let (probe, rates) = measured(true).map_err(without)?;
+                (probe, measured(false)?.1, Some(rates))
+            }
+            false => {
+                let (probe, rates) = measured(false)?;
+                (probe, rates, measured(true).ok().map(|(_, rates)| rates))
+            }
+        };
+        Ok(Self { run, buffered, unbuffered, probe })
     }
 
-    /// Seconds that it needs for what the pager moved.
-    pub fn seconds(&self, written: f64, read: f64) -> f64 {
-        self.unbuffered.filter(|_| self.direct).unwrap_or(self.buffered).seconds(written, read)
+    /// What it can do now, as the pager uses it.
+    pub fn rates(&mut self) -> Result<Rates, Failure> {
+        self.probe.once()
     }
 
     pub fn json(&self) -> Value {
@@ -91,38 +104,72 @@ impl fmt::Display for Disk {
     }
 }
 
-fn rates(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Rates, Failure> {
-    let flags = libc::O_TMPFILE | if direct { libc::O_DIRECT } else { 0 };
-    let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(folder)?;
-    // Addresses that are good for direct I/O, and huge frames.
-    let mut memory = Pager::new(Options::new(Limit::Pages(usize::MAX), None))?.alloc(bytes)?;
-    let mut memory = memory.pin_mut(0..bytes)?;
-    memory.fill(1);
-    let half = bytes / 2;
-    let seconds = |pass: &mut dyn FnMut() -> io::Result<()>| -> io::Result<f64> {
-        let mut times = Vec::new();
-        for _ in 0..=PASSES {
-            let begun = Instant::now();
-            pass()?;
-            times.push(begun.elapsed().as_secs_f64());
+/// A file and memory to move to it and from it.
+struct Probe {
+    file: File,
+    memory: Allocation,
+    run: usize,
+    /// With how many threads it writes, reads, and does both, fastest.
+    threads: [usize; 3],
+}
+
+impl Probe {
+    fn new(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Self, Failure> {
+        let flags = libc::O_TMPFILE | if direct { libc::O_DIRECT } else { 0 };
+        let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(folder)?;
+        // Addresses that are good for direct I/O, and huge frames.
+        let mut memory = Pager::new(Options::new(Limit::Pages(usize::MAX), None))?.alloc(bytes)?;
+        memory.pin_mut(0..bytes)?.fill(1);
+        Ok(Self { file, memory, run, threads: [1; 3] })
+    }
+
+    /// All of the file, with as many threads as is fastest.
+    fn measure(&mut self) -> Result<Rates, Failure> {
+        let bytes = self.memory.bytes();
+        let mut rates = [0.0; 3];
+        for (way, rate) in rates.iter_mut().enumerate() {
+            for threads in THREADS {
+                self.pass(way, bytes, threads)?;
+                let seconds = (0..PASSES).map(|_| self.pass(way, bytes, threads)).collect::<Result<Vec<_>, _>>();
+                let found = bytes as f64 / median(&mut seconds?);
+                if found > *rate {
+                    (*rate, self.threads[way]) = (found, threads);
+                }
+            }
         }
-        Ok(median(&mut times[1..]))
-    };
-    let best = |pass: &mut dyn FnMut(usize) -> io::Result<()>| -> io::Result<f64> {
-        THREADS.iter().try_fold(f64::INFINITY, |best, threads| Ok(best.min(seconds(&mut || pass(*threads))?)))
-    };
-    let write_all = best(&mut |threads| each(&mut memory, threads, 0, &|run, at| file.write_all_at(run, at), run))?;
-    let read_all = best(&mut |threads| each(&mut memory, threads, 0, &|run, at| file.read_exact_at(run, at), run))?;
-    let both = best(&mut |threads| {
-        let (one, other) = memory.split_at_mut(half);
-        thread::scope(|scope| {
-            let writer = scope.spawn(|| each(one, threads, 0, &|run, at| file.write_all_at(run, at), run));
-            each(other, threads, half, &|run, at| file.read_exact_at(run, at), run)?;
-            writer.join().map_err(|_| io::Error::other("the writer panicked"))?
-        })
-    })?;
-    let rate = |seconds: f64| bytes as f64 / seconds;
-    Ok(Rates { write: rate(write_all), read: rate(read_all), both: rate(both) })
+        let [write, read, both] = rates;
+        Ok(Rates { write, read, both })
+    }
+
+    /// A quarter of the file, once, with as many threads as was fastest.
+    fn once(&mut self) -> Result<Rates, Failure> {
+        let bytes = self.memory.bytes() / 4;
+        let mut rate = |way| self.pass(way, bytes, self.threads[way]).map(|seconds| bytes as f64 / seconds);
+        Ok(Rates { write: rate(0)?, read: rate(1)?, both: rate(2)? })
+    }
+
+    /// Seconds to write so many bytes, to read them, or to write half of them and read the other half.
+    fn pass(&mut self, way: usize, bytes: usize, threads: usize) -> Result<f64, Failure> {
+        let (file, run) = (&self.file, self.run);
+        let write = |run: &mut [u8], at| file.write_all_at(run, at);
+        let read = |run: &mut [u8], at| file.read_exact_at(run, at);
+        let mut memory = self.memory.pin_mut(0..bytes)?;
+        let begun = Instant::now();
+        match way {
+            0 => each(&mut memory, threads, 0, &write, run)?,
+            1 => each(&mut memory, threads, 0, &read, run)?,
+            _ => {
+                let half = bytes / 2;
+                let (one, other) = memory.split_at_mut(half);
+                thread::scope(|scope| {
+                    let writer = scope.spawn(|| each(one, threads, 0, &write, run));
+                    each(other, threads, half, &read, run)?;
+                    writer.join().map_err(|_| io::Error::other("the writer panicked"))?
+                })?;
+            }
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    }
 }
 
 /// Move `bytes`, which lie in the file from `from` on, run by run and by several threads, each a part of them.

@@ -1,6 +1,10 @@
-//! Times of steps at each limit.
+//! Times of steps at each limit, beside those without a pager and beside the disk.
+//!
+//! A machine's speed changes from one second to the next, and its disk's more so. So everything is measured in rounds:
+//! some steps without a pager, then a look at the disk, then as many steps on the pager; what is compared comes of one
+//! round, and what is kept is the median over the rounds.
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Rates};
 use crate::work::{Failure, Sizes, Step, Work};
 use rankfold_cpu::CpuBackend;
 use rankfold_pager::{FileOptions, Limit, Options, Pager};
@@ -13,8 +17,6 @@ pub struct Series {
     pub name: &'static str,
     /// Of all its buffers, when they are most.
     pub bytes: usize,
-    /// Seconds of a step without a pager.
-    pub compute: f64,
     pub rows: Vec<Row>,
 }
 
@@ -29,6 +31,10 @@ pub struct Row {
 /// All of a step.
 pub struct Figures {
     pub seconds: f64,
+    /// Without a pager.
+    pub compute: f64,
+    /// The first over the second.
+    pub ratio: f64,
     /// Bytes to the file and from it.
     pub stored: f64,
     pub loaded: f64,
@@ -38,13 +44,11 @@ pub struct Figures {
     pub stall: f64,
     /// Seconds that the disk alone would need.
     pub disk: f64,
-}
-
-impl Figures {
-    /// Its time over the greater of what it computes and what the disk needs.
-    pub fn bound(&self, compute: f64) -> f64 {
-        self.seconds / compute.max(self.disk)
-    }
+    /// Its time over the greater of what it computes and what the disk needs, and the least and the most of that.
+    pub bound: f64,
+    pub spread: [f64; 2],
+    /// Its time over the sum of the same of each of its phases.
+    pub phases: f64,
 }
 
 impl Series {
@@ -54,17 +58,46 @@ impl Series {
             json!({
                 "share": row.share,
                 "seconds": figures.seconds,
-                "ratio": figures.seconds / self.compute,
+                "compute": figures.compute,
+                "ratio": figures.ratio,
                 "stored": figures.stored,
                 "loaded": figures.loaded,
                 "ahead": figures.ahead,
                 "stall": figures.stall,
                 "disk": figures.disk,
-                "bound": figures.bound(self.compute),
+                "bound": figures.bound,
+                "spread": figures.spread,
+                "phases": figures.phases,
             })
         };
         let rows = self.rows.iter().map(row).collect::<Vec<_>>();
-        json!({ "name": self.name, "bytes": self.bytes, "compute": self.compute, "rows": rows })
+        json!({ "name": self.name, "bytes": self.bytes, "rows": rows })
+    }
+}
+
+/// A phase of a step: its seconds, and what the pager moved meanwhile.
+#[derive(Clone, Copy, Default)]
+struct Phase {
+    seconds: f64,
+    stored: f64,
+    loaded: f64,
+}
+
+/// The means of the steps of a round, phase by phase.
+struct Means {
+    phases: Vec<Phase>,
+    stall: f64,
+    prefetched: f64,
+}
+
+impl Means {
+    fn all(&self) -> Phase {
+        let add = |a: Phase, b: &Phase| Phase {
+            seconds: a.seconds + b.seconds,
+            stored: a.stored + b.stored,
+            loaded: a.loaded + b.loaded,
+        };
+        self.phases.iter().fold(Phase::default(), add)
     }
 }
 
@@ -72,32 +105,27 @@ impl Series {
 pub struct Meter<'a> {
     pub file: &'a FileOptions,
     pub page: usize,
-    pub disk: &'a Disk,
     pub sizes: &'a Sizes,
 }
 
 impl Meter<'_> {
     /// A piece of work at every limit, from the highest.
-    pub fn measure(&self, work: &Work) -> Result<Series, Failure> {
+    pub fn measure(&self, work: &Work, disk: &mut Disk) -> Result<Series, Failure> {
         let mut plain = (work.make)(Arc::new(CpuBackend::new(None)))?;
         let limit = Limit::Pages(usize::MAX);
         let pager = Pager::new(Options { page: self.page, ..Options::new(limit, Some(self.file.clone())) })?;
         let backend = Arc::new(CpuBackend::new(None).on_pager(pager.clone()));
         let mut paged = (work.make)(backend.clone())?;
-        plain()?;
-        paged()?;
+        plain(&mut || ())?;
+        paged(&mut || ())?;
         let bytes = backend.memory().peak;
-        let mut series = Series { name: work.name, bytes, compute: 0.0, rows: Vec::new() };
+        // All that ever leaves was in the file once: where a file still grows, it is slow.
+        pager.vacate()?;
+        let mut series = Series { name: work.name, bytes, rows: Vec::new() };
         for &share in self.sizes.shares {
             pager.set_limit(Limit::Pages((share * bytes as f64) as usize))?;
-            // Without pressure the two are compared closely, so they take turns. Under it the pager would have the other's
-            // turn to move pages in.
-            let beside = (share > 1.0).then_some(&mut plain);
-            let figures = match self.at_limit(&pager, &mut paged, beside) {
-                Ok((figures, compute)) => {
-                    series.compute = compute.unwrap_or(series.compute);
-                    Some(figures)
-                }
+            let figures = match self.at_limit(&pager, disk, &mut plain, &mut paged) {
+                Ok(figures) => Some(figures),
                 Err(why) => {
                     println!("{}, {:.0} %: {why}", work.name, 100.0 * share);
                     None
@@ -108,42 +136,93 @@ impl Meter<'_> {
         Ok(series)
     }
 
-    /// A step at the limit that is set, and the seconds of one without a pager, where there is one to compare with.
-    fn at_limit(
-        &self,
-        pager: &Pager,
-        paged: &mut Step,
-        mut beside: Option<&mut Step>,
-    ) -> Result<(Figures, Option<f64>), Failure> {
+    /// A step at the limit that is set.
+    fn at_limit(&self, pager: &Pager, disk: &mut Disk, plain: &mut Step, paged: &mut Step) -> Result<Figures, Failure> {
         for _ in 0..self.sizes.warm_up {
-            paged()?;
+            paged(&mut || ())?;
         }
-        let (mut times, mut others) = (Vec::new(), Vec::new());
-        let (before, begun) = (pager.stats(), Instant::now());
+        let (least, most, enough) = self.sizes.rounds;
+        let (mut rounds, begun) = (Vec::new(), Instant::now());
+        while rounds.len() < least || (rounds.len() < most && begun.elapsed().as_secs_f64() < enough) {
+            let without = self.steps(pager, plain)?;
+            let rates = disk.rates()?;
+            // The pager had the time of the others to bring pages in.
+            paged(&mut || ())?;
+            let on_pager = self.steps(pager, paged)?;
+            rounds.push(figures(&without, &rates, &on_pager, self.page as f64));
+        }
+        let of = |value: fn(&Figures) -> f64| median(&mut rounds.iter().map(value).collect::<Vec<_>>());
+        let bounds = rounds.iter().map(|round| round.bound);
+        Ok(Figures {
+            seconds: of(|round| round.seconds),
+            compute: of(|round| round.compute),
+            ratio: of(|round| round.ratio),
+            stored: of(|round| round.stored),
+            loaded: of(|round| round.loaded),
+            ahead: of(|round| round.ahead),
+            stall: of(|round| round.stall),
+            disk: of(|round| round.disk),
+            bound: of(|round| round.bound),
+            spread: [bounds.clone().fold(f64::INFINITY, f64::min), bounds.fold(0.0, f64::max)],
+            phases: of(|round| round.phases),
+        })
+    }
+
+    /// Some steps, one right after the other.
+    fn steps(&self, pager: &Pager, step: &mut Step) -> Result<Means, Failure> {
         let (least, most, enough) = self.sizes.steps;
-        while times.len() < least || (times.len() < most && begun.elapsed().as_secs_f64() < enough) {
-            if let Some(plain) = &mut beside {
-                others.push(timed(plain)?);
-            }
-            times.push(timed(paged)?);
+        let (mut sums, mut count, begun) = (Vec::<Phase>::new(), 0, Instant::now());
+        let first = pager.stats();
+        while count < least || (count < most && begun.elapsed().as_secs_f64() < enough) {
+            let (mut before, mut since, mut phase) = (pager.stats(), Instant::now(), 0);
+            let mut ends = || {
+                let (after, now) = (pager.stats(), Instant::now());
+                if sums.len() == phase {
+                    sums.push(Phase::default());
+                }
+                sums[phase].seconds += (now - since).as_secs_f64();
+                sums[phase].stored += (after.stored - before.stored) as f64;
+                sums[phase].loaded += (after.loaded - before.loaded) as f64;
+                (before, since, phase) = (after, now, phase + 1);
+            };
+            step(&mut ends)?;
+            ends();
+            count += 1;
         }
-        let after = pager.stats();
-        let steps = times.len() as f64;
-        let each = |before: u64, after: u64| (after - before) as f64 / steps;
-        let (stored, loaded) = (each(before.stored, after.stored), each(before.loaded, after.loaded));
-        let stall = (after.stall - before.stall).as_secs_f64() / steps;
-        let prefetched = each(before.prefetched, after.prefetched) * self.page as f64;
-        let ahead = if loaded > 0.0 { prefetched / loaded } else { 0.0 };
-        let disk = self.disk.seconds(stored, loaded);
-        let figures = Figures { seconds: median(&mut times), stored, loaded, ahead, stall, disk };
-        Ok((figures, beside.is_some().then(|| median(&mut others))))
+        let (last, count) = (pager.stats(), count as f64);
+        let mean = |sum: &Phase| Phase {
+            seconds: sum.seconds / count,
+            stored: sum.stored / count,
+            loaded: sum.loaded / count,
+        };
+        Ok(Means {
+            phases: sums.iter().map(mean).collect(),
+            stall: (last.stall - first.stall).as_secs_f64() / count,
+            prefetched: (last.prefetched - first.prefetched) as f64 / count,
+        })
     }
 }
 
-fn timed(step: &mut Step) -> Result<f64, Failure> {
-    let begun = Instant::now();
-    step()?;
-    Ok(begun.elapsed().as_secs_f64())
+/// What a round found.
+fn figures(without: &Means, rates: &Rates, on_pager: &Means, page: f64) -> Figures {
+    let (all, compute) = (on_pager.all(), without.all().seconds);
+    let disk = rates.seconds(all.stored, all.loaded);
+    let pairs = without.phases.iter().zip(&on_pager.phases);
+    let least: f64 = pairs.map(|(plain, paged)| plain.seconds.max(rates.seconds(paged.stored, paged.loaded))).sum();
+    let bound = all.seconds / compute.max(disk);
+    Figures {
+        seconds: all.seconds,
+        compute,
+        ratio: all.seconds / compute,
+        stored: all.stored,
+        loaded: all.loaded,
+        ahead: if all.loaded > 0.0 { on_pager.prefetched * page / all.loaded } else { 0.0 },
+        stall: on_pager.stall,
+        disk,
+        bound,
+        spread: [bound; 2],
+        phases: all.seconds / least,
+    }
 }
 
 /// The middle of some numbers, of which there is one at least.

@@ -18,5 +18,5 @@ pub fn make(backend: Arc<dyn Backend>, moments: Moments, tensors: usize, element
         parameters.push(Named { name: format!("tensor {i}"), parameter });
     }
     let mut adamw = AdamW::new(backend, moments, Hyper::default(), parameters)?;
-    Ok(Box::new(move || Ok(adamw.update(&gradients, 1e-4, 1.0)?)))
+    Ok(Box::new(move |_| Ok(adamw.update(&gradients, 1e-4, 1.0)?)))
 }

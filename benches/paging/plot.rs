@@ -94,8 +94,8 @@ pub fn plot(series: &[Series]) -> String {
         };
         series.iter().map(of).fold(0.0, f64::max)
     };
-    let ratio = |series: &Series, figures: &Figures| figures.seconds / series.compute;
-    let least = |series: &Series, figures: &Figures| figures.disk.max(series.compute) / series.compute;
+    let ratio = |_: &Series, figures: &Figures| figures.ratio;
+    let least = |figures: &Figures| figures.disk.max(figures.compute) / figures.compute;
     let moved = |series: &Series, figures: &Figures| (figures.stored + figures.loaded) / series.bytes as f64;
 
     let doublings = most(&ratio).max(2.0).log2().ceil() as i32;
@@ -109,7 +109,7 @@ pub fn plot(series: &[Series]) -> String {
     bytes.frame(&mut svg, "bytes written and read by a step / all bytes", &marks, &shares);
 
     for (i, (series, colour)) in series.iter().zip(COLOURS).enumerate() {
-        times.path(&mut svg, "least", colour, series, |figures| least(series, figures));
+        times.path(&mut svg, "least", colour, series, least);
         times.path(&mut svg, "time", colour, series, |figures| ratio(series, figures));
         bytes.path(&mut svg, "bytes", colour, series, |figures| moved(series, figures));
         let (left, y) = (WIDTH - RIGHT + 18.0, TOPS[0] + 12.0 + 22.0 * i as f64);

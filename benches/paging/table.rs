@@ -4,7 +4,7 @@ use crate::disk::Disk;
 use crate::meter::{Row, Series};
 use std::fmt::Write;
 
-const HEADS: [&str; 10] = [
+const HEADS: [&str; 12] = [
     "in memory",
     "ms",
     "/ no pager",
@@ -15,10 +15,12 @@ const HEADS: [&str; 10] = [
     "compute ms",
     "disk ms",
     "bound",
+    "(spread)",
+    "phases",
 ];
 
 /// The cells of a row, as [`HEADS`] calls them.
-fn cells(row: &Row, compute: f64) -> [String; 10] {
+fn cells(row: &Row) -> [String; 12] {
     let share = format!("{:.0} %", 100.0 * row.share);
     let Some(figures) = &row.figures else {
         let mut cells = std::array::from_fn(|_| String::new());
@@ -30,14 +32,16 @@ fn cells(row: &Row, compute: f64) -> [String; 10] {
     [
         share,
         ms(figures.seconds),
-        format!("{:.2}", figures.seconds / compute),
+        format!("{:.2}", figures.ratio),
         mib(figures.stored),
         mib(figures.loaded),
         format!("{:.0} %", 100.0 * figures.ahead),
         ms(figures.stall),
-        ms(compute),
+        ms(figures.compute),
         ms(figures.disk),
-        format!("{:.2}", figures.bound(compute)),
+        format!("{:.2}", figures.bound),
+        format!("({:.2}–{:.2})", figures.spread[0], figures.spread[1]),
+        format!("{:.2}", figures.phases),
     ]
 }
 
@@ -51,7 +55,7 @@ pub fn text(series: &Series) -> String {
     };
     line(&HEADS);
     for row in &series.rows {
-        line(&cells(row, series.compute).each_ref().map(String::as_str));
+        line(&cells(row).each_ref().map(String::as_str));
     }
     text
 }
@@ -61,7 +65,7 @@ pub fn markdown(disk: &Disk, series: &[Series]) -> String {
     let mut text = format!("{disk}\n\n| work | {} |\n|---|{}\n", HEADS.join(" | "), "---:|".repeat(HEADS.len()));
     for series in series {
         for row in &series.rows {
-            let _ = writeln!(text, "| {} | {} |", series.name, cells(row, series.compute).join(" | "));
+            let _ = writeln!(text, "| {} | {} |", series.name, cells(row).join(" | "));
         }
     }
     text

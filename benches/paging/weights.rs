@@ -36,7 +36,7 @@ pub fn make(
     }
     let inputs = Tensor::constant(backend.upload(&draw(tokens * width, 2, 1.0))?, [tokens, width])?;
     let seed = Arc::new(backend.upload(&draw(tokens * width, 3, 1.0))?);
-    Ok(Box::new(move || {
+    Ok(Box::new(move |_| {
         let (tape, mut x) = (Tape::new(backend.clone()), inputs.clone());
         for (base, a, b) in &stack {
             let (a, b) = (a.tensor(), b.tensor());

@@ -23,7 +23,9 @@ pub struct Sizes {
     pub shares: &'static [f64],
     /// Steps before those that count.
     pub warm_up: usize,
-    /// Fewest and most steps that count, and seconds after which there are enough.
+    /// Fewest and most rounds, and seconds after which there are enough.
+    pub rounds: (usize, usize, f64),
+    /// The same of the steps of a round, with a pager and without.
     pub steps: (usize, usize, f64),
     /// Tensors of the optimiser's, and elements of each.
     pub tensors: [usize; 2],
@@ -43,7 +45,8 @@ impl Sizes {
             disk: 512 << 20,
             shares: &[1.5, 1.0, 0.75, 0.5, 0.25, 0.1],
             warm_up: 3,
-            steps: (3, 15, 1.0),
+            rounds: (3, 7, 4.0),
+            steps: (1, 5, 0.3),
             tensors: [16, 1 << 20],
             stacks: [[32, 1024], [24, 2048]],
             tokens: [64, 1024],
@@ -57,6 +60,7 @@ impl Sizes {
             disk: 16 << 20,
             shares: &[1.5, 0.5],
             warm_up: 2,
+            rounds: (1, 2, 0.1),
             steps: (1, 2, 0.1),
             tensors: [8, 1 << 18],
             stacks: [[8, 512], [8, 1024]],
