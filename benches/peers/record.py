@@ -38,14 +38,15 @@ def steps(binary, rounds, only):
     options = lambda of, threads: argparse.Namespace(
         binary=binary, config=of[0], method=of[1], dtype=of[2], threads=threads, rounds=rounds, steps=8)
     name = lambda of: f"{of[0]}, {of[1]} step, {of[2]}"
+    found = {}
     for of in (of for of in STEPS if only in name(of)):
-        best = train_step.both(options(of, os.cpu_count()))
+        best = found[of] = train_step.both(options(of, os.cpu_count()))
         mine, theirs = best["rankfold"], best["torch"]
         yield dict(name=name(of), unit="tokens/s", rankfold=mine["rate"], peer=theirs["rate"],
                    rankfold_rss=mine["rss"], peer_rss=theirs["rss"])
     for of in () if only else STEPS[:2]:
-        one, all_ = (train_step.both(options(of, threads)) for threads in (1, os.cpu_count()))
-        speedup = lambda side: all_[side]["rate"] / one[side]["rate"]
+        one = train_step.both(options(of, 1))
+        speedup = lambda side: found[of][side]["rate"] / one[side]["rate"]
         yield dict(name=f"{of[0]}, {of[1]}, {of[2]}: 1 to {os.cpu_count()} threads", unit="times",
                    rankfold=speedup("rankfold"), peer=speedup("torch"))
 

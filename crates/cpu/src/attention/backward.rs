@@ -11,7 +11,7 @@
 //!
 //! dq, dk and dv are formed each where asked for, and dP and dS only for dq and dk.
 
-use super::{KEYS, QUERIES, Scaled, Shape, padded, parts, take, within};
+use super::{KEYS, QUERIES, Scaled, Shape, blocks, padded, parts, take, within};
 use crate::elementwise::Dot;
 use crate::gemm::near::{Multiply, Strided};
 use crate::scratch;
@@ -72,9 +72,9 @@ struct KeyHead<'a> {
 struct Keys<'a> {
     first: usize,
     end: usize,
-    /// As right panels: k and v [head_dim, KEYS], and k [KEYS, head_dim].
-    across_k: &'a mut [f32],
-    across_v: &'a mut [f32],
+    /// As right panels: kᵀ and vᵀ [head_dim, KEYS], and k [KEYS, head_dim].
+    kt: &'a mut [f32],
+    vt: &'a mut [f32],
     k: &'a mut [f32],
     /// dk and dv [blocks·KEYS, width]
     dk: &'a mut [f32],
@@ -89,8 +89,8 @@ struct Block<'a> {
     q: &'a mut [f32],
     dout: &'a mut [f32],
     /// As right panels: q and dout [QUERIES, head_dim].
-    across_q: &'a mut [f32],
-    across_dout: &'a mut [f32],
+    right_q: &'a mut [f32],
+    right_dout: &'a mut [f32],
     /// Σ dS k [QUERIES, width]
     dq: &'a mut [f32],
     /// D [QUERIES]
@@ -104,7 +104,7 @@ struct Block<'a> {
 /// Room for the panels of one head.
 struct Room {
     /// [head_dim, KEYS], [KEYS, head_dim] and [QUERIES, head_dim] as right panels.
-    across: usize,
+    kt: usize,
     keys: usize,
     queries: usize,
     /// [QUERIES, head_dim] as left panels.
@@ -122,7 +122,7 @@ impl KeyHead<'_> {
     fn room(&self) -> Room {
         let (near, depth) = (self.shape.near, self.shape.p.head_dim);
         Room {
-            across: near.right_len(depth, KEYS),
+            kt: near.right_len(depth, KEYS),
             keys: near.right_len(KEYS, depth),
             queries: near.right_len(QUERIES, depth),
             left: near.left_len(QUERIES, depth),
@@ -134,21 +134,21 @@ impl KeyHead<'_> {
         let (Shape { p, width, .. }, b, room) = (self.shape, self.b, self.room());
         let span = self.shape.span(b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
-        let blocks = (span.end - first).div_ceil(KEYS);
+        let count = (span.end - first).div_ceil(KEYS);
         let [dq, dk, dv, ds] = [self.dq.is_some(), self.dk.is_some(), self.dv.is_some(), self.needs_ds()];
         // Long enough for all three.
-        let of_keys = blocks * (2 * room.across + room.keys + 2 * KEYS * width);
+        let of_keys = count * (2 * room.kt + room.keys + 2 * KEYS * width);
         let of_block = 2 * (room.left + room.queries) + QUERIES * (width + 1 + 2 * KEYS) + room.panel;
         scratch::with(of_keys + of_block, |mut s| {
             let mut take_if = |needed: bool, len: usize| take(&mut s, if needed { len } else { 0 });
             let mut keys = Keys {
                 first,
                 end: span.end,
-                across_k: take_if(true, blocks * room.across),
-                across_v: take_if(ds, blocks * room.across),
-                k: take_if(dq, blocks * room.keys),
-                dk: take_if(dk, blocks * KEYS * width),
-                dv: take_if(dv, blocks * KEYS * width),
+                kt: take_if(true, count * room.kt),
+                vt: take_if(ds, count * room.kt),
+                k: take_if(dq, count * room.keys),
+                dk: take_if(dk, count * KEYS * width),
+                dv: take_if(dv, count * KEYS * width),
             };
             self.pack_keys(&mut keys, &room);
             let mut block = Block {
@@ -156,8 +156,8 @@ impl KeyHead<'_> {
                 queries: 0..0,
                 q: take_if(true, room.left),
                 dout: take_if(ds, room.left),
-                across_q: take_if(dk, room.queries),
-                across_dout: take_if(dv, room.queries),
+                right_q: take_if(dk, room.queries),
+                right_dout: take_if(dv, room.queries),
                 dq: take_if(dq, QUERIES * width),
                 d: take_if(ds, QUERIES),
                 p: take_if(true, QUERIES * KEYS),
@@ -179,9 +179,9 @@ impl KeyHead<'_> {
         let Shape { p, near, .. } = self.shape;
         let head = |x, along| self.shape.key_head(x, self.b, self.g, along);
         for (i, range) in parts(keys.first..keys.end, KEYS).enumerate() {
-            near.right(head(self.saved.k, true), 0..p.head_dim, range.clone(), &mut keys.across_k[i * room.across..]);
+            near.right(head(self.saved.k, true), 0..p.head_dim, range.clone(), &mut keys.kt[i * room.kt..]);
             if self.needs_ds() {
-                let out = &mut keys.across_v[i * room.across..];
+                let out = &mut keys.vt[i * room.kt..];
                 near.right(head(self.saved.v, true), 0..p.head_dim, range.clone(), out);
             }
             if self.dq.is_some() {
@@ -197,10 +197,10 @@ impl KeyHead<'_> {
         let head = |x, along| self.shape.head(x, self.b, block.head, along);
         near.left(head(saved.q, true), queries.clone(), 0..p.head_dim, block.q);
         if self.dk.is_some() {
-            near.right(head(saved.q, false), queries.clone(), 0..p.head_dim, block.across_q);
+            near.right(head(saved.q, false), queries.clone(), 0..p.head_dim, block.right_q);
         }
         if self.dv.is_some() {
-            near.right(head(saved.dout, false), queries.clone(), 0..p.head_dim, block.across_dout);
+            near.right(head(saved.dout, false), queries.clone(), 0..p.head_dim, block.right_dout);
         }
         if self.needs_ds() {
             near.left(head(saved.dout, true), queries.clone(), 0..p.head_dim, block.dout);
@@ -216,12 +216,10 @@ impl KeyHead<'_> {
         let Shape { p, isa, width, .. } = self.shape;
         self.pack_queries(block);
         block.dq.fill(0.0);
-        let span = self.shape.span(self.b, block.queries.clone());
-        for (i, range) in parts(keys.first..keys.end, KEYS).enumerate() {
-            if range.end > span.start && range.start < span.end {
-                self.scores(keys, block, room, i, range.clone());
-                self.key_gradients(keys, block, range);
-            }
+        let seen = self.shape.span(self.b, block.queries.clone());
+        for (i, range) in blocks(keys.first..keys.end, seen) {
+            self.scores(keys, block, room, i, range.clone());
+            self.key_gradients(keys, block, range);
         }
         let Some(dq) = self.dq else { return };
         for (r, i) in block.queries.clone().enumerate() {
@@ -238,14 +236,14 @@ impl KeyHead<'_> {
             let queries = block.queries.start + rows.start..block.queries.start + rows.end;
             let (seen, m) = (within(&self.shape.span(self.b, queries.clone()), range.start), rows.len());
             let columns = padded(&seen);
-            let scores = (true, &*block.q, &*keys.across_k, &mut *block.p);
-            let dp = (self.needs_ds(), &*block.dout, &*keys.across_v, &mut *block.ds);
+            let scores = (true, &*block.q, &*keys.kt, &mut *block.p);
+            let dp = (self.needs_ds(), &*block.dout, &*keys.vt, &mut *block.ds);
             for (_, left, right, c) in [scores, dp].into_iter().filter(|(needed, ..)| *needed) {
                 near.multiply(Multiply {
                     rows: m,
                     k: depth,
                     left: &left[near.left_start(rows.start, depth)..],
-                    right: &right[i * room.across..],
+                    right: &right[i * room.kt..],
                     right_k: depth,
                     first: 0,
                     columns: columns.clone(),
@@ -266,7 +264,7 @@ impl KeyHead<'_> {
                 ds: self.needs_ds().then(|| (&mut block.ds[of_rows], &block.d[rows.clone()])),
             });
             if self.dq.is_some() && !seen.is_empty() {
-                let from = seen.start / near.step() * near.step();
+                let from = near.floor(seen.start);
                 near.left(
                     Strided { data: block.ds, stride: KEYS, along: true },
                     rows.clone(),
@@ -296,11 +294,10 @@ impl KeyHead<'_> {
         for rows in near.panels(seen.len()) {
             let rows = seen.start + rows.start..seen.start + rows.end;
             // The causal triangle: queries before the first of these keys do not see it.
-            let first = (range.start + rows.start).saturating_sub(p.query_offset + block.queries.start);
-            let from = first / near.step() * near.step();
+            let from = near.floor((range.start + rows.start).saturating_sub(p.query_offset + block.queries.start));
             let of_key = (range.start - keys.first + rows.start) * width;
-            let dv = (self.dv.is_some(), &*block.p, &*block.across_dout, &mut *keys.dv);
-            let dk = (self.dk.is_some(), &*block.ds, &*block.across_q, &mut *keys.dk);
+            let dv = (self.dv.is_some(), &*block.p, &*block.right_dout, &mut *keys.dv);
+            let dk = (self.dk.is_some(), &*block.ds, &*block.right_q, &mut *keys.dk);
             for (_, data, right, c) in [dv, dk].into_iter().filter(|(asked, ..)| *asked) {
                 near.left(Strided { data, stride: KEYS, along: false }, rows.clone(), from..n, block.panel);
                 near.multiply(Multiply {

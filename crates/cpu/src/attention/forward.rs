@@ -2,7 +2,7 @@
 //! m = max s, l = Σ exp(s − m) and the output Σ exp(s − m) v; a block with a larger maximum scales the latter two by
 //! exp(m_old − m_new). At the end out = output / l and lse = m + log l. A task is one head of one sequence.
 
-use super::{KEYS, QUERIES, Scaled, Shape, padded, parts, take, within};
+use super::{KEYS, QUERIES, Scaled, Shape, blocks, padded, parts, take, within};
 use crate::gemm::near::{Multiply, Strided};
 use crate::scratch;
 use crate::simd::{Isa, Kernel, Simd, exp};
@@ -66,11 +66,11 @@ impl Head<'_> {
         let (b, g, depth) = (self.b, self.h / self.shape.group(), p.head_dim);
         let span = self.shape.span(b, 0..p.queries);
         let first = span.start / KEYS * KEYS;
-        let blocks = (span.end - first).div_ceil(KEYS);
+        let count = (span.end - first).div_ceil(KEYS);
         let (of_k, of_v) = (near.right_len(depth, KEYS), near.right_len(KEYS, depth));
         let (of_q, of_tile) = (near.left_len(QUERIES, depth), near.left_len(near.height(), KEYS));
         let of_block = of_q + QUERIES * (width + 2) + near.height() * KEYS + of_tile;
-        scratch::with(blocks * (of_k + of_v) + of_block, |mut s| {
+        scratch::with(count * (of_k + of_v) + of_block, |mut s| {
             let mut block = Block {
                 q: take(&mut s, of_q),
                 sums: take(&mut s, QUERIES * width),
@@ -79,7 +79,7 @@ impl Head<'_> {
                 scores: take(&mut s, near.height() * KEYS),
                 weights: take(&mut s, of_tile),
             };
-            let (packed_k, packed_v) = (take(&mut s, blocks * of_k), take(&mut s, blocks * of_v));
+            let (packed_k, packed_v) = (take(&mut s, count * of_k), take(&mut s, count * of_v));
             for (i, keys) in parts(first..span.end, KEYS).enumerate() {
                 let (k, v) = (self.shape.key_head(k, b, g, true), self.shape.key_head(v, b, g, false));
                 near.right(k, 0..depth, keys.clone(), &mut packed_k[i * of_k..]);
@@ -90,7 +90,8 @@ impl Head<'_> {
                 block.sums.fill(0.0);
                 block.m.fill(f32::NEG_INFINITY);
                 block.l.fill(0.0);
-                for (i, range) in parts(first..span.end, KEYS).enumerate() {
+                let seen = self.shape.span(b, queries.clone());
+                for (i, range) in blocks(first..span.end, seen) {
                     let keys = Keys { range, k: &packed_k[i * of_k..], v: &packed_v[i * of_v..] };
                     for rows in near.panels(queries.len()) {
                         self.pass(&keys, &mut block, queries.start, rows);
@@ -133,7 +134,7 @@ impl Head<'_> {
             l: &mut block.l[rows.clone()],
             sums: &mut block.sums[rows.start * width..rows.end * width],
         });
-        let from = seen.start / near.step() * near.step();
+        let from = near.floor(seen.start);
         let weights = Strided { data: block.scores, stride: KEYS, along: true };
         near.left(weights, 0..m, from..seen.end, block.weights);
         near.multiply(Multiply {

@@ -119,6 +119,11 @@ fn parts(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>>
     range.clone().step_by(step).map(move |start| start..range.end.min(start + step))
 }
 
+/// The blocks of keys of `all` that hold some of `seen`: their places, and their keys.
+fn blocks(all: Range<usize>, seen: Range<usize>) -> impl Iterator<Item = (usize, Range<usize>)> {
+    parts(all, KEYS).enumerate().filter(move |(_, keys)| keys.start < seen.end && seen.start < keys.end)
+}
+
 /// Cut `len` elements off the front of a scratch.
 fn take<'a>(scratch: &mut &'a mut [f32], len: usize) -> &'a mut [f32] {
     let (front, rest) = std::mem::take(scratch).split_at_mut(len);

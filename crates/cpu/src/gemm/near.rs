@@ -2,7 +2,7 @@
 //! the same panels and microkernels, within one task.
 //!
 //! The caller packs what it multiplies, once for as many products as it can, and names what part of the packed panels
-//! a product takes: panels of rows and of columns, and of k from any step ([`Near::step`]) on.
+//! a product takes: panels of rows and of columns, and of k from some places ([`Near::floor`]) on.
 
 use super::micro::{self, Geometry, Micro, Product};
 use super::operand::{Left, Right, WeightSlice};
@@ -39,7 +39,7 @@ pub(crate) struct Multiply<'a> {
     pub(crate) left: &'a [f32],
     /// Panels of the right operand.
     pub(crate) right: &'a [f32],
-    /// What the right panels were packed of, and the element that the sums start at: a multiple of [`Near::step`].
+    /// What the right panels were packed of, and the element that the sums start at: one that [`Near::floor`] gives.
     pub(crate) right_k: usize,
     pub(crate) first: usize,
     /// Columns of the right panels: multiples of [`PAD`].
@@ -58,9 +58,10 @@ impl Near {
         Self { isa, compute, geometry: micro::geometry(isa, compute) }
     }
 
-    /// Elements of k that sums may start at a multiple of.
-    pub(crate) fn step(&self) -> usize {
-        self.geometry.k * self.geometry.units
+    /// The last place at or before element k that a product's sums may start at.
+    pub(crate) fn floor(&self, k: usize) -> usize {
+        let step = self.geometry.k * self.geometry.units;
+        k / step * step
     }
 
     /// The most rows of one left panel.
@@ -115,7 +116,7 @@ impl Near {
             return;
         }
         assert!(columns.start.is_multiple_of(PAD) && columns.end.is_multiple_of(PAD), "whole vectors");
-        assert!(product.first.is_multiple_of(self.step()) && product.first + k <= product.right_k, "a part of k");
+        assert!(product.first == self.floor(product.first) && product.first + k <= product.right_k, "a part of k");
         assert!(self.left_len(rows, k) <= product.left.len(), "left panels");
         assert!(self.right_len(product.right_k, columns.end) <= product.right.len(), "right panels");
         assert!((rows - 1) * stride + columns.len() <= product.c.len(), "c");
@@ -246,7 +247,7 @@ mod tests {
             let compute = if bf16 { Compute::Bf16 } else { Compute::F32 };
             for isa in isas() {
                 let near = Near::new(isa, compute);
-                let first = (from * panel_k as f64) as usize / near.step() * near.step();
+                let first = near.floor((from * panel_k as f64) as usize);
                 let k = 1 + (length * (panel_k - first) as f64) as usize;
                 let k = k.min(panel_k - first);
                 let vectors = n.div_ceil(PAD);
