@@ -8,7 +8,8 @@
 //! Which vector instructions it uses is the machine's to say, so that another machine may give other last bits.
 
 use crate::{Error, Result};
-use faer::MatRef;
+use faer::linalg::svd::{ComputeSvdVectors, svd_scratch};
+use faer::{MatRef, Par};
 
 /// U S Vᵀ, the largest first.
 #[derive(Clone, Debug)]
@@ -47,6 +48,20 @@ pub fn svd(module: &str, w: &[f64], [rows, columns]: [usize; 2], rank: usize) ->
         s: (0..rank).map(|k| s[k]).collect(),
         vt: (0..rank * columns).map(|i| signs[i / columns] * v[(i % columns, i / columns)]).collect(),
     })
+}
+
+/// Bytes that [`svd`] takes of the heap while it works: U, V and what the iteration needs, four times W where W is not
+/// nearly square.
+pub(crate) fn svd_bytes([rows, columns]: [usize; 2]) -> usize {
+    let thin = ComputeSvdVectors::Thin;
+    let scratch = svd_scratch::<f64>(rows, columns, thin, thin, Par::Seq, Default::default());
+    let vectors = rows.saturating_add(columns).saturating_mul(rows.min(columns));
+    scratch.unaligned_bytes_required().saturating_add(vectors.saturating_mul(size_of::<f64>()))
+}
+
+/// The same of [`qr`]: the reflections, beside them R, and Q, each no larger than W.
+pub(crate) fn qr_bytes([rows, columns]: [usize; 2]) -> usize {
+    rows.saturating_mul(columns).saturating_mul(3 * size_of::<f64>())
 }
 
 /// The first `rank` columns of Q and rows of R, of w [rows, columns], row-major; all of them where there are fewer.

@@ -17,7 +17,7 @@
 //! goes on from keeps A, B and A₀, B₀ apart. W₀ was rounded and W was not: beside the original base the update is off
 //! by that rounding, as it is with PEFT.
 
-use crate::decompose::{qr, svd};
+use crate::decompose::{qr, qr_bytes, svd, svd_bytes};
 use crate::lora::{Form, Part};
 use crate::merge::{merged_weight, values};
 use crate::remade::{four_bits, requantised};
@@ -41,6 +41,22 @@ pub(crate) fn first_values(backend: &dyn Backend, layer: &Linear, spec: LoraSpec
             Ok([narrow(&found.r), narrow(&found.q)])
         }
         _ => balanced(layer.path(), &w, dims, spec),
+    }
+}
+
+impl Init {
+    /// Bytes that beginning so takes for a while, for a layer [outputs, inputs] with a base in 4 bits or a dense one: W
+    /// in f32 and in f64, for LoftQ what is left of it too, and what the decomposition works in. PiSSA's remainder is
+    /// formed in buffers of f32 before it is 4 bits.
+    pub fn working_bytes(self, dims: [usize; 2], in_4_bits: bool) -> usize {
+        let of_w = |bytes: usize| dims[0].saturating_mul(dims[1]).saturating_mul(bytes);
+        match self {
+            Self::Pissa if in_4_bits => of_w(4 + 8 + 4 * 4).saturating_add(svd_bytes(dims)),
+            Self::Pissa => of_w(4 + 8).saturating_add(svd_bytes(dims)),
+            Self::Olora => of_w(4 + 8).saturating_add(qr_bytes(dims)),
+            Self::Loftq { .. } => of_w(3 * 4 + 2 * 8).saturating_add(svd_bytes(dims)),
+            Self::Kaiming | Self::Gaussian | Self::Random => 0,
+        }
     }
 }
 

@@ -27,6 +27,7 @@ mod embedding;
 mod gemm;
 mod hard_concrete;
 mod importance;
+mod kernels;
 mod linear;
 mod quantize4;
 mod quantize8;

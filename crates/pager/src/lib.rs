@@ -41,6 +41,7 @@ mod frames;
 #[cfg(test)]
 mod guarded;
 mod handle;
+mod heap;
 mod host;
 mod limit;
 mod memory;
@@ -61,6 +62,7 @@ pub use device::{Device, DeviceRegion, OnHost};
 pub use error::{Error, Result};
 pub use file::{FileFigures, FileOptions};
 pub use handle::{Access, Allocation, Hold, Options, PAGES, Pager, Pin, PinMut};
+pub use heap::give_back_what_is_freed;
 pub use host::{Host, HostRegion};
 pub use limit::{Limit, ProcessLimit};
 pub use memory::Memory;

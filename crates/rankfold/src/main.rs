@@ -62,6 +62,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    rankfold_pager::give_back_what_is_freed();
     tracing_subscriber::registry().with(messages::layer()).init();
     let outcome = std::panic::catch_unwind(|| {
         let cli = match Cli::try_parse() {

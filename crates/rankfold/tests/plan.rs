@@ -64,6 +64,24 @@ fn the_small_configuration_takes_what_was_planned() {
     }
 }
 
+/// Starts that decompose every matrix, in so small a batch that this is what takes most.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_decomposition_takes_what_was_planned() {
+    let place = Place::new();
+    let model = place.small()[0].clone();
+    let tokens = place.tokens([1, 16]);
+    for options in [
+        &["--init", "pissa"][..],
+        &["--init", "olora"],
+        &["--init", "pissa", "--quantize", "nf4"],
+        &["--init", "olora", "--quantize", "nf4"],
+        &["--init", "loftq", "--quantize", "nf4"],
+    ] {
+        measure(&place, &[&["--model", &model, "--tokens", &tokens], options].concat());
+    }
+}
+
 const LLAMA_65B: &str = r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 8192, "num_hidden_layers": 80,
     "num_attention_heads": 64, "intermediate_size": 22016, "rms_norm_eps": 1e-5, "rope_theta": 10000,
     "torch_dtype": "float16"}"#;

@@ -34,9 +34,12 @@ pub(super) fn account(record: &Record, machine: &Machine, size: usize) -> Accoun
     let (mut live, mut large) = (0, Bytes::default());
     // Bytes of the pages of those now, and the most that ever were.
     let (mut pages, mut most_pages) = (0, 0);
+    // The most that was taken of the heap for a while.
+    let mut most_passed = 0;
     let mut phase = Phase::Load;
     let mut peaks: Vec<Peak> = Vec::new();
     for event in &record.events {
+        let mut passed = 0;
         match *event {
             Event::Begun(begun) => phase = begun,
             Event::Scratch([main, other]) => {
@@ -74,16 +77,20 @@ pub(super) fn account(record: &Record, machine: &Machine, size: usize) -> Accoun
                     pool.give(block);
                 }
             }
+            Event::Passed(bytes) => passed = bytes,
         }
+        most_passed = most_passed.max(passed);
+        let mut moment = now;
+        moment[Category::Working] = moment[Category::Working].saturating_add(passed);
         let peak = match peaks.iter().position(|peak| peak.phase == phase) {
             Some(found) => &mut peaks[found],
-            None => peaks.push_mut(Peak { phase, bytes: now, pageable: large }),
+            None => peaks.push_mut(Peak { phase, bytes: moment, pageable: large }),
         };
         // What the pool keeps is counted at the phase's worst, beside what is in use when most is.
-        let resident = now.sum() + pool.resident.saturating_sub(live);
+        let resident = moment.sum() + pool.resident.saturating_sub(live);
         let most = peak.bytes.sum().max(resident);
-        if now.sum() > peak.in_use() {
-            (peak.bytes, peak.pageable) = (now, large);
+        if moment.sum() > peak.in_use() {
+            (peak.bytes, peak.pageable) = (moment, large);
         }
         peak.bytes[Category::Pool] = most - peak.in_use();
     }
@@ -94,7 +101,7 @@ pub(super) fn account(record: &Record, machine: &Machine, size: usize) -> Accoun
     }
     peaks.sort_by_key(|peak| Phase::ALL.iter().position(|phase| *phase == peak.phase));
     // Small blocks are never given back: at the end there are as many as ever were.
-    let fixed = machine.program + now[Category::Scratch] + small.resident;
+    let fixed = (machine.program + now[Category::Scratch] + small.resident).saturating_add(most_passed);
     let floor = Floor::new(record, fixed, size, most_pages + most_pages / 4 + SLACK);
     Account { phases: peaks, floor }
 }

@@ -20,6 +20,8 @@ pub(super) enum Event {
     Freed(usize),
     /// Bytes of the kernels' working memory from now on: of the calling thread's, of each other's.
     Scratch([u64; 2]),
+    /// Bytes of the heap that were taken and given back.
+    Passed(u64),
 }
 
 /// A buffer.
@@ -164,6 +166,11 @@ impl Ledger {
             let bytes = record.scratch.bytes();
             record.events.push(Event::Scratch(bytes));
         }
+    }
+
+    /// Bytes that were taken of the heap and given back to the system at once.
+    pub(super) fn passed(&self, bytes: u64) {
+        self.record().events.push(Event::Passed(bytes));
     }
 
     /// Take the record; what is freed from now on is not seen.

@@ -104,7 +104,7 @@ fn counted(setup: &Setup) -> [u64; 3] {
         match *event {
             Event::Made(piece) => drop(blocks.insert(piece, pool.take(record.pieces[piece].bytes))),
             Event::Freed(piece) => pool.give(blocks.remove(&piece).unwrap()),
-            Event::Begun(_) | Event::Scratch(_) => {}
+            Event::Begun(_) | Event::Scratch(_) | Event::Passed(_) => {}
         }
     }
     pool.classes()
