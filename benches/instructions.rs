@@ -77,12 +77,12 @@ fn adapted(backend: Arc<dyn Backend>, precision: Precision, dropout: f64) -> Res
 
 fn qlora(backend: Arc<dyn Backend>) -> Result<Step, Failure> {
     let model = adapted(backend, NF4, 0.0)?;
-    llama::training(model, Moments::F32, Compute::F32, BATCH)
+    llama::training(model, Moments::F32, llama::recipe(Compute::F32), BATCH)
 }
 
 fn lora(backend: Arc<dyn Backend>) -> Result<Step, Failure> {
     let model = adapted(backend, Precision::AsStored, 0.1)?;
-    llama::training(model, Moments::Blockwise8, Compute::Bf16, BATCH)
+    llama::training(model, Moments::Blockwise8, llama::recipe(Compute::Bf16), BATCH)
 }
 
 fn tokens(backend: Arc<dyn Backend>) -> Result<Step, Failure> {

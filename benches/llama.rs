@@ -41,9 +41,15 @@ pub fn random(backend: Arc<dyn Backend>, dimensions: [usize; 6], precision: Prec
     Ok(Model::load(backend, &Checkpoint::open(folder.path())?, config, precision)?)
 }
 
+/// Steps whose products are in `compute`, clipped, at a small constant rate.
+pub fn recipe(compute: Compute) -> Recipe {
+    let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
+    Recipe { clip: 1.0, compute, ..Recipe::new(schedule) }
+}
+
 /// Steps of AdamW on all that is trained of a model, on one batch of `rows` rows of `seq` tokens. Their phases: the
 /// gradients, the update.
-pub fn training(model: Model, moments: Moments, compute: Compute, [rows, seq]: [usize; 2]) -> Result<Step, Failure> {
+pub fn training(model: Model, moments: Moments, recipe: Recipe, [rows, seq]: [usize; 2]) -> Result<Step, Failure> {
     let mut optimizer = AdamW::new(model.backend().clone(), moments, Hyper::default(), model.parameters())?;
     let tokens = rows * seq;
     let ids: Vec<u32> = (0..tokens).map(|t| (31 * t % model.config.vocab) as u32).collect();
@@ -56,8 +62,6 @@ pub fn training(model: Model, moments: Moments, compute: Compute, [rows, seq]: [
         seq,
     };
     let mut batches = Batches::Fixed(batch);
-    let schedule = Schedule { lr: 1e-5, decay: Decay::Constant, warmup: 0, steps: 1 };
-    let recipe = Recipe { clip: 1.0, compute, ..Recipe::new(schedule) };
     let mut step = 0;
     Ok(Box::new(move |between| {
         step += 1;

@@ -10,5 +10,5 @@ use std::sync::Arc;
 /// Its steps on one batch of so many rows of so many tokens.
 pub fn make(backend: Arc<dyn Backend>, dimensions: [usize; 6], batch: [usize; 2]) -> Result<Step, Failure> {
     let model = llama::random(backend, dimensions, Precision::Trained)?;
-    llama::training(model, Moments::F32, Compute::F32, batch)
+    llama::training(model, Moments::F32, llama::recipe(Compute::F32), batch)
 }

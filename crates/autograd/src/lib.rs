@@ -21,5 +21,6 @@ mod tensor;
 pub use error::{Error, Result};
 pub use gradients::Gradients;
 pub use ops::{AttentionShape, LinearAdapter};
+pub use saved::SavedAs;
 pub use tape::{Op, Tape};
 pub use tensor::{Base, Parameter, ParameterId, Tensor, Value, Variable};

@@ -3,7 +3,8 @@
 //! Each is remembered with the span of `tracing` that it ran in, and is in it again on the way back: so whoever listens
 //! is told which layer's gradient is formed. Where nobody does, a span is three empty words.
 
-use crate::{Gradients, Result, Tensor, Variable};
+use crate::saved::Roundings;
+use crate::{Gradients, Result, SavedAs, Tensor, Variable};
 use rankfold_backend::{Backend, Buffer, DType, Shape};
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
@@ -30,6 +31,9 @@ struct Node {
 pub struct Tape {
     backend: Arc<dyn Backend>,
     nodes: Option<RefCell<Vec<Node>>>,
+    /// What the operations keep activations in.
+    pub(crate) saved_as: SavedAs,
+    pub(crate) roundings: Roundings,
     /// Whether an operation has had a variable among its inputs, remembered or not.
     trains: Cell<bool>,
 }
@@ -37,12 +41,18 @@ pub struct Tape {
 impl Tape {
     /// A tape that remembers.
     pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, nodes: Some(RefCell::default()), trains: Cell::new(false) }
+        Self { nodes: Some(RefCell::default()), ..Self::inference(backend) }
+    }
+
+    /// The same, with the activations that it remembers kept as `saved_as` says.
+    pub fn saving(backend: Arc<dyn Backend>, saved_as: SavedAs) -> Self {
+        Self { saved_as, ..Self::new(backend) }
     }
 
     /// A tape that only runs: nothing is saved, no tensor has a gradient.
     pub fn inference(backend: Arc<dyn Backend>) -> Self {
-        Self { backend, nodes: None, trains: Cell::new(false) }
+        let (saved_as, roundings) = (SavedAs::default(), Roundings::default());
+        Self { backend, nodes: None, saved_as, roundings, trains: Cell::new(false) }
     }
 
     /// Where the operations run.
@@ -62,13 +72,13 @@ impl Tape {
 
     /// The output of an operation: a variable where any of its inputs is one, else a constant.
     ///
-    /// `op` is only called, and so saves only, where the operation is remembered.
+    /// `op` is called with the output, and only where the operation is remembered: so it saves nothing in vain.
     pub(crate) fn record<O: Op + 'static>(
         &self,
         output: Buffer,
         shape: impl Into<Shape>,
         inputs: &[Option<Variable>],
-        op: impl FnOnce(&Arc<Buffer>) -> O,
+        op: impl FnOnce(&Tensor) -> Result<O>,
     ) -> Result<Tensor> {
         let output = Tensor::constant(output, shape)?;
         if inputs.iter().all(Option::is_none) {
@@ -76,17 +86,24 @@ impl Tape {
         }
         self.trains.set(true);
         let Some(nodes) = &self.nodes else { return Ok(output) };
-        let op = op(output.buffer());
+        let op = op(&output)?;
         Ok(push(&mut nodes.borrow_mut(), output, Some(Box::new(op))))
     }
 
     /// [`Tape::record`] of an output that exists as a tensor already, whatever its inputs are.
-    pub(crate) fn record_shared<O: Op + 'static>(&self, output: &Tensor, op: impl FnOnce() -> O) -> Tensor {
+    pub(crate) fn record_shared<O: Op + 'static>(
+        &self,
+        output: &Tensor,
+        op: impl FnOnce() -> Result<O>,
+    ) -> Result<Tensor> {
         self.trains.set(true);
-        match &self.nodes {
-            Some(nodes) => push(&mut nodes.borrow_mut(), output.detach(), Some(Box::new(op()))),
+        Ok(match &self.nodes {
+            Some(nodes) => {
+                let op = op()?;
+                push(&mut nodes.borrow_mut(), output.detach(), Some(Box::new(op)))
+            }
             None => output.detach(),
-        }
+        })
     }
 
     /// A variable with no producer, whose gradient stays in [`Gradients`] after the walk; a constant of a constant.

@@ -16,9 +16,14 @@ fn rows_a_task(p: &CrossEntropy) -> usize {
     (CHUNK / p.vocab.max(1)).max(1)
 }
 
-/// The labels as columns, `None` where ignored.
-fn columns(p: &CrossEntropy, labels: &[i64]) -> Result<Vec<Option<usize>>> {
-    labels.iter().enumerate().map(|(row, label)| p.column(row, *label)).collect()
+/// The label of a row as a column, `None` where it is ignored. All are checked before.
+fn column(p: &CrossEntropy, labels: &[i64], row: usize) -> Option<usize> {
+    p.column(row, labels[row]).ok().flatten()
+}
+
+/// That every label is a column, or ignored.
+fn check_labels(p: &CrossEntropy, labels: &[i64]) -> Result<()> {
+    labels.iter().enumerate().try_for_each(|(row, label)| p.column(row, *label).map(drop))
 }
 
 /// The losses.
@@ -30,11 +35,13 @@ pub(crate) fn cross_entropy(
     labels: &[i64],
     losses: &mut [f32],
 ) -> Result<()> {
-    let (columns, losses) = (columns(p, labels)?, Disjoint::new(losses));
+    check_labels(p, labels)?;
+    let losses = Disjoint::new(losses);
     threads.run_chunks(p.rows, rows_a_task(p), |rows| {
         for r in rows {
             let logits = &logits[r * p.vocab..(r + 1) * p.vocab];
-            let loss = columns[r].map_or(0.0, |column| isa.run(LogSumExp { logits }) - f64::from(logits[column]));
+            let loss =
+                column(p, labels, r).map_or(0.0, |column| isa.run(LogSumExp { logits }) - f64::from(logits[column]));
             // SAFETY: one task has this row.
             unsafe { losses.get(r..r + 1)[0] = loss as f32 };
         }
@@ -53,12 +60,13 @@ pub(crate) fn cross_entropy_grad_in_place(
     labels: &[i64],
     losses: &mut [f32],
 ) -> Result<()> {
-    let (columns, logits, losses) = (columns(p, labels)?, Disjoint::new(logits), Disjoint::new(losses));
+    check_labels(p, labels)?;
+    let (logits, losses) = (Disjoint::new(logits), Disjoint::new(losses));
     threads.run_chunks(p.rows, rows_a_task(p), |rows| {
         for r in rows {
             // SAFETY: one task has this row.
             let (logits, loss) = unsafe { (logits.get(r * p.vocab..(r + 1) * p.vocab), losses.get(r..r + 1)) };
-            loss[0] = match columns[r] {
+            loss[0] = match column(p, labels, r) {
                 Some(column) => isa.run(Gradient { logits, column, scale }),
                 None => {
                     logits.fill(0.0);

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result};
 use clap::ValueEnum;
 use rankfold_adapters::adalora;
+use rankfold_autograd::SavedAs;
 use rankfold_backend::Format;
 use rankfold_trainer::optimizer::Moments;
 use rankfold_trainer::schedule::Decay;
@@ -191,6 +192,26 @@ impl Optimizer {
     /// Whether they may be paged out.
     pub fn is_paged(self) -> bool {
         matches!(self, Self::PagedAdamw | Self::PagedAdamw8bit)
+    }
+}
+
+/// What is kept of activations for backward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Activations {
+    /// The activations.
+    #[default]
+    F32,
+    /// The activations rounded to bf16.
+    Bf16,
+}
+
+impl From<Activations> for SavedAs {
+    fn from(activations: Activations) -> Self {
+        match activations {
+            Activations::F32 => Self::Computed,
+            Activations::Bf16 => Self::Bf16,
+        }
     }
 }
 

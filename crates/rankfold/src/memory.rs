@@ -54,6 +54,7 @@ pub fn plan(options: &Options, subject: &Subject, [rows, seq]: [usize; 2], threa
         accumulate: options.accumulate.unwrap_or(1),
         evaluates: options.tokens.is_none(),
         checkpointing: options.checkpointing.unwrap_or_default(),
+        saved_as: options.saved_activations.unwrap_or_default().into(),
         compute: options.compute.unwrap_or_default().into(),
         machine,
     })?)

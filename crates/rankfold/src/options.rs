@@ -3,7 +3,7 @@
 //! What is given on the command line wins over the file, the file over the defaults; the resolved options are
 //! written to the run's `run.toml`, from which `--resume` takes them.
 
-use crate::choices::{Biases, Method, Optimizer, PageIo, Prune, Quantize, Schedule, Start};
+use crate::choices::{Activations, Biases, Method, Optimizer, PageIo, Prune, Quantize, Schedule, Start};
 use crate::device::{ComputeType, Device};
 use crate::error::{Error, Result};
 use crate::open::{BLOCK, BUILTIN};
@@ -217,6 +217,11 @@ pub struct Options {
     #[arg(long, num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpointing: Option<bool>,
+    /// What is kept of activations between forward and backward: bf16 takes half the memory, leaves every loss as it is
+    /// and rounds what gradients are computed from [default: f32].
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub saved_activations: Option<Activations>,
     /// Steps between held-out evaluations; 0 for only the first and the last [default: 0].
     #[arg(long, value_name = "N")]
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -365,6 +370,7 @@ impl Options {
             optimizer: Some(Optimizer::default()),
             beta2: Some(0.999),
             checkpointing: Some(false),
+            saved_activations: Some(Activations::default()),
             eval_every: Some(0),
             checkpoint_every: Some(50),
             keep: Some(2),

@@ -57,6 +57,25 @@ fn a_killed_and_resumed_run_gives_the_bits_of_one_that_never_stopped() {
     assert!(before == adapter(&place.path("killed")) && report.exists());
 }
 
+#[test]
+fn activations_saved_in_bf16_are_an_option_that_a_resumed_run_keeps() {
+    let place = Place::new();
+    let (exact, out) = (place.text("exact"), place.text("bf16"));
+    let [threads, other] = ["1", "3"].map(|n| ["--threads", n]);
+    succeed(&run(&exact, &threads));
+    succeed(&run(&out, &[&threads[..], &["--saved-activations", "bf16"]].concat()));
+    let whole = adapter(&place.path("bf16"));
+    assert!(whole != adapter(&place.path("exact")), "bf16 changes nothing");
+    let first = |name: &str| figures(&place.path(name), "loss")[0].to_bits();
+    assert_eq!(first("exact"), first("bf16"), "forward is exact");
+    for product in ["adapter_model.safetensors", "adapter_config.json"] {
+        std::fs::remove_file(place.path("bf16").join(product)).unwrap();
+    }
+    refuse(&["train", "--out", &out, "--resume", "--saved-activations", "f32"], &["saved-activations", "bf16"]);
+    succeed(&[&["train", "--out", &out, "--resume"][..], &other].concat());
+    assert!(adapter(&place.path("bf16")) == whole, "a resumed run has other bits");
+}
+
 /// A run that goes on from its checkpoint, on other threads, too.
 #[test]
 fn paged_equals_unpaged_bit_for_bit() {

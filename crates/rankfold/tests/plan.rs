@@ -59,6 +59,7 @@ fn the_small_configuration_takes_what_was_planned() {
         &["--method", "full", "--checkpointing"],
         &["--quantize", "nf4", "--double-quant"],
         &["--quantize", "nf4", "--double-quant", "--checkpointing"],
+        &["--quantize", "nf4", "--double-quant", "--saved-activations", "bf16"],
     ] {
         measure(&place, &[&["--model", &model, "--tokens", &tokens], options].concat());
     }

@@ -18,7 +18,7 @@ use crate::{Error, Result};
 use rankfold_adapters::adalora::{Allocation, Allocator};
 use rankfold_adapters::diff::closed_share;
 use rankfold_adapters::{DropoutKey, Forward};
-use rankfold_autograd::{Gradients, Tape};
+use rankfold_autograd::{Gradients, SavedAs, Tape};
 use rankfold_backend::Compute;
 use serde::{Serialize, Serializer};
 use std::time::Instant;
@@ -63,6 +63,8 @@ pub struct Recipe {
     pub seed: u64,
     /// Keep only each block's input, and compute the rest again in backward.
     pub checkpointing: bool,
+    /// What is kept of activations for backward.
+    pub saved_as: SavedAs,
     /// Precision of the products.
     pub compute: Compute,
     /// What the method adds to the objective.
@@ -70,7 +72,7 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// One micro-batch of f32 products a step, no clip, seed 0, nothing computed twice, no terms.
+    /// One micro-batch of f32 products a step, no clip, seed 0, nothing computed twice or rounded, no terms.
     pub fn new(schedule: Schedule) -> Self {
         Self {
             schedule,
@@ -78,6 +80,7 @@ impl Recipe {
             clip: 0.0,
             seed: 0,
             checkpointing: false,
+            saved_as: SavedAs::Computed,
             compute: Compute::F32,
             terms: Terms::default(),
         }
@@ -167,7 +170,7 @@ pub fn gradients(
         let mode = Forward { compute: recipe.compute, dropout: Some(DropoutKey { seed: recipe.seed, draw }) };
         let forward = debug_span!("forward").entered();
         let device = model.batch(batch)?;
-        let tape = Tape::new(backend.clone());
+        let tape = Tape::saving(backend.clone(), recipe.saved_as);
         let (root, value) = model.loss(&tape, &device, kept.max(1) as f64, &mode, recipe.checkpointing)?;
         drop(forward);
         loss += value;

@@ -24,7 +24,7 @@ impl Tape {
         let mut y = self.alloc(a.dtype(), a.shape().elements())?;
         self.backend().add(a.view(), b.view(), y.view_mut())?;
         let inputs = [a.variable(), b.variable()];
-        self.record(y, a.shape().clone(), &inputs, |_| Add { inputs })
+        self.record(y, a.shape().clone(), &inputs, |_| Ok(Add { inputs }))
     }
 }
 

@@ -4,6 +4,7 @@
 //! by block (Dao et al. 2022, FlashAttention, algorithm 4); T×T is never in memory.
 
 use crate::gradients::output;
+use crate::saved::Saved;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{AttentionGrads, AttentionSaved, Backend, Buffer, Compute, params};
 use std::sync::Arc;
@@ -29,11 +30,11 @@ pub struct AttentionShape {
 
 struct Attention {
     p: params::Attention,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    q: Saved,
+    k: Saved,
+    v: Saved,
     starts: Option<Arc<Buffer>>,
-    out: Arc<Buffer>,
+    out: Saved,
     lse: Buffer,
 }
 
@@ -64,14 +65,9 @@ impl Tape {
         let starts_view = starts.map(|starts| starts.view());
         self.backend().attention(&p, q.view(), k.view(), v.view(), starts_view, out.view_mut(), lse.view_mut())?;
         let inputs = [q.variable(), k.variable(), v.variable()];
-        self.record(out, q.shape().clone(), &inputs, |out| Attention {
-            p,
-            q: q.clone(),
-            k: k.clone(),
-            v: v.clone(),
-            starts: starts.cloned(),
-            out: out.clone(),
-            lse,
+        self.record(out, q.shape().clone(), &inputs, |out| {
+            let [q, k, v, out] = [self.save(q)?, self.save(k)?, self.save(v)?, self.save(out)?];
+            Ok(Attention { p, q, k, v, starts: starts.cloned(), out, lse })
         })
     }
 }
@@ -79,6 +75,7 @@ impl Tape {
 impl Op for Attention {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, q, k, v, starts, out, lse } = *self;
+        let [q, k, v, out] = [q.get(backend)?, k.get(backend)?, v.get(backend)?, out.get(backend)?];
         let [mut dq, mut dk, mut dv] = [gradients.slot(&q)?, gradients.slot(&k)?, gradients.slot(&v)?];
         let starts = starts.as_ref().map(|starts| starts.view());
         let saved = AttentionSaved { q: q.view(), k: k.view(), v: v.view(), starts, out: out.view(), lse: lse.view() };

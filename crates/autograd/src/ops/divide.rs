@@ -21,7 +21,7 @@ impl Tape {
         let mut y = self.alloc(a.dtype(), a.shape().elements())?;
         self.backend().divide(a.view(), n.view(), y.view_mut())?;
         let variable = a.variable();
-        self.record(y, a.shape().clone(), &[variable], |_| Divide { variable, n: n.detach() })
+        self.record(y, a.shape().clone(), &[variable], |_| Ok(Divide { variable, n: n.detach() }))
     }
 }
 

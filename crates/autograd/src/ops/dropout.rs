@@ -20,7 +20,7 @@ impl Tape {
         let mut y = self.alloc(x.dtype(), x.shape().elements())?;
         self.backend().dropout(&p, x.view(), y.view_mut())?;
         let input = x.variable();
-        self.record(y, x.shape().clone(), &[input], |_| Dropout { p, input })
+        self.record(y, x.shape().clone(), &[input], |_| Ok(Dropout { p, input }))
     }
 }
 

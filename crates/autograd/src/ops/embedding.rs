@@ -20,7 +20,7 @@ impl Tape {
         let p = params::Embedding { tokens: ids.len(), vocab, width };
         let mut y = self.alloc(dtype, p.tokens * width)?;
         self.backend().embedding(&p, ids.view(), table.view(), y.view_mut())?;
-        let op = |_: &_| Embedding { p, ids: ids.clone(), table: table.clone() };
+        let op = |_: &_| Ok(Embedding { p, ids: ids.clone(), table: table.clone() });
         self.record(y, [p.tokens, width], &[table.variable()], op)
     }
 }

@@ -34,7 +34,7 @@ impl Tape {
         let z = op.z(self.backend().as_ref())?;
         let mut y = self.alloc(x.dtype(), z.len())?;
         self.backend().scale_columns(&row(&z), x.view(), z.view(), y.view_mut())?;
-        self.record(y, x.shape().clone(), &[log_alpha.variable(), x.variable()], |_| op)
+        self.record(y, x.shape().clone(), &[log_alpha.variable(), x.variable()], |_| Ok(op))
     }
 }
 

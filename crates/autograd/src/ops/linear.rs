@@ -91,13 +91,9 @@ impl Tape {
         let trained = [base.variable(), bias, a, b, e, g];
         let x_needed = trained.iter().any(Option::is_some);
         let inputs = [&[x.variable()], &trained[..]].concat();
-        self.record(y, [tokens, outputs], &inputs, |_| Linear {
-            p,
-            input: x.variable(),
-            x: x_needed.then(|| Saved::of(x)),
-            base: base.clone(),
-            bias,
-            adapter: adapter.cloned(),
+        self.record(y, [tokens, outputs], &inputs, |_| {
+            let (input, x) = (x.variable(), x_needed.then(|| self.save(x)).transpose()?);
+            Ok(Linear { p, input, x, base: base.clone(), bias, adapter: adapter.cloned() })
         })
     }
 }

@@ -90,7 +90,7 @@ impl Tape {
         let value = sum(backend.as_ref(), &losses)? / normalizer;
         let loss = backend.filled(dtype, 1, value)?;
         let inputs = [x.variable(), head.variable()];
-        Ok((self.record(loss, [], &inputs, |_| LinearCrossEntropy { dx, dw })?, value))
+        Ok((self.record(loss, [], &inputs, |_| Ok(LinearCrossEntropy { dx, dw }))?, value))
     }
 
     /// A gradient to be formed in forward, where the tape wants it.

@@ -37,7 +37,7 @@ impl Tape {
         let dtype = matrices.first().map_or(DType::F32, |(matrix, _)| matrix.dtype());
         let inputs: Vec<_> = matrices.iter().map(|(matrix, _)| matrix.variable()).collect();
         let output = backend.filled(dtype, 1, value)?;
-        Ok((self.record(output, [1], &inputs, |_| Orthogonality { factors, squared })?, value))
+        Ok((self.record(output, [1], &inputs, |_| Ok(Orthogonality { factors, squared }))?, value))
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! Every element of y is one of x, so dy is added to those and the others get nothing.
 
-use crate::{Error, Gradients, Op, Result, Tape, Tensor};
+use crate::{Error, Gradients, Op, Result, Tape, Tensor, Variable};
 use rankfold_backend::{Backend, Buffer};
 use std::ops::Range;
 use std::sync::Arc;
 
 struct Part {
-    x: Tensor,
+    input: Option<Variable>,
+    /// Of x.
+    elements: usize,
+    width: usize,
     rows: Range<usize>,
     columns: Range<usize>,
 }
@@ -16,7 +19,7 @@ struct Part {
 impl Part {
     /// Stretches that lie together in both: (place in x, place in y, length).
     fn stretches(&self) -> impl Iterator<Item = (usize, usize, usize)> {
-        let (width, columns) = (self.x.shape().width(), self.columns.len());
+        let (width, columns) = (self.width, self.columns.len());
         // Whole rows lie together.
         let (count, len) = match columns == width {
             true => (1, self.rows.len() * width),
@@ -39,19 +42,20 @@ impl Tape {
             return Err(Error::Shape { op: "part", tensor: "x", expected, found: x.shape().clone() });
         }
         let dims = [rows.len(), columns.len()];
-        let op = Part { x: x.clone(), rows, columns };
+        let (elements, width) = (x.shape().elements(), x.shape().width());
+        let op = Part { input: x.variable(), elements, width, rows, columns };
         let mut y = self.alloc(x.dtype(), dims[0] * dims[1])?;
         for (from, to, len) in op.stretches() {
             self.backend().copy(x.view().slice(from, len)?, y.slice_mut(to, len)?)?;
         }
-        self.record(y, dims, &[x.variable()], |_| op)
+        self.record(y, dims, &[x.variable()], |_| Ok(op))
     }
 }
 
 impl Op for Part {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
-        let Some(variable) = self.x.variable() else { return Ok(()) };
-        let mut dx = gradients.take_for_adding(variable, grad.dtype(), self.x.shape().elements())?;
+        let Some(variable) = self.input else { return Ok(()) };
+        let mut dx = gradients.take_for_adding(variable, grad.dtype(), self.elements)?;
         for (from, to, len) in self.stretches() {
             backend.add_in_place(grad.slice(to, len)?, dx.slice_mut(from, len)?)?;
         }

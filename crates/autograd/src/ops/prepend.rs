@@ -4,21 +4,16 @@
 //!
 //! Every row of y is one of p or of x, so dx_b is dy_b without its first n rows, and dp the sum over b of these.
 
-use crate::{Error, Gradients, Op, Result, Tape, Tensor};
+use crate::{Error, Gradients, Op, Result, Tape, Tensor, Variable};
 use rankfold_backend::{Backend, Buffer};
 use std::sync::Arc;
 
 struct Prepend {
-    p: Tensor,
-    x: Tensor,
-    batch: usize,
-}
-
-impl Prepend {
+    /// p and x.
+    inputs: [Option<Variable>; 2],
     /// Elements of p, and of a sequence of x.
-    fn lengths(&self) -> [usize; 2] {
-        [self.p.shape().elements(), self.x.shape().elements() / self.batch]
-    }
+    lengths: [usize; 2],
+    batch: usize,
 }
 
 impl Tape {
@@ -34,8 +29,7 @@ impl Tape {
         if batch == 0 || !tokens.is_multiple_of(batch) {
             return wrong("x", format!("[{batch} · tokens, {width}]"), x);
         }
-        let op = Prepend { p: p.clone(), x: x.clone(), batch };
-        let [own, each] = op.lengths();
+        let [own, each] = [p.shape().elements(), x.shape().elements() / batch];
         let rows = batch * p.shape().rows() + tokens;
         let mut y = self.alloc(x.dtype(), rows * width)?;
         for b in 0..batch {
@@ -43,23 +37,24 @@ impl Tape {
             self.backend().copy(p.view(), y.slice_mut(first, own)?)?;
             self.backend().copy(x.view().slice(b * each, each)?, y.slice_mut(first + own, each)?)?;
         }
-        self.record(y, [rows, width], &[p.variable(), x.variable()], |_| op)
+        let inputs = [p.variable(), x.variable()];
+        self.record(y, [rows, width], &inputs, |_| Ok(Prepend { inputs, lengths: [own, each], batch }))
     }
 }
 
 impl Op for Prepend {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
-        let [own, each] = self.lengths();
-        if let Some(variable) = self.p.variable() {
+        let Self { inputs: [p, x], lengths: [own, each], batch } = *self;
+        if let Some(variable) = p {
             let mut dp = gradients.take_for_adding(variable, grad.dtype(), own)?;
-            for b in 0..self.batch {
+            for b in 0..batch {
                 backend.add_in_place(grad.slice(b * (own + each), own)?, dp.view_mut())?;
             }
             gradients.put(variable, dp);
         }
-        if let Some(variable) = self.x.variable() {
-            let mut dx = backend.alloc(grad.dtype(), self.batch * each)?;
-            for b in 0..self.batch {
+        if let Some(variable) = x {
+            let mut dx = backend.alloc(grad.dtype(), batch * each)?;
+            for b in 0..batch {
                 backend.copy(grad.slice(b * (own + each) + own, each)?, dx.slice_mut(b * each, each)?)?;
             }
             gradients.add(variable, dx)?;

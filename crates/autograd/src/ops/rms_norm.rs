@@ -3,13 +3,14 @@
 //! Saved: x and 1/ρ of every row. The kernel's comment derives dx and dgain.
 
 use crate::gradients::{Taken, output};
+use crate::saved::Saved;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer, params};
 use std::sync::Arc;
 
 struct RmsNorm {
     p: params::RmsNorm,
-    x: Tensor,
+    x: Saved,
     gain: Tensor,
     inv_rms: Buffer,
 }
@@ -27,13 +28,14 @@ impl Tape {
         let mut inv_rms = self.alloc(x.dtype(), p.rows)?;
         self.backend().rms_norm(&p, x.view(), gain.view(), y.view_mut(), inv_rms.view_mut())?;
         let inputs = [x.variable(), gain.variable()];
-        self.record(y, x.shape().clone(), &inputs, |_| RmsNorm { p, x: x.clone(), gain: gain.clone(), inv_rms })
+        self.record(y, x.shape().clone(), &inputs, |_| Ok(RmsNorm { p, x: self.save(x)?, gain: gain.clone(), inv_rms }))
     }
 }
 
 impl Op for RmsNorm {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, x, gain, inv_rms } = *self;
+        let x = x.get(backend)?;
         let mut dgain = gradients.slot_for_adding(gain.variable(), gain.dtype(), p.width)?;
         let (mut dx, accumulate) = match x.variable() {
             Some(variable) => {

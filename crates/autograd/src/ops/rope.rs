@@ -23,12 +23,8 @@ impl Tape {
         let mut y = self.alloc(x.dtype(), x.shape().elements())?;
         self.backend().rope(&p, x.view(), positions.view(), cos.view(), sin.view(), y.view_mut())?;
         let input = x.variable();
-        self.record(y, x.shape().clone(), &[input], |_| Rope {
-            p,
-            positions: positions.clone(),
-            cos: cos.clone(),
-            sin: sin.clone(),
-            input,
+        self.record(y, x.shape().clone(), &[input], |_| {
+            Ok(Rope { p, positions: positions.clone(), cos: cos.clone(), sin: sin.clone(), input })
         })
     }
 }

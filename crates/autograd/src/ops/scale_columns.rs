@@ -5,6 +5,7 @@
 //! dx_ij = dy_ij f_j;  df_j = Σ_i dy_ij x_ij, for f_j scales a whole column.
 
 use crate::gradients::{Taken, output};
+use crate::saved::Saved;
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::params::Rows;
 use rankfold_backend::{Backend, Buffer};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 
 struct ScaleColumns {
     p: Rows,
-    x: Tensor,
+    x: Saved,
     factors: Tensor,
 }
 
@@ -28,13 +29,14 @@ impl Tape {
         let mut y = self.alloc(x.dtype(), shape.elements())?;
         self.backend().scale_columns(&p, x.view(), factors.view(), y.view_mut())?;
         let inputs = [x.variable(), factors.variable()];
-        self.record(y, shape.clone(), &inputs, |_| ScaleColumns { p, x: x.clone(), factors: factors.clone() })
+        self.record(y, shape.clone(), &inputs, |_| Ok(ScaleColumns { p, x: self.save(x)?, factors: factors.clone() }))
     }
 }
 
 impl Op for ScaleColumns {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
         let Self { p, x, factors } = *self;
+        let x = x.get(backend)?;
         let dtype = grad.dtype();
         let mut dfactors = gradients.slot_for_adding(factors.variable(), dtype, p.width)?;
         let mut dx = match x.variable() {

@@ -5,21 +5,25 @@
 //! gate and up are kept for that, so whoever needs y in backward makes it again from them.
 
 use crate::gradients::output;
-use crate::saved::Recipe;
+use crate::saved::{Recipe, Saved};
 use crate::{Error, Gradients, Op, Result, Tape, Tensor};
 use rankfold_backend::{Backend, Buffer};
 use std::sync::Arc;
 
 struct SiluMul {
-    gate: Tensor,
-    up: Tensor,
+    gate: Saved,
+    up: Saved,
+}
+
+fn silu_mul(backend: &dyn Backend, gate: &Tensor, up: &Tensor) -> Result<Buffer> {
+    let mut y = backend.alloc(gate.dtype(), gate.shape().elements())?;
+    backend.silu_mul(gate.view(), up.view(), y.view_mut())?;
+    Ok(y)
 }
 
 impl Recipe for SiluMul {
     fn make(&self, backend: &dyn Backend) -> Result<Buffer> {
-        let mut y = backend.alloc(self.gate.dtype(), self.gate.shape().elements())?;
-        backend.silu_mul(self.gate.view(), self.up.view(), y.view_mut())?;
-        Ok(y)
+        silu_mul(backend, &self.gate.get(backend)?, &self.up.get(backend)?)
     }
 }
 
@@ -30,19 +34,25 @@ impl Tape {
             let expected = gate.shape().to_string();
             return Err(Error::Shape { op: "silu_mul", tensor: "up", expected, found: up.shape().clone() });
         }
-        let op = Arc::new(SiluMul { gate: gate.clone(), up: up.clone() });
-        let (y, inputs) = (op.make(self.backend().as_ref())?, [gate.variable(), up.variable()]);
-        let y = self.record(y, gate.shape().clone(), &inputs, |_| op.clone())?;
-        let recipe: Arc<dyn Recipe> = op;
-        Ok(y.with_recipe(&recipe))
+        let (y, inputs) = (silu_mul(self.backend().as_ref(), gate, up)?, [gate.variable(), up.variable()]);
+        let mut recipe: Option<Arc<dyn Recipe>> = None;
+        let y = self.record(y, gate.shape().clone(), &inputs, |_| {
+            let op = Arc::new(SiluMul { gate: self.save(gate)?, up: self.save(up)? });
+            recipe = Some(op.clone());
+            Ok(op)
+        })?;
+        Ok(match recipe {
+            Some(recipe) => y.with_recipe(&recipe),
+            None => y,
+        })
     }
 }
 
 impl Op for Arc<SiluMul> {
     fn backward(self: Box<Self>, backend: &dyn Backend, grad: Arc<Buffer>, gradients: &mut Gradients) -> Result<()> {
-        let (mut dgate, mut dup) = (gradients.slot(&self.gate)?, gradients.slot(&self.up)?);
-        let (gate, up) = (self.gate.view(), self.up.view());
-        backend.silu_mul_grad(gate, up, grad.view(), output(&mut dgate), output(&mut dup))?;
+        let (gate, up) = (self.gate.get(backend)?, self.up.get(backend)?);
+        let (mut dgate, mut dup) = (gradients.slot(&gate)?, gradients.slot(&up)?);
+        backend.silu_mul_grad(gate.view(), up.view(), grad.view(), output(&mut dgate), output(&mut dup))?;
         gradients.add_slot(dgate)?;
         gradients.add_slot(dup)
     }

@@ -214,6 +214,7 @@ impl Job {
             clip: options.clip.unwrap_or_default(),
             seed: options.seed.unwrap_or_default(),
             checkpointing: options.checkpointing.unwrap_or_default(),
+            saved_as: options.saved_activations.unwrap_or_default().into(),
             compute,
             terms: adapter.as_ref().map(Terms::of).unwrap_or_default(),
         };

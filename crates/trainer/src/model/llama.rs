@@ -86,7 +86,9 @@ impl DeviceBatch {
         let behind = |x: u32| x + keys as u32;
         let start = |start: u32| if start == 0 { 0 } else { behind(start) };
         let length = rows + seq;
-        let (mut positions, mut starts, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let tokens = batch.rows * length;
+        let (mut positions, mut starts) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let mut targets = Vec::with_capacity(tokens);
         for row in 0..batch.rows {
             let own = row * batch.seq..(row + 1) * batch.seq;
             positions.extend((0..rows as u32).chain(batch.positions[own.clone()].iter().map(|p| behind(*p))));
@@ -94,7 +96,7 @@ impl DeviceBatch {
             let labels = std::iter::repeat_n(IGNORED, rows).chain(batch.labels[own].iter().copied());
             targets.extend(labels.skip(1).chain([IGNORED]));
         }
-        debug_assert_eq!(targets.len(), batch.rows * length);
+        debug_assert_eq!(targets.len(), tokens);
         let packed = starts.iter().any(|start| *start != 0);
         Ok(Self {
             ids: Arc::new(backend.upload(&batch.ids)?),

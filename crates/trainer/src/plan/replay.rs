@@ -158,7 +158,7 @@ fn step(setup: &Setup, model: &Model, optimizer: &AdamW, ledger: &Ledger) -> Res
         ledger.begin(Phase::Forward);
         let mode = Forward { compute: setup.compute, dropout: Some(DropoutKey { seed: 0, draw: 0 }) };
         let batch = batch(setup.rows, setup.seq, ledger, model)?;
-        let tape = Tape::new(backend.clone());
+        let tape = Tape::saving(backend.clone(), setup.saved_as);
         let (root, _) = model.loss(&tape, &batch, 1.0, &mode, setup.checkpointing)?;
         ledger.begin(Phase::Backward);
         tape.backward_from_loss(&root, &mut gradients).map_err(Error::from)?;

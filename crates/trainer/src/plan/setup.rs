@@ -4,6 +4,7 @@ use crate::model::{ModelConfig, Precision, Quantization};
 use crate::optimizer::Moments;
 use crate::{Error, Result};
 use rankfold_adapters::PeftConfig;
+use rankfold_autograd::SavedAs;
 use rankfold_backend::{Compute, DType, Format};
 use std::path::Path;
 
@@ -78,6 +79,8 @@ pub struct Setup<'a> {
     pub evaluates: bool,
     /// Keep only each block's input, and compute the rest again in backward.
     pub checkpointing: bool,
+    /// What is kept of activations for backward.
+    pub saved_as: SavedAs,
     /// Precision of the products.
     pub compute: Compute,
     /// Where it runs.

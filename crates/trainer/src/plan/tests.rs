@@ -13,6 +13,7 @@ use crate::step::{Batches, Recipe, evaluate, gradients};
 use proptest::prelude::*;
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
 use rankfold_adapters::{AdapterConfig, Form, LoraSpec, PeftConfig, Relative, RelativeConfig, Targets, Values};
+use rankfold_autograd::SavedAs;
 use rankfold_backend::{Backend, Compute, DType, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer};
@@ -79,9 +80,9 @@ fn real(setup: &Setup) -> [u64; 3] {
         }
     };
     let schedule = Schedule { lr: 1e-6, decay: Decay::Constant, warmup: 0, steps: 2 };
-    let Setup { accumulate, checkpointing, compute, .. } = *setup;
+    let Setup { accumulate, checkpointing, saved_as, compute, .. } = *setup;
     let terms = setup.adapter.map(Terms::of).unwrap_or_default();
-    let recipe = Recipe { accumulate, checkpointing, compute, terms, ..Recipe::new(schedule) };
+    let recipe = Recipe { accumulate, checkpointing, saved_as, compute, terms, ..Recipe::new(schedule) };
     let eval = |model: &Model| {
         evaluate(model, setup.evaluated().into_iter().map(batch), compute).unwrap();
     };
@@ -122,6 +123,7 @@ fn setup<'a>(config: &'a ModelConfig, precision: Precision, adapter: Option<&'a 
         accumulate: 1,
         evaluates: true,
         checkpointing: false,
+        saved_as: SavedAs::Computed,
         compute: Compute::F32,
         machine: Machine { program: 0, cpu_threads: Some(1) },
     }
@@ -151,13 +153,15 @@ proptest! {
         (rank, dropout) in (1usize..9, prop_oneof![Just(0.0), Just(0.1)]),
         (rows, seq, accumulate) in (1usize..4, 2usize..40, 1usize..8),
         checkpointing: bool,
+        rounds: bool,
         evaluates: bool,
     ) {
         let (config, adapter) = (config(dimensions), adapter(rank, dropout));
         let precision = [Precision::AsStored, Precision::Trained, nf4(false), nf4(true)][precision];
         let adapter = (precision != Precision::Trained).then_some(&adapter);
         let setup = setup(&config, precision, adapter);
-        let setup = Setup { rows, seq, accumulate, checkpointing, evaluates, ..setup };
+        let saved_as = if rounds { SavedAs::Bf16 } else { SavedAs::Computed };
+        let setup = Setup { rows, seq, accumulate, checkpointing, saved_as, evaluates, ..setup };
         prop_assert_eq!(counted(&setup), real(&setup));
     }
 }
@@ -177,10 +181,17 @@ fn a_micro_batch_that_takes_more_than_those_before_it_is_counted() {
 #[test]
 fn a_larger_run_takes_what_was_counted() {
     let (config, adapter) = (config((1000, 256, 4, 4, 2, 704, true)), adapter(16, 0.0));
-    for (precision, checkpointing) in [(nf4(true), false), (nf4(true), true), (Precision::Trained, false)] {
+    let (as_computed, rounded) = (SavedAs::Computed, SavedAs::Bf16);
+    for (precision, checkpointing, saved_as) in [
+        (nf4(true), false, as_computed),
+        (nf4(true), true, as_computed),
+        (nf4(true), false, rounded),
+        (Precision::Trained, false, as_computed),
+        (Precision::Trained, true, rounded),
+    ] {
         let adapter = (precision != Precision::Trained).then_some(&adapter);
-        let setup = Setup { rows: 4, seq: 256, checkpointing, ..setup(&config, precision, adapter) };
-        assert_eq!(counted(&setup), real(&setup), "{precision:?}, checkpointing {checkpointing}");
+        let setup = Setup { rows: 4, seq: 256, checkpointing, saved_as, ..setup(&config, precision, adapter) };
+        assert_eq!(counted(&setup), real(&setup), "{precision:?}, checkpointing {checkpointing}, {saved_as:?}");
     }
 }
 
