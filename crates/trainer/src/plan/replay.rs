@@ -63,7 +63,7 @@ fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(M
     let mut model = Model::blank(backend.clone(), (*config).clone(), *stored, *precision, positions)?;
     let attached = setup.adapter.map(|adapter| model.attach(adapter, Values::Blank)).transpose()?;
     if let Some(lora) = setup.adapter.and_then(PeftConfig::lora) {
-        let adapted = model.linears().into_iter().filter(|linear| linear.adapter().is_some());
+        let adapted = model.linears().filter(|linear| linear.adapter().is_some());
         let bytes = adapted.map(|linear| {
             let in_4_bits = matches!(linear.base(), Base::Quantized(_));
             lora.init.working_bytes([linear.outputs(), linear.inputs()], in_4_bits)
