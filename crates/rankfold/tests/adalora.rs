@@ -38,7 +38,7 @@ fn a_dora_is_trained_used_and_merged() {
     assert!(adapted < plain, "{adapted} is not below {plain}");
     let merged = place.text("merged");
     succeed(&["merge", "--model", &base, "--adapter", &out, "--out", &merged]);
-    // bf16 weights: each off by at most 2⁻⁹ of itself, and the loss with them by far less than what was learned.
+    // bf16 weights: each off by at most 2⁻⁸ of itself, and the loss with them by far less than what was learned.
     assert!((of(&["--model", &merged]) - adapted).abs() < 0.2 * (plain - adapted));
     assert!(succeed(&["inspect", &out]).contains("DoRA"));
 }

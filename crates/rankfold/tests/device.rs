@@ -74,7 +74,7 @@ fn bf16_products_train_as_f32_ones_do_nearly() {
         };
         let (f32, bf16) = (of("f32"), of("bf16"));
         assert!(f32 != bf16, "{device:?}: bf16 changes nothing");
-        // A product's inputs lose up to 2⁻⁹ of themselves, the loss of a few layers of them no more than a few times that.
+        // A product's inputs lose up to 2⁻⁸ of themselves, the loss of a few layers of them no more than a few times that.
         assert!(f32.iter().zip(&bf16).all(|(a, b)| (a - b).abs() < 0.02 * a), "{device:?}: {f32:?} {bf16:?}");
     }
 }

@@ -36,7 +36,7 @@ fn a_sum_of_adapters_is_what_is_run_and_what_is_merged() {
     let merged = place.text("merged");
     succeed(&[&["merge", "--model", &base, "--out", &merged], &both[..]].concat());
     let (run, stored) = (with(&both), loss(&["--model", &merged, "--data", &held]));
-    // bf16 weights: each off by at most 2⁻⁹ of itself, and the loss with them by far less than what was learned.
+    // bf16 weights: each off by at most 2⁻⁸ of itself, and the loss with them by far less than what was learned.
     assert!((run - stored).abs() < 0.2 * (plain - run), "{run} {stored} {plain}");
 
     // The sum as one adapter: whole, and of a smaller rank, which is near it and no better.

@@ -77,7 +77,7 @@ fn round_trip(method: &str, more: &[&str]) -> Place {
     place
 }
 
-/// The merged model's loss is the adapted one's but for the rounding of its weights to bf16: each off by at most 2⁻⁹
+/// The merged model's loss is the adapted one's but for the rounding of its weights to bf16: each off by at most 2⁻⁸
 /// of itself, and the loss with them by far less than what was learned.
 fn merges(place: &Place) {
     let (base, out, merged, held) =
