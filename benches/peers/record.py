@@ -2,9 +2,9 @@
 
     python benches/peers/record.py target/release/rankfold benches/records/DEVICE/DATE-peers [--rounds N] [--only TEXT]
 
-Written: the prefix with .md, .svg and .json; with --only, the steps whose name has the text are measured again, and the
-other rows stay as the record has them. What is compared, and how, `gemm.py` and `train_step.py` say; a machine that
-does other work beside it gives no figures worth keeping. Needs the peers' packages.
+Written: the prefix with .md, .svg and .json; with --only, the steps whose name has the text are measured, and the other
+rows stay as the record, where there is one, has them. What is compared, and how, `gemm.py` and `train_step.py` say; a
+machine that does other work beside it gives no figures worth keeping. Needs the peers' packages.
 """
 import argparse, datetime, gemm, itertools, json, os, platform, sides, train_step
 from importlib.metadata import version
@@ -95,7 +95,7 @@ def main():
     peers = ", ".join(f"{name} {version(package)}" for name, package in
                       (("torch", "torch"), ("PEFT", "peft"), ("bitsandbytes", "bitsandbytes")))
     record = dict(date=datetime.date.today().isoformat(), machine=machine(), peers=peers, rounds=a.rounds, rows=[])
-    if a.only:
+    if a.only and os.path.exists(f"{a.prefix}.json"):
         with open(f"{a.prefix}.json") as file:
             record = json.load(file)
     rows = {row["name"]: row for row in record["rows"]}
