@@ -4,6 +4,9 @@
 //! and number of steps is read from them. Bounds are those that the vectors' makers ask for: the peers themselves
 //! differ by up to 2e-5 between two machines.
 
+#[path = "common/vectors.rs"]
+mod vectors;
+
 use rankfold_adapters::adalora::{AdaLora, Allocator, Prune};
 use rankfold_adapters::{Forward, PeftConfig, Values};
 use rankfold_autograd::{Gradients, Tape};
@@ -20,8 +23,9 @@ use rankfold_trainer::schedule::{Decay, Schedule};
 use rankfold_trainer::step::{Batches, Recipe, StepMetrics, evaluate, gradients};
 use serde_json::Value;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
+use vectors::golden;
 
 /// Logits, relative to the largest of them.
 const LOGITS: f64 = 2e-4;
@@ -29,11 +33,6 @@ const LOGITS: f64 = 2e-4;
 const TRAINED_LOGITS: f64 = 5e-3;
 /// Losses, absolutely; gradients, relative to each tensor's largest entry.
 const LOSS_AND_GRADIENTS: f64 = 1e-3;
-
-fn golden() -> PathBuf {
-    let own = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    std::env::var_os("RANKFOLD_GOLDEN").map_or_else(own, PathBuf::from)
-}
 
 fn cpu() -> Arc<dyn Backend> {
     Arc::new(CpuBackend::new(None))

@@ -54,8 +54,8 @@ const BEYOND: u64 = 2 << 20;
 pub struct Floor {
     /// Bytes of a page.
     pub page: u64,
-    /// The program, small buffers, the kernels' working memory, the pager's books, a part of a file on its way, and
-    /// [`RESERVE`].
+    /// The program, small buffers, the kernels' working memory, what a start decomposes a matrix in, the pager's books,
+    /// a part of a file on its way, and [`RESERVE`].
     pub fixed: u64,
     /// The most bytes of large buffers' pages that one call of a kernel touches.
     pub working_set: u64,

@@ -24,6 +24,8 @@
 mod as_reference;
 mod planted;
 mod sensitivity;
+#[path = "../common/vectors.rs"]
+mod vectors;
 
 use planted::Planted;
 use rankfold_adapters::{AdapterConfig, Forward, PeftConfig, Targets, Values};
@@ -51,13 +53,12 @@ const DRAWN: usize = 24;
 /// standard deviation. Five of them, with n = 25: 1.26.
 const MOST_SPREAD: f64 = 1.26;
 
-/// The project's own copy.
 fn own(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+    vectors::own().join(path)
 }
 
 fn golden(path: &str) -> PathBuf {
-    std::env::var_os("RANKFOLD_GOLDEN").map_or_else(|| own(path), |folder| PathBuf::from(folder).join(path))
+    vectors::golden().join(path)
 }
 
 fn load(backend: Arc<dyn Backend>, folder: &Path) -> Model {
