@@ -32,6 +32,11 @@ pub trait Backend: Debug + Send + Sync {
     /// Errors: a buffer of another backend, where this one's can be written; pages that cannot be brought into memory.
     fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>>;
 
+    /// Give the memory that was freed and is kept for reuse back to the system; a backend that keeps none has nothing to do.
+    fn trim(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// out_i = value, rounded to the element type.
     fn fill(&self, value: f64, out: ViewMut) -> Result<()>;
 

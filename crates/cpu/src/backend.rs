@@ -56,11 +56,6 @@ impl CpuBackend {
         MemoryFigures { scratch: scratch::held(), ..self.pool.figures() }
     }
 
-    /// Give the pool's memory back to the system.
-    pub fn trim(&self) {
-        self.pool.trim();
-    }
-
     /// Products in `compute`.
     pub(crate) fn gemm(&self, compute: Compute) -> Gemm<'_> {
         Gemm { threads: &self.threads, isa: self.isa, compute }

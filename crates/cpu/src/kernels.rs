@@ -55,6 +55,11 @@ impl Backend for CpuBackend {
         memory.host_bytes().map(Some).map_err(Error::paging("host_bytes_mut", "buffer"))
     }
 
+    fn trim(&self) -> Result<()> {
+        self.pool.trim();
+        Ok(())
+    }
+
     fn fill(&self, value: f64, mut out: ViewMut) -> Result<()> {
         let (s, out, threads) = (Slices::new("fill"), &mut out, &self.threads);
         let integer = value.round_ties_even();

@@ -144,6 +144,10 @@ impl Backend for CudaBackend {
         Ok(None)
     }
 
+    fn trim(&self) -> Result<()> {
+        Ok(self.driver.trim()?)
+    }
+
     fn fill(&self, value: f64, out: ViewMut) -> Result<()> {
         ops::elementwise::fill(self, value, out)
     }

@@ -21,6 +21,9 @@ pub trait Driver: PagedMemory + fmt::Debug + Send + Sync {
     /// Bytes that [`Driver::alloc`] and [`PagedMemory::map`] could still give.
     fn free_memory(&self) -> usize;
 
+    /// Gives what was freed and is kept back to the system, after everything that was launched before.
+    fn trim(&self) -> Result<()>;
+
     /// Host bytes to the device.
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()>;
 

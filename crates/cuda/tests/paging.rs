@@ -42,6 +42,9 @@ impl Driver for Restless {
     fn free_memory(&self) -> usize {
         self.inner.free_memory()
     }
+    fn trim(&self) -> Result<()> {
+        self.inner.trim()
+    }
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {
         self.vacate().upload(bytes, to)
     }

@@ -84,6 +84,10 @@ impl Backend for Profiled {
         self.inner.host_bytes_mut(buffer)
     }
 
+    fn trim(&self) -> Result<()> {
+        self.inner.trim()
+    }
+
     fn fill(&self, value: f64, out: ViewMut) -> Result<()> {
         let work = Work::new(0.0, &[], &[&out]);
         self.call("fill", work, |on| on.fill(value, out))

@@ -212,6 +212,11 @@ impl Pending {
             let Allocation { budget, ranks, cuts } =
                 allocator.after_step(backend.as_ref(), step, &gradients, scale, &mut model.linears_mut())?;
             optimizer.cut(&cuts)?;
+            // The next step asks for other sizes: nothing of this one is kept for it.
+            if !cuts.is_empty() {
+                drop((cuts, gradients));
+                backend.trim()?;
+            }
             Ok(Spent { budget, ranks })
         };
         let spent = allocator.map(spend).transpose()?;

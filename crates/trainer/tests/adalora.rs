@@ -62,15 +62,21 @@ struct Step {
 }
 
 fn model() -> Model {
+    model_on(Arc::new(CpuBackend::new(Some(2))))
+}
+
+fn model_on(backend: Arc<dyn Backend>) -> Model {
     let folder = golden().join("tiny-llama");
     let config = ModelConfig::open(&folder).unwrap();
-    let backend: Arc<dyn Backend> = Arc::new(CpuBackend::new(Some(2)));
     Model::load(backend, &Checkpoint::open(&folder).unwrap(), config, Precision::AsStored).unwrap()
 }
 
 impl Training {
     fn new(config: &AdapterConfig, prune: Prune, moments: Moments) -> Self {
-        let mut model = model();
+        Self::on(model(), config, prune, moments)
+    }
+
+    fn on(mut model: Model, config: &AdapterConfig, prune: Prune, moments: Moments) -> Self {
         let (backend, family) = (model.backend().clone(), model.config.architecture.model_type());
         let attached = attach_new(backend.as_ref(), &mut model.linears_mut(), config, family, 1).unwrap();
         Self::of(model, attached.config, prune, moments)
@@ -201,6 +207,20 @@ fn shrinking_is_masking_until_the_choice_is_final_and_then_only_the_term_departs
     assert!(apart[0] < 1e-5 && masked[0].term > shrunk[0].term, "{apart:?}");
     assert!(apart.iter().all(|apart| *apart < 0.03), "{apart:?}");
     assert!(masked.iter().zip(&shrunk).all(|(a, b)| a.spent == b.spent));
+}
+
+/// What a backend holds after the 22nd step, which makes the choice final, and while the next ones run.
+#[test]
+fn what_a_cut_frees_goes_back_to_the_system() {
+    let backend = Arc::new(CpuBackend::new(Some(2)));
+    let mut training = Training::on(model_on(backend.clone()), &config(2), Prune::Shrink, Moments::F32);
+    let mut held = |last| {
+        training.go_on(last);
+        backend.memory().live + backend.memory().pooled
+    };
+    let (before, cut, after) = (held(21), held(22), held(24));
+    assert_eq!(after, held(STEPS));
+    assert!(cut < after && after < before, "{before} bytes, {cut} after the cut, {after} two steps later");
 }
 
 #[test]

@@ -250,7 +250,8 @@ impl Allocator {
         self.modules.iter().flat_map(|module| &module.triplets)
     }
 
-    /// Cut the triplets that `goes` names, out of everything that has a part for each.
+    /// Cut the triplets that `goes` names, out of everything that has a part for each. What earlier work has left behind
+    /// goes back to the system first: the smaller tensors are made beside the larger.
     fn cut(
         &mut self,
         backend: &dyn Backend,
@@ -264,6 +265,9 @@ impl Allocator {
                 continue;
             }
             let Some(lora) = layer.adapter() else { continue };
+            if all.is_empty() {
+                backend.trim()?;
+            }
             let (smaller, cuts) = lora.cut(backend, &module.path, &keep)?;
             layer.set_adapter(smaller)?;
             for (sensitivity, Cut { gather, .. }) in module.sensitivities.iter_mut().zip(&cuts) {

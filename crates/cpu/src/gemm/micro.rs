@@ -80,6 +80,8 @@ pub(crate) trait Micro<S: Simd>: 'static {
 pub(crate) trait Product {
     /// What it returns.
     type Output;
+    /// Whether it uses more of a microkernel than its unit, which tiles share with pairs.
+    const IN_TILES: bool = true;
     /// Do it. Implementations are `#[inline(always)]`, as those of [`Kernel`] are.
     ///
     /// # Safety
@@ -93,8 +95,8 @@ pub(crate) fn run<P: Product>(isa: Isa, compute: Compute, product: P) -> P::Outp
     match (compute, isa.units()) {
         (Compute::F32, _) => isa.run(InF32(product)),
         (Compute::Bf16, Units::None) => isa.run(Widened(product)),
-        (Compute::Bf16, Units::Pairs) => isa.run_bf16(OnPairs(product)),
-        (Compute::Bf16, Units::Tiles) => isa.run_bf16(OnTiles(product)),
+        (Compute::Bf16, Units::Tiles) if const { P::IN_TILES } => isa.run_bf16(OnTiles(product)),
+        (Compute::Bf16, Units::Pairs | Units::Tiles) => isa.run_bf16(OnPairs(product)),
     }
 }
 

@@ -1,8 +1,8 @@
 //! The microkernel in registers: C[R, 2·LANES] = or += Σ_l a_l b_lᵀ over units l of k.
 //!
 //! A tile of C lives in 2·R vectors while l runs; each step loads two vectors of b, broadcasts R units of a, and
-//! does 2·R multiply-adds. With AVX2 (16 registers) R is 6: 12 accumulators, 8 loads for 12 of them; with AVX-512 (32)
-//! it is 14: 28 accumulators, 16 loads for 28. Each element of C is one chain of them from 0 in the order of l,
+//! does 2·R multiply-adds. R is at most as large as the registers allow: with AVX2 (16) it is 6: 12 accumulators, 8 loads
+//! for 12 of them; with AVX-512 (32) it is 14: 28 accumulators, 16 loads for 28. Each element of C is one chain of them from 0 in the order of l,
 //! whatever R its tile has, so the bits do not depend on how rows are cut into tiles.
 
 use super::micro::{Geometry, Micro, Order};
@@ -31,6 +31,11 @@ pub(crate) struct Tile {
     pub accumulate: bool,
 }
 
+/// Rows of a tile that leave registers for two vectors of b and a unit of a.
+const fn most_rows<S: Simd>() -> usize {
+    (S::REGISTERS - 3) / 2
+}
+
 /// The microkernel on vectors of U.
 pub(crate) struct Registers<U>(PhantomData<U>);
 
@@ -40,7 +45,7 @@ impl<S: Simd, U: Unit<S>> Micro<S> for Registers<U> {
     const GEOMETRY: Geometry = Geometry {
         k: U::K,
         units: 1,
-        rows: if S::LANES == 16 { 14 } else { 6 },
+        rows: most_rows::<S>(),
         columns: 2 * S::LANES,
         left: Order::Columns,
         stored: U::STORED,
@@ -52,19 +57,19 @@ impl<S: Simd, U: Unit<S>> Micro<S> for Registers<U> {
         unsafe {
             match rows {
                 1 => tile.rows::<S, U, 1>(),
-                2 => tile.rows::<S, U, 2>(),
-                3 => tile.rows::<S, U, 3>(),
-                4 => tile.rows::<S, U, 4>(),
-                5 => tile.rows::<S, U, 5>(),
-                6 => tile.rows::<S, U, 6>(),
-                7 if S::LANES == 16 => tile.rows::<S, U, 7>(),
-                8 if S::LANES == 16 => tile.rows::<S, U, 8>(),
-                9 if S::LANES == 16 => tile.rows::<S, U, 9>(),
-                10 if S::LANES == 16 => tile.rows::<S, U, 10>(),
-                11 if S::LANES == 16 => tile.rows::<S, U, 11>(),
-                12 if S::LANES == 16 => tile.rows::<S, U, 12>(),
-                13 if S::LANES == 16 => tile.rows::<S, U, 13>(),
-                14 if S::LANES == 16 => tile.rows::<S, U, 14>(),
+                2 if const { most_rows::<S>() >= 2 } => tile.rows::<S, U, 2>(),
+                3 if const { most_rows::<S>() >= 3 } => tile.rows::<S, U, 3>(),
+                4 if const { most_rows::<S>() >= 4 } => tile.rows::<S, U, 4>(),
+                5 if const { most_rows::<S>() >= 5 } => tile.rows::<S, U, 5>(),
+                6 if const { most_rows::<S>() >= 6 } => tile.rows::<S, U, 6>(),
+                7 if const { most_rows::<S>() >= 7 } => tile.rows::<S, U, 7>(),
+                8 if const { most_rows::<S>() >= 8 } => tile.rows::<S, U, 8>(),
+                9 if const { most_rows::<S>() >= 9 } => tile.rows::<S, U, 9>(),
+                10 if const { most_rows::<S>() >= 10 } => tile.rows::<S, U, 10>(),
+                11 if const { most_rows::<S>() >= 11 } => tile.rows::<S, U, 11>(),
+                12 if const { most_rows::<S>() >= 12 } => tile.rows::<S, U, 12>(),
+                13 if const { most_rows::<S>() >= 13 } => tile.rows::<S, U, 13>(),
+                14 if const { most_rows::<S>() >= 14 } => tile.rows::<S, U, 14>(),
                 _ => debug_assert!(false, "a tile of {rows} rows"),
             }
         }

@@ -34,6 +34,7 @@ unsafe impl Simd for Avx2 {
     type V = __m256;
     type Table = (__m256, __m256);
     const LANES: usize = 8;
+    const REGISTERS: usize = 16;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m256 {

@@ -32,6 +32,7 @@ unsafe impl Simd for Avx512 {
     type V = __m512;
     type Table = __m512;
     const LANES: usize = 16;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {

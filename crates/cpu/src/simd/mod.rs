@@ -38,6 +38,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     type Table: Copy;
     /// Elements of a vector: 8 or 16.
     const LANES: usize;
+    /// Vectors that the registers hold: 8, 16 or 32.
+    const REGISTERS: usize;
 
     /// All lanes `x`.
     unsafe fn splat(x: f32) -> Self::V;

@@ -7,9 +7,21 @@ use super::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Portable<const N: usize>;
 
+/// An element for each lane. Of sixteen lanes, which only tests have, it is a call: unrolled, they take minutes to compile.
+#[cfg_attr(test, inline(never))]
+#[cfg_attr(not(test), inline(always))]
+fn lanes<const N: usize>(lane: impl FnMut(usize) -> f32) -> [f32; N] {
+    std::array::from_fn(lane)
+}
+
+#[inline(always)]
+fn map<const N: usize>(a: [f32; N], f: impl Fn(f32) -> f32) -> [f32; N] {
+    lanes(|i| f(a[i]))
+}
+
 #[inline(always)]
 fn zip<const N: usize>(a: [f32; N], b: [f32; N], f: impl Fn(f32, f32) -> f32) -> [f32; N] {
-    std::array::from_fn(|i| f(a[i], b[i]))
+    lanes(|i| f(a[i], b[i]))
 }
 
 // SAFETY: plain Rust; pointers are read and written only for the elements that the trait names.
@@ -17,6 +29,8 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     type V = [f32; N];
     type Table = [f32; 16];
     const LANES: usize = N;
+    // Sixteen of four lanes are what x86-64 has without extensions.
+    const REGISTERS: usize = 8;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self::V {
@@ -35,7 +49,7 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self::V {
         // SAFETY: only the first n elements are read.
-        std::array::from_fn(|i| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0.0 })
+        lanes(|i| if i < n { unsafe { p.add(i).read_unaligned() } } else { 0.0 })
     }
     #[inline(always)]
     unsafe fn store_first(p: *mut f32, v: Self::V, n: usize) {
@@ -47,16 +61,16 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     unsafe fn load_bf16(p: *const half::bf16) -> Self::V {
         // SAFETY: the caller's pointer is valid for N elements.
-        std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
+        lanes(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const half::f16) -> Self::V {
         // SAFETY: the caller's pointer is valid for N elements.
-        std::array::from_fn(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
+        lanes(|i| unsafe { p.add(i).read_unaligned() }.to_f32())
     }
     #[inline(always)]
     unsafe fn round_bf16(a: Self::V) -> Self::V {
-        a.map(|x| half::bf16::from_f32(x).to_f32())
+        map(a, |x| half::bf16::from_f32(x).to_f32())
     }
     #[inline(always)]
     unsafe fn store_bf16(p: *mut half::bf16, v: Self::V) {
@@ -91,7 +105,7 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // Two roundings: without the instruction, `mul_add` would be a library call an element.
-        std::array::from_fn(|i| a[i] * b[i] + c[i])
+        lanes(|i| a[i] * b[i] + c[i])
     }
     #[inline(always)]
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
@@ -103,15 +117,15 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     }
     #[inline(always)]
     unsafe fn abs(a: Self::V) -> Self::V {
-        a.map(f32::abs)
+        map(a, f32::abs)
     }
     #[inline(always)]
     unsafe fn sqrt(a: Self::V) -> Self::V {
-        a.map(f32::sqrt)
+        map(a, f32::sqrt)
     }
     #[inline(always)]
     unsafe fn round(a: Self::V) -> Self::V {
-        a.map(f32::round_ties_even)
+        map(a, f32::round_ties_even)
     }
     #[inline(always)]
     unsafe fn scale_exp2(a: Self::V, n: Self::V) -> Self::V {
@@ -142,7 +156,7 @@ unsafe impl<const N: usize> Simd for Portable<N> {
     }
     #[inline(always)]
     unsafe fn lookup_nibbles(table: Self::Table, p: *const u8) -> Self::V {
-        std::array::from_fn(|i| {
+        lanes(|i| {
             // SAFETY: the caller's pointer is valid for N / 2 bytes.
             let byte = unsafe { p.add(i / 2).read() };
             table[usize::from(if i % 2 == 0 { byte >> 4 } else { byte & 15 })]

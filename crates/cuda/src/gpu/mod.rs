@@ -233,17 +233,6 @@ impl GpuDriver {
         check("cuDeviceGetAttribute", unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, device) })?;
         Ok(value)
     }
-
-    /// Gives back what was freed and kept.
-    fn trim(&self) -> Result<()> {
-        self.synchronize()?;
-        let mut pool = ptr::null_mut();
-        // SAFETY: a place for a handle, and the device's own pool.
-        unsafe {
-            check("cuDeviceGetDefaultMemPool", sys::cuDeviceGetDefaultMemPool(&mut pool, self.device))?;
-            check("cuMemPoolTrimTo", sys::cuMemPoolTrimTo(pool, 0))
-        }
-    }
 }
 
 impl Driver for GpuDriver {
@@ -283,6 +272,16 @@ impl Driver for GpuDriver {
             let _ = unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) };
         }
         free
+    }
+
+    fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        let mut pool = ptr::null_mut();
+        // SAFETY: a place for a handle, and the device's own pool.
+        unsafe {
+            check("cuDeviceGetDefaultMemPool", sys::cuDeviceGetDefaultMemPool(&mut pool, self.device))?;
+            check("cuMemPoolTrimTo", sys::cuMemPoolTrimTo(pool, 0))
+        }
     }
 
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {

@@ -175,6 +175,11 @@ impl Driver for HostDriver {
         self.memory.free_bytes()
     }
 
+    /// Nothing is kept.
+    fn trim(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn upload(&self, bytes: &[u8], to: u64) -> Result<()> {
         let out = self.memory.range(to, bytes.len())?;
         // SAFETY: a range of one live allocation; who owns the buffer lends it to one call at a time.

@@ -11,7 +11,7 @@
 //! A task so reads long stretches of a few rows beside each other, which is how memory is read fastest. Its sums start
 //! from 0 at every DEPTH of k and are added to c in the order of k: the order, and the bits, of the GEMM in registers.
 
-use super::{ALONE, GROUP, Rows, finish};
+use super::{ALONE, GROUP, Rows, finish, roomy};
 use crate::gemm::micro::{Geometry, Micro, Product};
 use crate::gemm::pack::{Elements, with_elements};
 use crate::gemm::plan::{self, Segment};
@@ -111,6 +111,7 @@ struct AddRows<'a> {
 
 impl Product for AddRows<'_> {
     type Output = ();
+    const IN_TILES: bool = false;
 
     #[inline(always)]
     unsafe fn run<S: Simd, M: Micro<S>>(self) {
@@ -129,11 +130,14 @@ impl AddRows<'_> {
                 let sums = self.sums.0.add(row * self.columns + self.part.start);
                 std::slice::from_raw_parts_mut(sums, self.part.len()).fill(0.0);
             }
-            let whole = start + (end - start) / (ROWS * U::K) * ROWS * U::K;
-            for i in (start..whole).step_by(ROWS * U::K) {
-                self.groups::<S, U, E, ROWS>(elements, i);
+            let mut one_by_one = start;
+            if const { roomy::<S>() } {
+                one_by_one += (end - start) / (ROWS * U::K) * ROWS * U::K;
+                for i in (start..one_by_one).step_by(ROWS * U::K) {
+                    self.groups::<S, U, E, ROWS>(elements, i);
+                }
             }
-            for i in (whole..end).step_by(U::K) {
+            for i in (one_by_one..end).step_by(U::K) {
                 self.groups::<S, U, E, 1>(elements, i);
             }
         }
@@ -147,7 +151,7 @@ impl AddRows<'_> {
             unsafe {
                 match self.rows - row {
                     1 => self.add::<S, U, E, 1, R>(elements, row, i),
-                    2 => self.add::<S, U, E, 2, R>(elements, row, i),
+                    2 if const { roomy::<S>() } => self.add::<S, U, E, 2, R>(elements, row, i),
                     _ => self.add::<S, U, E, GROUP, R>(elements, row, i),
                 }
             }

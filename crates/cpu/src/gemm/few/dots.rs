@@ -5,7 +5,7 @@
 //! by halves. So an element is LANES chains of multiply-adds from 0 in the order of i, whatever T and R are. More rows
 //! than a group read and decode the same rows of the weight again, from L1.
 
-use super::{ALONE, GROUP, Rows, finish};
+use super::{ALONE, GROUP, Rows, finish, roomy};
 use crate::gemm::micro::{Micro, Product};
 use crate::gemm::pack::{Elements, along_anywhere, along_within, factors, with_elements};
 use crate::gemm::unit::Unit;
@@ -43,6 +43,7 @@ struct Dots<'a> {
 
 impl Product for Dots<'_> {
     type Output = ();
+    const IN_TILES: bool = false;
 
     #[inline(always)]
     unsafe fn run<S: Simd, M: Micro<S>>(self) {
@@ -79,7 +80,7 @@ impl Dots<'_> {
                 unsafe {
                     match self.output.rows - row {
                         1 => self.block::<S, U, E, 1, 4>(elements, left, k, row, first, keep),
-                        2 => self.block::<S, U, E, 2, 4>(elements, left, k, row, first, keep),
+                        2 if const { roomy::<S>() } => self.block::<S, U, E, 2, 4>(elements, left, k, row, first, keep),
                         _ => {
                             self.block::<S, U, E, GROUP, 2>(elements, left, k, row, first, keep);
                             self.block::<S, U, E, GROUP, 2>(elements, left, k, row, first + 2, keep);

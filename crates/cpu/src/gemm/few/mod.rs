@@ -36,6 +36,11 @@ const MOST_COLUMNS: usize = 8;
 /// Rows at a time: their sums, a vector of the weight and what decodes it fit the registers.
 const GROUP: usize = 4;
 
+/// Whether the registers hold the sums of several rows of the weight at once. Where they do not, fewer variants serve.
+const fn roomy<S: Simd>() -> bool {
+    S::REGISTERS >= 16
+}
+
 /// Weights of fewer elements take less time than waking a thread.
 const ALONE: usize = 1 << 18;
 
@@ -101,6 +106,7 @@ struct PackRows<'a> {
 
 impl Product for PackRows<'_> {
     type Output = ();
+    const IN_TILES: bool = false;
 
     #[inline(always)]
     unsafe fn run<S: Simd, M: Micro<S>>(self) {
