@@ -1,5 +1,5 @@
 //! The laws that the targets try on any bytes, one a file. The tests of the crates that they are about include the
-//! same files, and try the laws on the committed seeds (`tests/seeds.rs` there).
+//! same files, and try the laws on the committed seeds.
 
 pub mod adapter_config;
 pub mod quant_state_json;

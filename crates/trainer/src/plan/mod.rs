@@ -14,7 +14,7 @@
 //! 1/ρ of both norms, the log-sum-exp of every head                      2 t + t heads
 //! ```
 //!
-//! and with checkpointing t w, its input; in bf16 half of either but for the last line (`tests/plan.rs` holds the
+//! and with checkpointing t w, its input; in bf16 half of either but for the last line (`tests/suite/plan.rs` holds the
 //! counting to this, and to what the CPU backend then takes, to the byte).
 //!
 //! In reading order: [`Setup`], what a run is to its memory; [`Plan`], what was found; `replay.rs`, the step that is

@@ -1,5 +1,5 @@
 //! The pool of the CPU backend, without its memory: which freed block serves which allocation, and when blocks go back
-//! to the system. `rankfold_cpu`'s storage says why it is so; `tests/plan.rs` holds this to it.
+//! to the system. `rankfold_cpu`'s storage says why it is so; `tests/suite/plan.rs` holds this to it.
 //!
 //! A block that was never written to its end is not in memory to its end: of each, the most bytes that were ever asked
 //! of it are counted.
