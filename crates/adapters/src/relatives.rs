@@ -148,7 +148,21 @@ impl RelativeConfig {
             config.take(field, value)?;
         }
         config.method.check()?;
+        config.check_feed_forward()?;
         Ok(Some(config))
+    }
+
+    /// PEFT's rule: of two lists, `feedforward_modules` names some of `target_modules`.
+    fn check_feed_forward(&self) -> Result<()> {
+        let (Relative::Ia3 { feed_forward: Some(Names::List(inner)) }, Targets::Named(Names::List(targets))) =
+            (&self.method, &self.targets)
+        else {
+            return Ok(());
+        };
+        match inner.difference(targets).next() {
+            Some(stranger) => Err(Error::field("feedforward_modules", stranger, "some of 'target_modules'")),
+            None => Ok(()),
+        }
     }
 
     fn take(&mut self, field: &str, value: &Value) -> Result<()> {

@@ -45,13 +45,14 @@ impl Targets {
     /// From a command line: "all-linear"; "peft-default"; a list with commas; or a regular expression, which is a text
     /// with any sign that no path has.
     pub fn parse(text: &str) -> Self {
-        let in_paths = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.' | ',');
+        let in_paths = |c: char| c.is_alphanumeric() || matches!(c, '_' | '-' | '.');
+        let names = text.split(',').map(str::trim);
         if text.eq_ignore_ascii_case(ALL_LINEAR) {
             Self::AllLinear
         } else if text.eq_ignore_ascii_case(PEFT_DEFAULT) {
             Self::Default
-        } else if text.chars().all(in_paths) {
-            Self::Named(Names::List(text.split(',').map(str::to_string).collect()))
+        } else if names.clone().all(|name| name.chars().all(in_paths)) {
+            Self::Named(Names::List(names.map(str::to_string).collect()))
         } else {
             Self::Named(Names::Pattern(text.to_string()))
         }

@@ -12,16 +12,29 @@ use rankfold_adapters::{
 use std::str::FromStr;
 
 /// The adapter that the options ask for: a new one, or a folder's; `None` for `--method full`.
-pub fn asked_for(options: &Options, builtin: bool) -> Result<Option<PeftConfig>> {
+pub fn asked_for(options: &Options) -> Result<Option<PeftConfig>> {
     if let Some(saved) = &options.init_adapter {
         let config = PeftConfig::open(saved)?;
-        if config.lora().is_none() && options.lora_plus.is_some_and(|ratio| ratio != 1.0) {
-            let why = "it has no low-rank update, expected no --lora-plus";
-            return Err(Error::Path { path: saved.clone(), why: why.into() });
+        let (lora, is_diff) = (
+            config.lora(),
+            matches!(&config, PeftConfig::Relative(RelativeConfig { method: Relative::Diff { .. }, .. })),
+        );
+        let strangers = [
+            ("lora-plus", "low-rank update", lora.is_none() && options.lora_plus.is_some_and(|ratio| ratio != 1.0)),
+            (
+                "adalora-prune",
+                "triplets of AdaLoRA",
+                lora.is_none_or(|lora| lora.adalora.is_none()) && options.adalora_prune.is_some(),
+            ),
+            ("diff-gate-lr", "gates of diff pruning", !is_diff && options.diff_gate_lr.is_some()),
+        ];
+        if let Some((flag, what, _)) = strangers.iter().find(|(.., given)| *given) {
+            let why = format!("it has no {what}, expected no --{flag}");
+            return Err(Error::Path { path: saved.clone(), why });
         }
         return Ok(Some(config));
     }
-    let base_model = options.model.clone().filter(|_| !builtin);
+    let base_model = options.model.clone();
     let relative = |method| {
         let targets = options.targets.as_deref().map_or(Targets::Default, Targets::parse);
         PeftConfig::Relative(RelativeConfig { targets, base_model: base_model.clone(), ..RelativeConfig::new(method) })

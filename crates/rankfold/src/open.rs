@@ -188,9 +188,9 @@ impl ModelArgs {
         let mut model = folder.load(self.device.open()?, precision)?;
         let config = match (&*self.adapter, &*self.weights) {
             ([], []) => None,
-            ([adapter], []) => Some(attach_saved(&mut model, &self.model, adapter)?),
+            ([adapter], []) => Some(attach_saved(&mut model, &self.model, precision, adapter)?),
             (adapters, weights) => {
-                attach_sum(&mut model, &self.model, adapters, weights)?;
+                attach_sum(&mut model, &self.model, precision, adapters, weights)?;
                 None
             }
         };
@@ -215,12 +215,26 @@ impl ModelArgs {
     }
 }
 
-/// Put a saved adapter onto a model; its configuration.
+/// Put a saved adapter onto a model that was read in `precision`; its configuration.
 ///
 /// `name` is the model's: a base of another name is warned of.
-pub fn attach_saved(model: &mut Model, name: &str, adapter: &Path) -> Result<PeftConfig> {
-    let config = attach(model, &PeftConfig::open(adapter)?, Values::Saved(adapter))?;
-    if let Some(base) = config.base_model().filter(|base| !is_the_same(base, name)) {
+///
+/// Errors: LoftQ's on 4 bits that were made while reading, which are not those that it was made with.
+pub fn attach_saved(model: &mut Model, name: &str, precision: Precision, adapter: &Path) -> Result<PeftConfig> {
+    let (config, of_it) = (PeftConfig::open(adapter)?, |why: String| Error::Path { path: adapter.into(), why });
+    let is_loftq = config.lora().is_some_and(|lora| matches!(lora.init, Init::Loftq { .. }));
+    if is_loftq && matches!(precision, Precision::Quantized(_)) {
+        let why = "'init_lora_weights' is loftq, which made the base in 4 bits with it: expected that base as it is \
+                   stored, not 4 bits made anew";
+        return Err(of_it(why.into()));
+    }
+    let config = attach(model, &config, Values::Saved(adapter)).map_err(|why| match why.to_string() {
+        said if said.contains(&*adapter.to_string_lossy()) => why,
+        said => of_it(said),
+    })?;
+    let here = Path::new(name).canonicalize();
+    let name_here = here.as_ref().map_or(name.into(), |path| path.to_string_lossy());
+    if let Some(base) = config.base_model().filter(|base| !is_the_same(base, &name_here)) {
         tracing::warn!("{}: the adapter was made for '{base}', and the model is '{name}'", adapter.display());
     }
     Ok(config)
@@ -235,7 +249,7 @@ fn is_the_same(one: &str, other: &str) -> bool {
 }
 
 /// Put the sum of saved adapters onto a model, each times its weight.
-fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]) -> Result<()> {
+fn attach_sum(model: &mut Model, of: &str, precision: Precision, adapters: &[PathBuf], weights: &[f64]) -> Result<()> {
     if !weights.is_empty() && weights.len() != adapters.len() {
         let (found, expected) = (weights.len(), adapters.len());
         return Err(Error::Usage(format!("{found} times --weight beside {expected} adapters: expected one for each")));
@@ -243,7 +257,7 @@ fn attach_sum(model: &mut Model, of: &str, adapters: &[PathBuf], weights: &[f64]
     let (backend, mut rack) = (model.backend().clone(), Rack::default());
     let names: Vec<String> = (0..adapters.len()).map(|i| i.to_string()).collect();
     for (name, adapter) in names.iter().zip(adapters) {
-        let config = attach_saved(model, of, adapter)?;
+        let config = attach_saved(model, of, precision, adapter)?;
         let no_sum =
             |why: String| Error::Path { path: adapter.clone(), why: format!("no sum can be made with it: {why}") };
         if config.lora().is_none() {

@@ -139,6 +139,16 @@ impl Allocator {
         (!self.is_final).then(|| self.total.saturating_sub(self.config.tfinal))
     }
 
+    /// Triplets that there are, those that are masked too.
+    pub fn triplets(&self) -> usize {
+        self.modules.iter().map(|module| module.triplets.len()).sum()
+    }
+
+    /// Triplets that the budget ends with.
+    pub fn target(&self) -> usize {
+        self.ends[1]
+    }
+
     /// What is due after step `t`, whose update is done and whose gradients were multiplied by `grad_scale`.
     ///
     /// `layers` are those that it was made for. Errors: others.

@@ -106,7 +106,9 @@ impl AdaLora {
         let field = || format!("rank_pattern: {path}{LAMBDA}");
         match self.pattern.iter().find(|(of, _)| of == path) {
             Some((_, kept)) if kept.len() == first => Ok(kept.clone()),
-            Some((_, kept)) => Err(Error::field(field(), format!("of {} entries", kept.len()), "init_r of them")),
+            Some((_, kept)) => {
+                Err(Error::field(field(), format!("of {} entries beside an init_r of {first}", kept.len()), "as many"))
+            }
             None => Err(Error::field(field(), "missing", "an entry for every layer that is targeted")),
         }
     }

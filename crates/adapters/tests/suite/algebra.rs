@@ -5,10 +5,12 @@ use proptest::prelude::*;
 use rankfold_adapters::algebra::{Rack, of_rank, weighted_sum};
 use rankfold_adapters::virtual_tokens::Kind;
 use rankfold_adapters::{
-    AdapterConfig, Bias, Error, Form, Init, Linear, Lora, LoraSpec, Part, PeftConfig, VirtualConfig, merged_weight,
+    AdapterConfig, Bias, Error, Form, Init, Linear, Lora, LoraSpec, Part, PeftConfig, VirtualConfig, Weight, merged,
+    merged_weight,
 };
 use rankfold_autograd::{Base, Parameter, Tensor};
-use rankfold_backend::{Backend, DType};
+use rankfold_backend::{Backend, DType, Format, Quantized};
+use std::sync::Arc;
 
 #[derive(Clone, Debug)]
 struct Term {
@@ -136,36 +138,53 @@ proptest! {
         prop_assert!((lost - tail).abs() <= rounding, "{lost} is lost, expected {tail}");
     }
 
+    /// On a dense layer, one in 4 bits, and one that only the adapter of the last seed has a part on.
     #[test]
-    fn adapters_are_switched_and_none_is_changed(seeds in prop::collection::vec(any::<u64>(), 1..4)) {
+    fn adapters_are_switched_and_none_is_changed(seeds in prop::collection::vec((any::<u64>(), 0..3usize), 1..4)) {
         let backend = reference();
         let backend = backend.as_ref();
-        let mut layer = layer(backend, "m", 0, [3, 4], &[0.25; 12]);
-        let base = matrix(backend, &layer);
+        let (w, dims) = (backend.upload(&[0.25f32; 96]).unwrap(), [3, 32]);
+        let q = Arc::new(Quantized::quantize(backend, w.view(), dims, Format::Nf4, 32, false).unwrap());
+        let in_4_bits = Linear::new("q", 1, Weight::Frozen(Base::Quantized(q.clone())), None).unwrap();
+        let mut layers = [layer(backend, "m", 0, [3, 4], &[0.25; 12]), in_4_bits, layer(backend, "n", 2, dims, &[0.5; 96])];
+        let bases = [0, 2].map(|i| matrix(backend, &layers[i]));
         let mut rack = Rack::default();
-        let mut merged = Vec::new();
-        for seed in &seeds {
-            let lora = Lora::init(backend, &layer, LoraSpec::new(2, 4.0), Init::Random, *seed).unwrap();
-            layer.set_adapter(lora).unwrap();
-            rack.keep(&seed.to_string(), &AdapterConfig::default().into(), &mut [&mut layer]).unwrap();
-            prop_assert!(layer.adapter().is_none());
+        for (i, (seed, form)) in seeds.iter().enumerate() {
+            let form = [Form::Plain, Form::Dora, Form::AdaLora][*form];
+            let on = if i + 1 == seeds.len() { 3 } else { 2 };
+            for layer in &mut layers[..on] {
+                let spec = LoraSpec { form, ..LoraSpec::new(2, 4.0) };
+                // AdaLoRA begins at E = 0: what was learned is stood in for.
+                let lora = Lora::init(backend, layer, spec, Init::Random, *seed).unwrap();
+                if let Part::Triplets { lambda, .. } = lora.part() {
+                    let ones = backend.upload(&[1.0f32, -1.0]).unwrap();
+                    lambda.update(|value| Ok(backend.copy(ones.view(), value.view_mut())?)).unwrap();
+                }
+                layer.set_adapter(lora).unwrap();
+            }
+            let mut all: Vec<&mut Linear> = layers.iter_mut().collect();
+            rack.keep(&i.to_string(), &AdapterConfig::default().into(), &mut all).unwrap();
+            prop_assert!(layers.iter().all(|layer| layer.adapter().is_none()));
         }
-        let as_merged = |rack: &Rack, seed: &u64, layer: &mut Linear| {
-            rack.put(&seed.to_string(), &mut [layer]).unwrap();
-            layer.merge(backend).unwrap();
-            let values = matrix(backend, layer);
-            layer.unmerge();
+        let mut as_merged = |i: usize| {
+            let mut all: Vec<&mut Linear> = layers.iter_mut().collect();
+            rack.put(&i.to_string(), &mut all).unwrap();
+            let mut values = Vec::new();
+            for layer in all {
+                let sum = merged(backend, layer, DType::F32).unwrap();
+                values.push(sum.map(|sum| backend.download::<f32>(sum.weight.view()).unwrap()));
+            }
             values
         };
-        for seed in &seeds {
-            merged.push(as_merged(&rack, seed, &mut layer));
+        let first: Vec<_> = (0..seeds.len()).map(&mut as_merged).collect();
+        for (i, first) in first.iter().enumerate().rev() {
+            prop_assert_eq!(&as_merged(i), first);
+            prop_assert_eq!(first.iter().filter(|sum| sum.is_some()).count(), if i + 1 == seeds.len() { 3 } else { 2 });
+            prop_assert_ne!(first[0].as_ref().unwrap(), &bases[0]);
         }
-        for (seed, merged) in seeds.iter().zip(&merged).rev() {
-            prop_assert_eq!(&as_merged(&rack, seed, &mut layer), merged);
-            prop_assert_ne!(merged, &base);
-        }
-        layer.take_adapter().unwrap();
-        prop_assert_eq!(matrix(backend, &layer), base);
+        layers.iter_mut().for_each(|layer| drop(layer.take_adapter().unwrap()));
+        prop_assert_eq!([0, 2].map(|i| matrix(backend, &layers[i])), bases);
+        prop_assert!(matches!(layers[1].base(), Base::Quantized(kept) if Arc::ptr_eq(&kept, &q)));
     }
 }
 

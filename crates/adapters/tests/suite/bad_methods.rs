@@ -200,7 +200,8 @@ fn adalora_patterns_that_disagree_with_tensors_or_targets_are_told() {
     assert_eq!(message(&with("[false, true, false]")), of(2, 1));
     assert_eq!(message(&with("[false, false, false]")), of(2, 0));
     let field = format!("'rank_pattern: {Q}.lora_E'");
-    assert_eq!(message(&with("[true, true]")), format!("{field} is of 2 entries, expected init_r of them"));
+    let short = format!("{field} is of 2 entries beside an init_r of 3, expected as many");
+    assert_eq!(message(&with("[true, true]")), short);
     let other = config.replace("layers.0.q_proj.lora_E", "layers.9.q_proj.lora_E");
     assert_eq!(message(&other), format!("{field} is missing, expected an entry for every layer that is targeted"));
     let more = config.replace("\"layers.0", "\"layers.9.q_proj.lora_E\": [true, true, true], \"layers.0");

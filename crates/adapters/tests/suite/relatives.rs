@@ -465,6 +465,10 @@ fn fields_that_are_not_known_or_not_possible_are_refused_by_name() {
         (r#"{"peft_type": "IA3", "fan_in_fan_out": true}"#, "'fan_in_fan_out' is true: not supported yet"),
         (r#"{"peft_type": "IA3", "modules_to_save": ["a"]}"#, r#"'modules_to_save' is ["a"]: not supported yet"#),
         (r#"{"peft_type": "BITFIT", "feedforward_modules": ["a"]}"#, "'feedforward_modules'"),
+        (
+            r#"{"peft_type": "IA3", "target_modules": ["a", "b"], "feedforward_modules": ["b", "c"]}"#,
+            "'feedforward_modules' is c, expected some of 'target_modules'",
+        ),
         (r#"{"peft_type": "BOTTLENECK", "placement": "both", "bottleneck": 3}"#, "expected \"houlsby\" or"),
         (r#"{"peft_type": "BOTTLENECK", "placement": "houlsby"}"#, "'bottleneck' is 0, expected 1 or more"),
         (r#"{"peft_type": "BOTTLENECK", "target_modules": ["a"], "bottleneck": 3}"#, "'target_modules'"),

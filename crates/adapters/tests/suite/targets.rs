@@ -111,6 +111,7 @@ fn without_targets_the_architecture_decides() {
 #[test]
 fn a_command_line_text_is_a_list_unless_it_has_signs_that_no_path_has() {
     assert_eq!(Targets::parse("q_proj"), Targets::Named(list(&["q_proj"])));
+    assert_eq!(Targets::parse("q_proj, v_proj"), Targets::Named(list(&["q_proj", "v_proj"])));
     assert_eq!(Targets::parse("layers.0.q,k_proj"), Targets::Named(list(&["layers.0.q", "k_proj"])));
     for text in [r".*\.q_proj", "(a|b)", "a{1,2}", "q_proj$"] {
         assert_eq!(Targets::parse(text), Targets::Named(pattern(text)));

@@ -2,7 +2,7 @@
 
 use crate::check::count;
 use crate::error::{Error, Result};
-use crate::open::{BUILTIN, ModelArgs};
+use crate::open::ModelArgs;
 use crate::show::say;
 use clap::Args;
 use rankfold_adapters::algebra::{config_of, of_rank, weighted_sum};
@@ -73,8 +73,7 @@ impl Merge {
             };
             layer.set_adapter(plain)?;
         }
-        let builtin = self.model.model == BUILTIN;
-        let base_model = Some(self.model.model.clone()).filter(|_| !builtin);
+        let base_model = Some(self.model.model.clone());
         let config = AdapterConfig { base_model, ..config_of(model.linears()) };
         let staged = super::stage(&self.out)?;
         let (modules, purpose) = (Vec::new(), Purpose::Exchange);

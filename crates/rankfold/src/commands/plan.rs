@@ -63,7 +63,7 @@ impl PlanArgs {
         let Options { quantize, block, double_quant, .. } = options;
         let asked = precision(name == BUILTIN, stored.four_bits.is_some(), quantize, block, double_quant)?;
         let precision = if options.method == Some(Method::Full) { Precision::Trained } else { asked };
-        let adapter = adapter::asked_for(&options, name == BUILTIN)?;
+        let adapter = adapter::asked_for(&options)?;
         let folder = path.parent().filter(|_| name != BUILTIN);
         let subject = Subject { config: &config, stored, precision, adapter: adapter.as_ref(), folder };
         let shape = shape(&options)?;

@@ -138,7 +138,7 @@ impl Job {
     fn open(options: &Options, threads: Option<usize>, done: Option<&Done>, profile: Option<&Profile>) -> Result<Self> {
         let folder = Folder::open(options.model.as_deref().unwrap_or_default())?;
         let precision = precision(options, &folder)?;
-        let adapter = adapter::asked_for(options, folder.builtin)?;
+        let adapter = adapter::asked_for(options)?;
         let alone = adapter.as_ref().is_some_and(|adapter| adapter.virtual_tokens().is_some());
         let (batches, held_out, tokenizer) = data(options, &folder, alone)?;
         let subject = Subject {
@@ -167,7 +167,7 @@ impl Job {
             Some(base) => Model::load(backend, &Checkpoint::open(&base)?, folder.config.clone(), precision)?,
             None => folder.load(backend, precision)?,
         };
-        let attach = |fresh: PeftConfig| attach(options, &fresh, &folder, &mut model, done);
+        let attach = |fresh: PeftConfig| attach(options, &fresh, &folder, precision, &mut model, done);
         let adapter = adapter.map(attach).transpose()?;
         describe(options, &folder, precision, &model, &batches);
         eprintln!("memory: {}", memory::summary(&plan));
@@ -324,18 +324,21 @@ fn attach(
     options: &Options,
     fresh: &PeftConfig,
     folder: &Folder,
+    precision: Precision,
     model: &mut Model,
     done: Option<&Done>,
 ) -> Result<PeftConfig> {
     let name = options.model.as_deref().unwrap_or_default();
+    // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
+    // A base of the run's own is the one that was left or made.
+    if let Some((done, base)) = done.and_then(|done| Some((done, done.base()?))) {
+        return crate::open::attach_saved(model, &base.to_string_lossy(), Precision::AsStored, &done.path);
+    }
     match (done, &options.init_adapter) {
-        // What was taken out of the base is kept with the checkpoint: no second decomposition need give the same bits.
-        // A base of the run's own is the one that was left or made.
-        (Some(done), _) if done.base().is_some() => crate::open::attach_saved(model, folder::BASE, &done.path),
         (Some(done), _) if fresh.lora().is_some_and(|lora| lora.init.changes_the_base()) => {
-            crate::open::attach_saved(model, name, &done.path)
+            crate::open::attach_saved(model, name, precision, &done.path)
         }
-        (_, Some(saved)) => crate::open::attach_saved(model, name, saved),
+        (_, Some(saved)) => crate::open::attach_saved(model, name, precision, saved),
         _ => crate::open::attach_fresh(model, fresh, &folder.checkpoint, options.seed.unwrap_or_default()),
     }
 }
@@ -346,8 +349,16 @@ fn allocator(options: &Options, config: &PeftConfig, model: &Model) -> Result<Op
     let prune = options.adalora_prune.unwrap_or(Prune::Mask).into();
     let (backend, steps) = (model.backend().as_ref(), options.steps.unwrap_or_default());
     let allocator = Allocator::new(backend, adalora, prune, steps, model.linears())?;
-    if let Some(last) = allocator.last_choice().filter(|last| *last > steps) {
-        tracing::warn!("the last choice of ranks is due at step {last} and the run ends at step {steps}: over budget");
+    match allocator.last_choice() {
+        Some(last) if last > steps => tracing::warn!(
+            "the last choice of ranks is due at step {last} and the run ends at step {steps}: over budget"
+        ),
+        None if allocator.triplets() > allocator.target() => tracing::warn!(
+            "the adapter has lost ranks, so that an earlier run's choice of them stands: {} triplets, over the budget of {}",
+            allocator.triplets(),
+            allocator.target()
+        ),
+        _ => (),
     }
     Ok(Some(allocator))
 }

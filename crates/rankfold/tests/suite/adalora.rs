@@ -4,10 +4,10 @@ use crate::common::{self, Place, both, kill_at, metrics, refuse, succeed};
 use serde_json::Value;
 use std::path::Path;
 
-/// A run of a second on the embedded model and text.
-fn train(out: &str, more: &[&str]) {
+/// A run of a second on the embedded model and text; what it says of its progress.
+fn train(out: &str, more: &[&str]) -> String {
     let small = ["train", "--batch", "2", "--seq", "32", "--rank", "4", "--threads", "2", "--out", out];
-    succeed(&[&small, more].concat());
+    both(&[&small, more].concat())[1].clone()
 }
 
 fn steps(run: &Path) -> Vec<Value> {
@@ -47,7 +47,8 @@ fn adalora_spends_its_budget_and_says_where() {
     for prune in ["mask", "shrink"] {
         let out = place.text(prune);
         let schedule = ["--adalora-target", "1", "--adalora-tinit", "2", "--adalora-tfinal", "4"];
-        train(&out, &[&["--method", "adalora", "--adalora-prune", prune, "--steps", "12"][..], &schedule].concat());
+        let said =
+            train(&out, &[&["--method", "adalora", "--adalora-prune", prune, "--steps", "12"][..], &schedule].concat());
         let lines = steps(&place.path(prune));
         let modules = lines[0]["ranks"].as_object().unwrap().len();
         assert_eq!((lines.len(), ranks(&lines[0])), (12, 4 * modules));
@@ -55,6 +56,14 @@ fn adalora_spends_its_budget_and_says_where() {
         assert_eq!(last["budget"].as_u64(), Some(modules as u64));
         // No two scores are equal, so that no budget is left over.
         assert_eq!(ranks(last), modules, "{prune}");
+        // The map: a line of names, and one a layer.
+        let map: Vec<&str> = said.lines().skip_while(|line| *line != format!("{modules} triplets kept:")).collect();
+        assert!(map[1].trim_start().starts_with("layer  q_proj"), "{said}");
+        let of_layer = |line: &str| line.split_whitespace().skip(1).map(|rank| rank.parse::<usize>().unwrap()).sum();
+        let layers = last["ranks"].as_object().unwrap().keys().filter(|path| path.ends_with("q_proj")).count();
+        assert_eq!(map[2..2 + layers].iter().map(|line| -> usize { of_layer(line) }).sum::<usize>(), modules, "{said}");
+        let report = std::fs::read_to_string(place.path(prune).join("report.html")).unwrap();
+        assert!(report.contains("The triplets that each module has left") && report.contains("<th>q_proj</th>"));
         let shown = succeed(&["inspect", &out]);
         assert!(shown.contains("AdaLoRA"), "{shown}");
         loss(&["--adapter", &out, "--data", &place.file("held.txt", "The LORD is my light.\n".repeat(9))]);
@@ -120,6 +129,35 @@ fn a_run_that_ends_before_the_last_choice_of_its_folder_is_warned_of_and_squared
     std::fs::write(&folder, config("run/checkpoints/step-000002").replace("\"orth_reg_squared\": true,", "")).unwrap();
     go_on("9");
     assert_ne!(first("8"), first("9"), "norms and their squares");
+}
+
+/// Masks at every step and shrinking: triplets go before the last choice, and a checkpoint from between has ranks that a
+/// new run takes for chosen.
+#[test]
+fn ranks_that_an_unfinished_schedule_left_are_warned_of() {
+    let place = Place::new();
+    let schedule = ["--adalora-target", "1", "--adalora-tinit", "0", "--adalora-tfinal", "2", "--adalora-delta", "1"];
+    let shrink = ["--method", "adalora", "--adalora-prune", "shrink", "--steps", "40", "--checkpoint-every", "25"];
+    train(&place.text("run"), &[&shrink[..], &schedule, &["--keep", "9"]].concat());
+    let go_on = |from: &str, out: &str| {
+        let (from, out) = (place.text(from), place.text(out));
+        let args = ["train", "--batch", "2", "--seq", "32", "--steps", "1", "--init-adapter", &from, "--out", &out];
+        both(&args)[1].clone()
+    };
+    let said = go_on("run/checkpoints/step-000025", "early");
+    assert!(said.contains("an earlier run's choice of them stands") && said.contains("over the budget of "), "{said}");
+    assert!(!go_on("run", "whole").contains("over the budget"));
+}
+
+#[test]
+fn what_is_another_methods_is_refused_beside_a_folder() {
+    let place = Place::new();
+    let (lora, out) = (place.text("lora"), place.text("out"));
+    train(&lora, &["--steps", "1"]);
+    let with = |more: &[&'static str]| [&["train", "--init-adapter", &lora, "--out", &out][..], more].concat();
+    refuse(&with(&["--adalora-prune", "shrink"]), &[&lora, "no triplets of AdaLoRA", "--adalora-prune"]);
+    refuse(&with(&["--diff-gate-lr", "3"]), &[&lora, "no gates of diff pruning", "--diff-gate-lr"]);
+    assert!(!place.path("out").exists());
 }
 
 /// What a run wrote, and what it said of every step but its speed.

@@ -169,6 +169,27 @@ fn a_base_that_an_adapter_was_not_made_for_is_warned_of() {
     let [ones, others] = [&one, &other].map(|run| format!("{run}/base"));
     assert!(!warned(&ones, &one) && warned(&others, &one), "each LoftQ base is its own run's");
     assert!(!warned(&small.model, &plain) && warned(&ones, &plain));
+    // The embedded model has a name as well.
+    let (builtin, exported) = (small.place.text("builtin"), small.place.base());
+    succeed(&["train", "--steps", "1", "--batch", "1", "--seq", "16", "--out", &builtin]);
+    let tokens = small.place.tokens([1, 16]);
+    let said = |model: &str| both(&["eval", "--tokens", &tokens, "--model", model, "--adapter", &builtin])[1].clone();
+    assert!(!said("builtin").contains("was made for") && said(&exported).contains("made for 'builtin'"));
+}
+
+/// LoftQ's A and B make up for what its own 4 bits lost, and for no others'.
+#[test]
+fn an_adapter_of_loftqs_is_refused_on_4_bits_that_are_made_while_reading() {
+    let small = Small::new(MODEL);
+    let out = small.train("loftq", &["--init", "loftq", "--rank", "4"]);
+    let (begun, base) = (format!("{out}/checkpoints/step-000004"), format!("{out}/base"));
+    assert_eq!(config(&begun)["init_lora_weights"], "loftq");
+    let eval = ["eval", "--tokens", &small.tokens, "--adapter", &begun, "--model"];
+    for format in ["nf4", "fp4"] {
+        let made = [&eval[..], &[&small.model, "--quantize", format]].concat();
+        refuse(&made, &[&begun, "loftq", "that base as it is stored"]);
+    }
+    succeed(&[&eval[..], &[&base]].concat());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `rankfold merge`: several adapters, and merging into 4 bits.
 
-use crate::common::{self, Place, refuse, succeed};
+use crate::common::{self, Place, both, refuse, succeed};
 
 fn adapter(place: &Place, base: &str, name: &str, seed: &str) -> String {
     let out = place.text(name);
@@ -61,7 +61,8 @@ fn a_merge_into_4_bits_keeps_what_no_adapter_touched_and_says_its_error() {
     let (four, out, again) = (place.text("four"), place.text("merged"), place.text("again"));
     succeed(&["quantize", "--model", &base, "--out", &four, "--double-quant"]);
     let one = adapter(&place, &four, "one", "1");
-    succeed(&["merge", "--model", &four, "--adapter", &one, "--requantize", "--out", &out]);
+    let [_, said] = both(&["merge", "--model", &four, "--adapter", &one, "--requantize", "--out", &out]);
+    assert!(said.contains("quantising again moves a merged weight by "), "{said}");
     let held = place.file("held.txt", "The LORD is my light and my salvation; whom shall I fear?\n".repeat(20));
     let of = |model: &str, more: &[&str]| loss(&[&["--model", model, "--data", &held], more].concat());
     let (plain, adapted, merged) = (of(&four, &[]), of(&four, &["--adapter", &one]), of(&out, &[]));

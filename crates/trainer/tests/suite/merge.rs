@@ -1,14 +1,14 @@
 //! Merging into 4 bits: what no adapter changes stays as it was, and biases find their tensors.
 
 use rankfold_adapters::{
-    AdapterConfig, Form, Lora, LoraSpec, Part, PeftConfig, Relative, RelativeConfig, Targets, Values,
+    AdapterConfig, Form, Linear, Lora, LoraSpec, Part, PeftConfig, Relative, RelativeConfig, Targets, Values, merged,
 };
-use rankfold_autograd::Parameter;
+use rankfold_autograd::{Base, Parameter};
 use rankfold_backend::{Backend, DType, Format};
 use rankfold_cpu::CpuBackend;
 use rankfold_files::{Checkpoint, Spec, Writer};
 use rankfold_trainer::convert;
-use rankfold_trainer::merge::merge_in_4_bits;
+use rankfold_trainer::merge::{Requantised, merge_in_4_bits};
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
 use std::path::Path;
 use std::sync::Arc;
@@ -54,8 +54,37 @@ impl Four {
         let out = self.place.path().join("merged");
         std::fs::create_dir(&out).unwrap();
         let (layers, errors) = merge_in_4_bits(&self.model, &self.checkpoint, &out).unwrap();
-        assert!(errors.iter().all(|layer| layer.error.is_finite() && layer.of_update.is_finite()), "{errors:?}");
+        self.check(&errors, &Checkpoint::open(&out).unwrap());
         (layers, errors.into_iter().map(|layer| layer.path).collect(), Checkpoint::open(&out).unwrap())
+    }
+
+    /// The errors, from the weights that were read, their sums and what was written of these, in f64. Of what is
+    /// checked each difference is rounded once, to 2⁻²⁴ of itself, and a ratio is of two.
+    fn check(&self, errors: &[Requantised], written: &Checkpoint) {
+        let backend = self.model.backend();
+        let written = Model::load(backend.clone(), written, self.model.config.clone(), Precision::AsStored).unwrap();
+        let values = |layer: &Linear| match layer.base() {
+            Base::Quantized(q) => {
+                let mut values = backend.alloc(DType::F32, q.elements()).unwrap();
+                backend.dequantize_4bit(&q, values.view_mut()).unwrap();
+                backend.download::<f32>(values.view()).unwrap()
+            }
+            Base::Dense(_) => panic!("{}: expected 4 bits", layer.path()),
+        };
+        let norm = |differences: &mut dyn Iterator<Item = (f32, f32)>| {
+            differences.map(|(a, b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>().sqrt()
+        };
+        let apart = |a: &[f32], b: &[f32]| norm(&mut a.iter().copied().zip(b.iter().copied()));
+        for (old, new) in self.model.linears().zip(written.linears()) {
+            let Some(found) = errors.iter().find(|found| found.path == old.path()) else { continue };
+            let sum = merged(backend.as_ref(), old, DType::F32).unwrap().unwrap();
+            let sum = backend.download::<f32>(sum.weight.view()).unwrap();
+            let (lost, whole) = (apart(&values(new), &sum), norm(&mut sum.iter().map(|x| (*x, 0.0))));
+            for (found, expected) in [(found.error, lost / whole), (found.of_update, lost / apart(&sum, &values(old)))]
+            {
+                assert!(expected > 0.0 && (found / expected - 1.0).abs() <= 2f64.powi(-23), "{found}, not {expected}");
+            }
+        }
     }
 
     /// Fill what is trained with 1/8.
