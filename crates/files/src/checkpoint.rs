@@ -3,7 +3,7 @@
 //! Opening reads headers only. Tensors are then read by position (`pread`), straight into the memory that keeps
 //! them: a mapping of a file that is truncated meanwhile would kill the process, and mapped pages would blur every
 //! memory figure. In a sharded folder `model.safetensors.index.json` says which file holds a tensor; what a shard
-//! holds beyond that is not part of the checkpoint.
+//! holds beyond that is not part of the checkpoint. A file that is a part of the program is read like any other.
 
 use crate::finite::first_not_finite;
 use crate::header::{self, MAX_HEADER};
@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -24,8 +24,28 @@ use std::path::{Path, PathBuf};
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    files: Vec<(PathBuf, File)>,
+    files: Vec<(PathBuf, Source)>,
     tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// Where a file's bytes are.
+#[derive(Debug)]
+enum Source {
+    Disk(File),
+    Program(&'static [u8]),
+}
+
+impl Source {
+    fn read_exact_at(&self, out: &mut [u8], at: u64) -> io::Result<()> {
+        match self {
+            Self::Disk(file) => file.read_exact_at(out, at),
+            Self::Program(bytes) => {
+                let rest = usize::try_from(at).ok().and_then(|at| bytes.get(at..)?.get(..out.len()));
+                out.copy_from_slice(rest.ok_or(io::ErrorKind::UnexpectedEof)?);
+                Ok(())
+            }
+        }
+    }
 }
 
 /// `model.safetensors.index.json`.
@@ -55,9 +75,17 @@ impl Checkpoint {
         }
     }
 
+    /// The safetensors file of these bytes, which are a part of the program; `path` is for messages.
+    ///
+    /// Errors: as [`Checkpoint::open`].
+    pub fn embedded(path: &Path, bytes: &'static [u8]) -> Result<Self> {
+        let tensors = header::read(path, &mut { bytes }, bytes.len() as u64)?;
+        Ok(Self { path: path.into(), files: vec![(path.into(), Source::Program(bytes))], tensors })
+    }
+
     fn open_file(path: &Path, file: &Path) -> Result<Self> {
         let (opened, tensors) = open_header(file)?;
-        Ok(Self { path: path.into(), files: vec![(file.into(), opened)], tensors })
+        Ok(Self { path: path.into(), files: vec![(file.into(), Source::Disk(opened))], tensors })
     }
 
     fn open_shards(path: &Path, index: &Path) -> Result<Self> {
@@ -83,7 +111,7 @@ impl Checkpoint {
                         return Err(invalid(format!("shard '{}': expected the name of a file beside it", new.key())));
                     }
                     let (opened, held) = open_header(&file)?;
-                    files.push((file.clone(), opened));
+                    files.push((file.clone(), Source::Disk(opened)));
                     new.insert((files.len() - 1, held))
                 }
             };
@@ -294,6 +322,28 @@ mod tests {
         let mut buffer = backend.filled(DType::U32, values.len(), 0.0).unwrap();
         Checkpoint::open(&path).unwrap().load_by_parts("x", backend, &mut buffer, |_, _| Ok(())).unwrap();
         assert!(backend.download::<u32>(buffer.view()).unwrap() == values);
+    }
+
+    #[test]
+    fn a_file_in_the_program_is_the_file_on_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x.safetensors");
+        let specs = vec![Spec::new("x", DType::F32, [3, 2]), Spec::new("y", DType::U8, [5])];
+        let mut writer = Writer::create(&path, specs).unwrap();
+        writer.write("x", bytemuck::cast_slice(&[1.0f32, -2.0, 3.5, 0.0, 4.0, 5.0])).unwrap();
+        writer.write("y", &[1, 2, 3, 4, 5]).unwrap();
+        writer.finish().unwrap();
+        let bytes: &'static [u8] = std::fs::read(&path).unwrap().leak();
+        let both = [Checkpoint::open(&path).unwrap(), Checkpoint::embedded(&path, bytes).unwrap()];
+        let [disk, program] = both.each_ref().map(|file| {
+            let mut part = [0; 3];
+            file.read_range_into("y", 2, &mut part).unwrap();
+            assert!(matches!(file.read_range_into("y", 3, &mut part), Err(Error::Range { .. })));
+            (file.read::<f32>("x").unwrap(), part, file.info("x").unwrap().clone(), file.file("x").to_owned())
+        });
+        assert_eq!(disk, program);
+        let cut = Checkpoint::embedded(&path, &bytes[..bytes.len() - 1]);
+        assert!(matches!(cut, Err(Error::Truncated { .. })));
     }
 
     #[test]

@@ -189,6 +189,9 @@ mod tests {
 
     const PAGE: usize = 64 << 10;
 
+    /// Bytes of a page: parts of a block, a block, and more.
+    const SIZES: [usize; 4] = [PAGE, 256 << 10, 2 << 20, 4 << 20];
+
     /// Write all bytes of a range that has frames.
     fn fill(space: &Space, range: &Range<usize>, byte: u8) {
         // SAFETY: within the space; each test uses its spaces alone.
@@ -204,9 +207,16 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn frames_go_where_as_many_are_wanted() {
-        let frames = Frames::new(PAGE);
-        let [one, other] = [(); 2].map(|()| Space::reserve(3 * BLOCK).unwrap());
-        for (range, target) in [(0..BLOCK, BLOCK..2 * BLOCK), (BLOCK..BLOCK + PAGE, PAGE..2 * PAGE)] {
+        for page in SIZES {
+            frames_of_one_size_go_where_as_many_are_wanted(page);
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    fn frames_of_one_size_go_where_as_many_are_wanted(page: usize) {
+        let (frames, piece) = (Frames::new(page), page.max(BLOCK));
+        let [one, other] = [(); 2].map(|()| Space::reserve(3 * piece).unwrap());
+        for (range, target) in [(0..piece, piece..2 * piece), (piece..piece + page, 3 * piece - page..3 * piece)] {
             one.open(range.clone()).unwrap();
             fill(&one, &range, 7);
             // SAFETY: no reference is left.
@@ -261,11 +271,13 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_pieces_of_a_range_are_the_range_and_each_lies_in_a_block(start in 0..200usize, pages in 0..200usize) {
-            let frames = Frames::new(PAGE);
-            let (range, mut end) = (start * PAGE..(start + pages) * PAGE, start * PAGE);
+        fn the_pieces_of_a_range_are_the_range_and_each_lies_in_a_block(
+            page in prop::sample::select(&SIZES[..]), start in 0..200usize, pages in 0..200usize,
+        ) {
+            let (frames, block) = (Frames::new(page), page.max(BLOCK));
+            let (range, mut end) = (start * page..(start + pages) * page, start * page);
             for piece in frames.pieces(range.clone()) {
-                prop_assert!(piece.start == end && piece.start / BLOCK == (piece.end - 1) / BLOCK);
+                prop_assert!(piece.start == end && piece.start / block == (piece.end - 1) / block);
                 end = piece.end;
             }
             prop_assert_eq!(end, range.end);

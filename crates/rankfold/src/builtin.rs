@@ -12,6 +12,9 @@ pub const CONFIG: &str = include_str!("../assets/base/config.json");
 /// Its `tokenizer.json`.
 pub const TOKENIZER: &str = include_str!("../assets/base/tokenizer.json");
 
+/// Its `tokenizer_config.json`.
+pub const TOKENIZER_CONFIG: &str = include_str!("../assets/base/tokenizer_config.json");
+
 /// Its weights.
 pub const MODEL: &[u8] = include_bytes!("../assets/base/model.safetensors");
 
@@ -19,7 +22,7 @@ const FILES: [(&str, &[u8]); 4] = [
     ("config.json", CONFIG.as_bytes()),
     ("model.safetensors", MODEL),
     ("tokenizer.json", TOKENIZER.as_bytes()),
-    ("tokenizer_config.json", include_bytes!("../assets/base/tokenizer_config.json")),
+    ("tokenizer_config.json", TOKENIZER_CONFIG.as_bytes()),
 ];
 
 /// The text to finetune on: Psalms to Song of Solomon in the King James version, public domain.
@@ -27,6 +30,11 @@ pub const TEXT: &str = include_str!("../assets/poetry.txt");
 
 /// Its name in messages.
 pub const TEXT_NAME: &str = "built-in text";
+
+/// One of the files of the model's Hugging Face folder, where that has it.
+pub fn file(name: &str) -> Option<&'static [u8]> {
+    FILES.iter().find(|(of, _)| *of == name).map(|(_, bytes)| *bytes)
+}
 
 /// Write the model's Hugging Face folder.
 pub fn export(folder: &Path) -> Result<()> {

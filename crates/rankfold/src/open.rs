@@ -15,6 +15,7 @@ use rankfold_files::{Checkpoint, quantized};
 use rankfold_trainer::data::Tokenizer;
 use rankfold_trainer::model::{Model, ModelConfig, Precision, Quantization};
 use rankfold_trainer::plan::Stored;
+use std::borrow::Cow;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,10 +25,10 @@ pub const BUILTIN: &str = "builtin";
 /// Weights that share a scale, if nothing else is said.
 pub const BLOCK: usize = 64;
 
-/// A model's folder, on the disk or embedded.
+/// A model's folder, on the disk or embedded: no file is made of what is embedded.
 #[derive(Debug)]
 pub struct Folder {
-    /// Where its files are.
+    /// Where its files are; of the embedded one, what messages call it.
     pub path: PathBuf,
     /// Its configuration.
     pub config: ModelConfig,
@@ -35,35 +36,34 @@ pub struct Folder {
     pub checkpoint: Checkpoint,
     /// Whether it is the embedded one.
     pub builtin: bool,
-    /// Holds the embedded model's files while they are read.
-    _temporary: Option<tempfile::TempDir>,
 }
 
 impl Folder {
     /// Open `builtin` or a folder.
     pub fn open(model: &str) -> Result<Self> {
-        let builtin = model == BUILTIN;
-        let (path, temporary) = if builtin {
-            let folder = tempfile::tempdir().map_err(Error::io(std::env::temp_dir()))?;
-            builtin::export(folder.path())?;
-            (folder.path().to_owned(), Some(folder))
-        } else {
-            (PathBuf::from(model), None)
-        };
+        let path = PathBuf::from(model);
+        if model == BUILTIN {
+            let config = ModelConfig::parse(builtin::CONFIG, &path.join("config.json"))?;
+            let checkpoint = Checkpoint::embedded(&path.join("model.safetensors"), builtin::MODEL)?;
+            return Ok(Self { path, config, checkpoint, builtin: true });
+        }
         if !path.is_dir() {
             let why = "no such folder: expected 'builtin' or a Hugging Face model's folder".into();
             return Err(Error::Path { path, why });
         }
         let config = ModelConfig::open(&path)?;
         let checkpoint = Checkpoint::open(&path)?;
-        Ok(Self { path, config, checkpoint, builtin, _temporary: temporary })
+        Ok(Self { path, config, checkpoint, builtin: false })
     }
 
     /// Its tokenizer.
     ///
     /// Errors: one with more tokens than the model has rows for.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
-        let tokenizer = Tokenizer::from_file(&self.path)?;
+        let tokenizer = match self.builtin {
+            true => Tokenizer::from_bytes(builtin::TOKENIZER.as_bytes(), builtin::TOKENIZER_CONFIG.as_bytes())?,
+            false => Tokenizer::from_file(&self.path)?,
+        };
         let (tokens, vocab) = (tokenizer.vocab_size(), self.config.vocab);
         if tokens > vocab {
             let why = format!("its tokenizer has {tokens} tokens, its vocab_size is {vocab}");
@@ -74,7 +74,23 @@ impl Folder {
 
     /// Its tokenizer, where it has one.
     pub fn tokenizer_if_any(&self) -> Result<Option<Tokenizer>> {
-        if self.path.join("tokenizer.json").exists() { self.tokenizer().map(Some) } else { Ok(None) }
+        if self.has("tokenizer.json") { self.tokenizer().map(Some) } else { Ok(None) }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        if self.builtin { builtin::file(name).is_some() } else { self.path.join(name).exists() }
+    }
+
+    /// A file of it, where it has one of that name.
+    pub fn file(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>> {
+        if self.builtin {
+            return Ok(builtin::file(name).map(Cow::Borrowed));
+        }
+        let path = self.path.join(name);
+        if !path.exists() {
+            return Ok(None);
+        }
+        Ok(Some(Cow::Owned(std::fs::read(&path).map_err(Error::io(path))?)))
     }
 
     /// Whether its linear layers are stored in 4 bits.
@@ -299,6 +315,22 @@ fn warned(attached: AttachedPeft) -> PeftConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What generation stops at may also stand in files that are not read of the embedded model.
+    #[test]
+    fn the_embedded_model_is_its_exported_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        builtin::export(folder.path()).unwrap();
+        let [embedded, exported] = [BUILTIN, folder.path().to_str().unwrap()].map(|of| Folder::open(of).unwrap());
+        assert!(embedded.checkpoint.names().eq(exported.checkpoint.names()));
+        let [stops, others] = [&embedded, &exported].map(|of| of.tokenizer().unwrap().stops().to_vec());
+        assert_eq!(stops, others);
+        for name in
+            ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+        {
+            assert_eq!(embedded.file(name).unwrap(), exported.file(name).unwrap(), "{name}");
+        }
+    }
 
     #[test]
     fn models_are_told_apart_by_their_last_parts_and_runs_own_bases_by_their_runs() {

@@ -36,7 +36,8 @@ pub enum Paged {
 /// left.
 ///
 /// Errors: a device whose memory is not paged; a system that does not tell what memory a process has; a limit that
-/// leaves no room beside what this one has already; a folder that cannot have the file.
+/// leaves no room beside what this one has already; a folder that cannot have the file, or whose disk has no room for
+/// what the plan says is paged.
 pub fn tiers(options: &Options, plan: &Plan) -> Result<Option<Tiers>> {
     let is_paged = options.optimizer.unwrap_or_default().is_paged();
     let asked = options.memory_limit.as_ref().map(Size::bytes);
@@ -75,8 +76,28 @@ pub fn tiers(options: &Options, plan: &Plan) -> Result<Option<Tiers>> {
         page = plan.page(limit, taken as u64)?;
     }
     let page = page as usize;
-    let pages = rankfold_pager::Options { page, ..rankfold_pager::Options::new(Limit::Process(process), Some(file)) };
-    Ok(Some(Tiers { host: Pager::new(pages)?, device: of_the_device }))
+    let pages =
+        rankfold_pager::Options { page, ..rankfold_pager::Options::new(Limit::Process(process), Some(file.clone())) };
+    let host = Pager::new(pages)?;
+    if !device.has_memory_of_its_own() {
+        has_room(&file, plan.under(limit)?.paged.sum())?;
+    }
+    Ok(Some(Tiers { host, device: of_the_device }))
+}
+
+/// That the file can take `needed` bytes, which is what is out of memory at the peak. (Copies of what is in memory may lie
+/// in it besides.)
+fn has_room(file: &FileOptions, needed: u64) -> Result<()> {
+    let free = file.free();
+    if needed <= free {
+        return Ok(());
+    }
+    let (free, needed) = (bytes(free), bytes(needed));
+    let why = format!(
+        "{free} are free on its disk, and under this memory limit about {needed} are paged to a file in it: expected a \
+         higher --memory-limit or another --page-folder"
+    );
+    Err(Error::Path { path: file.folder.clone(), why })
 }
 
 impl Tiers {
@@ -136,4 +157,22 @@ fn summary(stats: &Stats) -> String {
         bytes(*loaded),
         stall.as_secs_f64()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_tier_too_small_for_what_is_paged_is_refused_with_its_folder_and_both_sizes() {
+        let file = |capacity| FileOptions { folder: temp_dir(), direct: false, capacity };
+        has_room(&file(3 << 20), 3 << 20).unwrap();
+        let refused = has_room(&file(3 << 20), 5 << 20).unwrap_err().to_string();
+        for words in [temp_dir().to_str().unwrap(), "3.00 MiB are free", "5.00 MiB are paged"] {
+            assert!(refused.contains(words), "'{words}' is not in: {refused}");
+        }
+        // Without a capacity, what the disk has: some, but no disk has all.
+        has_room(&file(u64::MAX), 1).unwrap();
+        has_room(&file(u64::MAX), u64::MAX).unwrap_err();
+    }
 }

@@ -19,6 +19,7 @@
 use super::disk::{self, Disk};
 use crate::extents::{Extent, Extents};
 use crate::{Error, Result};
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -34,6 +35,14 @@ pub struct FileOptions {
     pub direct: bool,
     /// The most bytes of pages that the file may hold at a time; `u64::MAX` for no limit but the disk's.
     pub capacity: u64,
+}
+
+impl FileOptions {
+    /// Bytes that the file could take now: the disk's free ones where the system tells, and no more than the capacity.
+    pub fn free(&self) -> u64 {
+        let disk = File::open(&self.folder).ok().and_then(|folder| folder.free());
+        self.capacity.min(disk.unwrap_or(u64::MAX))
+    }
 }
 
 /// What a file tier holds and did. All but `fragmentation` are bytes.

@@ -1,7 +1,7 @@
 //! A pager is a map of byte vectors: whatever is done to it, in whatever order, under whatever limit, and on a disk that
 //! fails, is full, is mended, or gives back other bits than it was given.
 
-use super::{PAGE, byte, over, pager};
+use super::{PAGE, byte, of_pages, of_pages_over, pager};
 use crate::file::faulty::{Call, Faulty};
 use crate::{Access, Allocation, Error, Hold, Limit, Pager};
 use proptest::prelude::*;
@@ -30,13 +30,12 @@ enum Act {
     Mend,
 }
 
-/// The most bytes of an allocation.
-const MOST: usize = 6 * PAGE;
-
-fn act() -> impl Strategy<Value = Act> {
-    let range = || (0..=MOST, 0..=MOST).prop_map(|(a, b)| a.min(b)..a.max(b));
+fn act(page: usize) -> impl Strategy<Value = Act> {
+    // The most bytes of an allocation.
+    let most = 6 * page;
+    let range = move || (0..=most, 0..=most).prop_map(|(a, b)| a.min(b)..a.max(b));
     prop_oneof![
-        3 => (1..=MOST).prop_map(Act::Alloc),
+        3 => (1..=most).prop_map(Act::Alloc),
         8 => (any::<usize>(), range(), any::<u64>()).prop_map(|(i, range, seed)| Act::Write(i, range, seed)),
         8 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Read(i, range)),
         2 => (any::<usize>(), range()).prop_map(|(i, range)| Act::Hold(i, range)),
@@ -50,12 +49,12 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 /// What happens to a disk.
-fn fate() -> impl Strategy<Value = Act> {
+fn fate(page: usize) -> impl Strategy<Value = Act> {
     let call = prop::sample::select(vec![Call::Read, Call::Write, Call::Punch]);
     let error = prop::sample::select(vec![libc::EIO, libc::ENOSPC]);
     prop_oneof![
         3 => (call, 0usize..4, 1usize..6, error).prop_map(|(call, after, times, error)| Act::Fail(call, after, times, error)),
-        1 => (0usize..3 * PAGE).prop_map(Act::Room),
+        1 => (0usize..3 * page).prop_map(Act::Room),
         1 => (any::<usize>(), 0u32..8).prop_map(|(number, bit)| Act::Flip(number, bit)),
         3 => Just(Act::Mend),
     ]
@@ -71,6 +70,8 @@ struct Known {
 
 struct Machine {
     pager: Pager,
+    /// Bytes of a page.
+    page: usize,
     disk: Faulty,
     /// The disk may fail, or have failed since it was mended.
     failing: bool,
@@ -87,16 +88,16 @@ fn clip(range: &Range<usize>, known: &Known) -> Range<usize> {
     range.start.min(len)..range.end.min(len)
 }
 
-fn pages(range: &Range<usize>, known: &Known) -> BTreeSet<(usize, usize)> {
-    let end = if range.is_empty() { range.start / PAGE } else { range.end.div_ceil(PAGE) };
-    (range.start / PAGE..end).map(|page| (known.number, page)).collect()
-}
-
 impl Machine {
-    /// On a pager of 4 pages.
-    fn new(pager: Pager, disk: Faulty) -> Self {
+    /// On a pager of 4 pages of that size.
+    fn new(pager: Pager, page: usize, disk: Faulty) -> Self {
         let (known, held) = (Vec::new(), Vec::new());
-        Self { pager, disk, failing: false, capacity: 4, most: 4, known, made: 0, held }
+        Self { pager, page, disk, failing: false, capacity: 4, most: 4, known, made: 0, held }
+    }
+
+    fn pages(&self, range: &Range<usize>, known: &Known) -> BTreeSet<(usize, usize)> {
+        let end = if range.is_empty() { range.start / self.page } else { range.end.div_ceil(self.page) };
+        (range.start / self.page..end).map(|page| (known.number, page)).collect()
     }
 
     /// That an error has a cause, `fits` being whether there was room.
@@ -106,7 +107,7 @@ impl Machine {
             Error::Stuck { source, .. } => self.explain(source, true),
             Error::File { .. } | Error::DiskFull { .. } => assert!(self.failing, "{error}"),
             Error::Damaged { position, .. } => {
-                assert!(self.disk.is_flipped(*position..position + PAGE as u64), "{error}")
+                assert!(self.disk.is_flipped(*position..position + self.page as u64), "{error}")
             }
             error => panic!("{error}"),
         }
@@ -120,7 +121,7 @@ impl Machine {
     /// is in memory than the capacity, because it was held when that shrank, it depends on what leaves first.)
     fn fits(&self, i: usize, range: &Range<usize>) -> bool {
         let held = self.held_pages();
-        let new = pages(range, &self.known[i]).difference(&held).count();
+        let new = self.pages(range, &self.known[i]).difference(&held).count();
         new == 0 || held.len() + new <= self.capacity
     }
 
@@ -148,7 +149,7 @@ impl Machine {
         match act {
             Act::Capacity(pages) => {
                 let held = self.held_pages().len();
-                let set = self.pager.set_limit(Limit::Pages(pages * PAGE));
+                let set = self.pager.set_limit(Limit::Pages(pages * self.page));
                 self.capacity = pages;
                 // What could not leave then leaves when next something must come.
                 match set {
@@ -170,7 +171,7 @@ impl Machine {
                 self.failing = true;
                 self.disk.limit(self.disk.held() + bytes);
             }
-            Act::Flip(number, bit) => self.disk.flip_any(number, bit, PAGE as u64),
+            Act::Flip(number, bit) => self.disk.flip_any(number, bit, self.page as u64),
             Act::Mend => {
                 self.disk.mend();
                 self.failing = false;
@@ -203,7 +204,7 @@ impl Machine {
                 let i = i % count;
                 let range = clip(&range, &self.known[i]);
                 match self.known[i].allocation.hold(range.clone(), Access::Read) {
-                    Ok(hold) => self.held.push((hold, pages(&range, &self.known[i]))),
+                    Ok(hold) => self.held.push((hold, self.pages(&range, &self.known[i]))),
                     Err(error) => self.explain(&error, self.fits(i, &range)),
                 }
             }
@@ -218,13 +219,15 @@ impl Machine {
             Act::Free(i) => {
                 let number = self.known.swap_remove(i % count).number;
                 // The addresses stay while somebody holds them, and so do the frames.
-                assert!(self.pager.stats().held >= self.held_pages().iter().filter(|p| p.0 == number).count() * PAGE);
+                assert!(
+                    self.pager.stats().held >= self.held_pages().iter().filter(|p| p.0 == number).count() * self.page
+                );
             }
             Act::Alloc(_) | Act::LetGo(_) => {}
         }
         let stats = self.pager.stats();
-        assert_eq!(stats.held, self.held_pages().len() * PAGE);
-        assert!(stats.resident <= self.most * PAGE, "{stats:?}");
+        assert_eq!(stats.held, self.held_pages().len() * self.page);
+        assert!(stats.resident <= self.most * self.page, "{stats:?}");
     }
 
     /// At the end, on a disk that works, each page is what was written or is damaged; and when all are freed, nothing
@@ -235,7 +238,7 @@ impl Machine {
         self.act(Act::Capacity(7));
         for i in 0..self.known.len() {
             let bytes = self.known[i].bytes.len();
-            (0..bytes).step_by(PAGE).for_each(|at| self.check(i, at..bytes.min(at + PAGE)));
+            (0..bytes).step_by(self.page).for_each(|at| self.check(i, at..bytes.min(at + self.page)));
             if !self.disk.is_flipped(0..u64::MAX) {
                 self.check(i, 0..bytes);
             }
@@ -247,25 +250,68 @@ impl Machine {
     }
 }
 
+/// Pages as large as those of the memory's blocks and larger, too: few and short, for all bytes are looked at.
+fn large_pages() -> impl Strategy<Value = usize> {
+    prop::sample::select(vec![256 << 10, 2 << 20, 4 << 20])
+}
+
+/// Less than `count` acts, before them an allocation larger than memory.
+fn acts(page: usize, act: impl Strategy<Value = Act>, count: usize) -> impl Strategy<Value = Vec<Act>> {
+    let first = (5 * page..=6 * page).prop_map(Act::Alloc);
+    (first, prop::collection::vec(act, 1..count)).prop_map(|(first, rest)| [vec![first], rest].concat())
+}
+
+/// Acts, and what happens to the disk meanwhile.
+fn acts_and_fates(page: usize, count: usize) -> impl Strategy<Value = Vec<Act>> {
+    acts(page, prop_oneof![5 => act(page), 1 => fate(page)], count)
+}
+
+fn act_out(page: usize, acts: Vec<Act>) {
+    let mut machine = Machine::new(of_pages(page, 4), page, Faulty::default());
+    acts.into_iter().for_each(|act| machine.act(act));
+    machine.end();
+}
+
+fn act_out_on_a_disk_that_fails(page: usize, acts: Vec<Act>, seed: u32) {
+    let disk = Faulty::default();
+    disk.move_short_counts(seed);
+    let mut machine = Machine::new(of_pages_over(&disk, page, 4, 4), page, disk);
+    acts.into_iter().for_each(|act| machine.act(act));
+    machine.end();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_pager_is_a_map_of_bytes(acts in prop::collection::vec(act(), 1..150)) {
-        let mut machine = Machine::new(pager(4), Faulty::default());
-        acts.into_iter().for_each(|act| machine.act(act));
-        machine.end();
+    fn a_pager_is_a_map_of_bytes(acts in acts(PAGE, act(PAGE), 150)) {
+        act_out(PAGE, acts);
     }
 
     #[test]
     fn a_pager_on_a_disk_that_fails_loses_nothing_and_gives_no_wrong_byte(
-        acts in prop::collection::vec(prop_oneof![5 => act(), 1 => fate()], 1..150), seed in any::<u32>(),
+        acts in acts_and_fates(PAGE, 150), seed in any::<u32>(),
     ) {
-        let disk = Faulty::default();
-        disk.move_short_counts(seed);
-        let mut machine = Machine::new(over(&disk, 4, 4), disk);
-        acts.into_iter().for_each(|act| machine.act(act));
-        machine.end();
+        act_out_on_a_disk_that_fails(PAGE, acts, seed);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 8, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_pager_of_large_pages_is_a_map_of_bytes(
+        (page, acts) in large_pages().prop_flat_map(|page| (Just(page), acts(page, act(page), 40))),
+    ) {
+        act_out(page, acts);
+    }
+
+    #[test]
+    fn large_pages_on_a_disk_that_fails_lose_nothing_and_give_no_wrong_byte(
+        (page, acts) in large_pages().prop_flat_map(|page| (Just(page), acts_and_fates(page, 40))),
+        seed in any::<u32>(),
+    ) {
+        act_out_on_a_disk_that_fails(page, acts, seed);
     }
 }
 

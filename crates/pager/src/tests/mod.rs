@@ -6,8 +6,10 @@ mod machine;
 mod threads;
 mod tiers;
 
+use crate::core::BATCH;
 use crate::file::FileTier;
 use crate::file::faulty::Faulty;
+use crate::space::BLOCK;
 use crate::{Error, FileOptions, Host, Limit, Options, Pager};
 
 /// The least page there is.
@@ -15,15 +17,25 @@ pub(super) const PAGE: usize = 64 << 10;
 
 /// A pager of so many pages in memory, over a file in the system's folder for such.
 pub(super) fn pager(pages: usize) -> Pager {
+    of_pages(PAGE, pages)
+}
+
+/// The same of pages of that size.
+pub(super) fn of_pages(page: usize, pages: usize) -> Pager {
     let file = FileOptions { folder: std::env::temp_dir(), direct: false, capacity: u64::MAX };
-    let options = Options { page: PAGE, look_ahead: 4 * PAGE, ..Options::new(Limit::Pages(pages * PAGE), Some(file)) };
+    let options = Options { page, look_ahead: 4 * page, ..Options::new(Limit::Pages(pages * page), Some(file)) };
     Pager::new(options).expect("a pager over a temporary file")
 }
 
 /// A pager of so many pages in memory, `look_ahead` of them ahead, over a disk that may fail.
 pub(super) fn over(disk: &Faulty, pages: usize, look_ahead: usize) -> Pager {
-    let tier = FileTier::on(Box::new(disk.clone()), "a disk that fails".into(), PAGE, u64::MAX);
-    Pager::over(Host::on(tier, PAGE), PAGE, Limit::Pages(pages * PAGE), look_ahead * PAGE).unwrap()
+    of_pages_over(disk, PAGE, pages, look_ahead)
+}
+
+/// The same of pages of that size.
+pub(super) fn of_pages_over(disk: &Faulty, page: usize, pages: usize, look_ahead: usize) -> Pager {
+    let tier = FileTier::on(Box::new(disk.clone()), "a disk that fails".into(), page, u64::MAX);
+    Pager::over(Host::on(tier, page), page, Limit::Pages(pages * page), look_ahead * page).unwrap()
 }
 
 /// Bytes that belong to a place and a seed.
@@ -93,6 +105,24 @@ fn a_range_that_is_cool_is_so_as_far_as_it_exists() {
     // Otherwise the first had left, unused for longest.
     drop(all[0].pin(0..2 * PAGE).unwrap());
     assert_eq!(pager.stats().faults, 0);
+}
+
+/// One write for [`BATCH`] of them, whether room is made for others, a block of the memory's at a time, or all leave.
+#[test]
+fn dirty_pages_that_lie_together_are_written_together() {
+    let disk = Faulty::default();
+    let (pages, block) = (8 * BATCH, BLOCK / PAGE);
+    let pager = over(&disk, pages, 0);
+    let mut allocation = pager.alloc(pages * PAGE).unwrap();
+    for page in 0..pages {
+        allocation.pin_mut(page * PAGE..(page + 1) * PAGE).unwrap().fill(page as u8);
+    }
+    let written = || (disk.moves(), pager.stats().stored as usize / PAGE);
+    let mut others = pager.alloc(block * PAGE).unwrap();
+    others.pin_mut(0..block * PAGE).unwrap().fill(1);
+    assert_eq!(written(), (block / BATCH, block));
+    pager.vacate().unwrap();
+    assert_eq!(written(), ((pages + block) / BATCH, pages + block));
 }
 
 #[test]

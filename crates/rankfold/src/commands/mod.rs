@@ -46,9 +46,8 @@ fn parent_exists(flag: &str, path: &Path) -> Result<()> {
 /// The tokenizer's files along with a model's, where it has any.
 fn copy_tokenizer(folder: &Folder, out: &Path) -> Result<()> {
     for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"] {
-        let from = folder.path.join(name);
-        if from.exists() {
-            rankfold_files::write_atomically(&out.join(name), &std::fs::read(&from).map_err(Error::io(from))?)?;
+        if let Some(bytes) = folder.file(name)? {
+            rankfold_files::write_atomically(&out.join(name), &bytes)?;
         }
     }
     Ok(())

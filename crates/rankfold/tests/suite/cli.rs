@@ -1,5 +1,7 @@
 //! The binary as a user meets it: runs that stop and go on, threads that change nothing, bad input in one line.
 
+#[cfg(target_os = "linux")]
+use crate::common::least;
 use crate::common::{Place, figures, kill_at, loss, metrics, refuse, succeed};
 use std::path::Path;
 use std::process::Command;
@@ -74,18 +76,28 @@ fn activations_saved_in_bf16_are_an_option_that_a_resumed_run_keeps() {
     assert!(adapter(&place.path("bf16")) == whole, "a resumed run has other bits");
 }
 
-/// A run that goes on from its checkpoint, on other threads, too.
+/// A run that goes on from its checkpoint, on other threads, too. The paged ones under the least limit, at a rank at which
+/// moments of 8 bits are larger than a page, too.
+#[cfg(target_os = "linux")]
 #[test]
 fn paged_equals_unpaged_bit_for_bit() {
     let place = Place::new();
     let train = |optimizer: &str, threads: &str| {
         let (out, folder) = (place.text(optimizer), place.path(optimizer));
-        succeed(&run(&out, &["--optimizer", optimizer, "--threads", threads]));
+        let asked = ["--optimizer", optimizer, "--rank", "256"];
+        // As many threads as any of the runs has: each has working memory of its own.
+        let sizes = ["--batch", "2", "--seq", "32", "--dropout", "0.1", "--accumulate", "2", "--threads", "3"];
+        let limit = least(&[&sizes[..], &asked].concat()).to_string();
+        let is_paged = optimizer.starts_with("paged");
+        let limited = if is_paged { &["--memory-limit", &limit][..] } else { &[] };
+        succeed(&run(&out, &[&asked[..], &["--threads", threads], limited].concat()));
+        let moved = figures(&folder, "paged_in");
+        assert_eq!(moved.iter().all(|bytes| *bytes > 0.0) && moved.len() == 6, is_paged, "{optimizer}: {moved:?}");
         let whole = adapter(&folder);
         for product in ["adapter_model.safetensors", "adapter_config.json"] {
             std::fs::remove_file(folder.join(product)).unwrap();
         }
-        succeed(&["train", "--out", &out, "--resume"]);
+        succeed(&["train", "--out", &out, "--resume", "--threads", "3"]);
         assert!(adapter(&folder) == whole, "{optimizer}: a resumed run has other bits");
         whole
     };

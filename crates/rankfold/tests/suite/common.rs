@@ -52,6 +52,14 @@ pub fn refuse(args: &[&str], words: &[&str]) {
     }
 }
 
+/// The least memory limit that the plan says will work.
+#[cfg(target_os = "linux")]
+pub fn least(args: &[&str]) -> u64 {
+    let said = succeed(&[&["plan"], args].concat());
+    let line = said.lines().find_map(|line| line.strip_prefix("the least memory limit: ")).unwrap();
+    line.split(" MiB").next().unwrap().parse::<u64>().unwrap() << 20
+}
+
 /// Start a command, and kill it when `file` is there.
 pub fn kill_at(args: &[&str], file: &Path) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_rankfold")).args(args).spawn().unwrap();

@@ -117,8 +117,9 @@ fn a_limit_says_what_is_paged_and_one_too_low_which_layer_needs_more() {
     let args = |limit| [&qlora[..], &["--checkpointing", "--memory-limit", limit, "--json", &file]].concat();
     assert!(succeed(&args("40GiB")).contains("under 40.00 GiB"));
     let paging = &json(Path::new(&file))["paging"];
+    // 8 MiB are kept free: a run lets that much more leave.
     let limit = 40u64 << 30;
-    assert_eq!(paging["resident"]["sum"], limit);
+    assert_eq!(paging["resident"]["sum"], limit - (8 << 20));
     let paged = |what: &str| paging["paged"][what].as_u64().unwrap();
     assert!(paged("optimizer") > 0 && paged("saved") == 0, "{paging}");
     refuse(&args("64MiB"), &["memory limit of 64 MiB", "expected at least", "lm_head.weight"]);

@@ -43,6 +43,8 @@ pub(super) struct Call {
     pub pieces: Vec<usize>,
     /// Of those that could be paged.
     pub bytes: u64,
+    /// The last buffer with a name that this call or one before it touched.
+    pub near: Option<usize>,
 }
 
 impl Piece {
@@ -67,6 +69,7 @@ pub(super) struct Record {
     /// Bytes in use, and whether more were asked for than can be counted.
     live: u64,
     is_full: bool,
+    near: Option<usize>,
     phases: Vec<Phase>,
     scratch: Scratch,
 }
@@ -148,13 +151,14 @@ impl Ledger {
         // Of two parts of one buffer, the larger: such calls are of the whole and a part.
         touched.sort_unstable_by_key(|(piece, bytes)| (*piece, u64::MAX - bytes));
         touched.dedup_by_key(|(piece, _)| *piece);
-        let Record { pieces, largest, .. } = &mut *record;
+        let Record { pieces, largest, near, .. } = &mut *record;
+        *near = touched.iter().map(|(piece, _)| *piece).find(|piece| pieces[*piece].name.is_some()).or(*near);
         for (largest, page) in largest.iter_mut().zip(PAGES) {
             let paged = touched.iter().filter(|(piece, _)| pieces[*piece].pages(page));
             let bytes = paged.map(|(piece, bytes)| pieces[*piece].held(*bytes, page)).sum();
             if largest.as_ref().is_none_or(|largest| largest.bytes < bytes) {
                 let pieces = touched.iter().map(|(piece, _)| *piece).collect();
-                *largest = Some(Call { kernel, pieces, bytes });
+                *largest = Some(Call { kernel, pieces, bytes, near: *near });
             }
         }
     }

@@ -63,6 +63,9 @@ pub struct Floor {
     pub kernel: &'static str,
     /// The tensor of the model that it works on, where it works on one.
     pub tensor: Option<String>,
+    /// The part of the model that it belongs to, as `model.layers.3.mlp`: that of the last tensor that it or a call before
+    /// it touched. (Each part of a layer begins and ends with its tensors, on the way back too.)
+    pub layer: Option<String>,
 }
 
 impl Floor {
@@ -72,13 +75,15 @@ impl Floor {
         let books = BOOKS.0 + BOOKS.1 * addresses.div_ceil(page);
         let fixed = fixed.saturating_add(RESERVE + BEYOND + rankfold_files::PART as u64 + books);
         let Some(call) = &record.largest[size] else {
-            return Self { page, fixed, working_set: 0, kernel: "none", tensor: None };
+            return Self { page, fixed, working_set: 0, kernel: "none", tensor: None, layer: None };
         };
         let pieces = call.pieces.iter().map(|piece| &record.pieces[*piece]);
         // A layer's weight is larger than its adapter.
         let named = pieces.filter(|piece| piece.name.is_some()).max_by_key(|piece| piece.bytes);
         let tensor = named.and_then(|piece| piece.name.clone());
-        Self { page, fixed, working_set: call.bytes, kernel: call.kernel, tensor }
+        let near = tensor.as_deref().or_else(|| record.pieces[call.near?].name.as_deref());
+        let layer = near.map(part_of_the_model);
+        Self { page, fixed, working_set: call.bytes, kernel: call.kernel, tensor, layer }
     }
 
     /// The least limit, in whole MiB.
@@ -89,9 +94,23 @@ impl Floor {
 
     /// What needs most, in words.
     pub fn needs(&self) -> String {
-        let Self { kernel, tensor, .. } = self;
-        tensor.as_ref().map_or_else(|| (*kernel).to_owned(), |tensor| format!("{kernel} of {tensor}"))
+        let Self { kernel, tensor, layer, .. } = self;
+        match (tensor, layer) {
+            (Some(tensor), _) => format!("{kernel} of {tensor}"),
+            (None, Some(layer)) => format!("{kernel} in {layer}"),
+            (None, None) => (*kernel).to_owned(),
+        }
     }
+}
+
+/// Of a tensor within a layer of the model, the layer with the part of it; else the tensor's module.
+fn part_of_the_model(tensor: &str) -> String {
+    let names: Vec<&str> = tensor.trim_start_matches("base_model.model.").split('.').collect();
+    let names = match names.iter().position(|name| *name == "layers") {
+        Some(layers) => &names[..names.len().min(layers + 3)],
+        None => names.strip_suffix(&["weight"]).unwrap_or(&names),
+    };
+    names.join(".")
 }
 
 fn whole(bytes: u64) -> u64 {
@@ -126,14 +145,14 @@ pub struct Paging {
 }
 
 impl Plan {
-    /// What of the run's peak is paged under `limit` bytes: first what the pool keeps for reuse is given back, then
-    /// categories leave, the least often used first, and no more of them than must.
+    /// What of the run's peak is paged under `limit` bytes, of which [`RESERVE`] stays free: first what the pool keeps for
+    /// reuse is given back, then categories leave, the least often used first, and no more of them than must.
     ///
     /// Errors: a limit below the least one.
     pub fn under(&self, limit: u64) -> Result<Paging> {
         let account = self.account(limit)?;
         let (mut resident, mut paged) = (self.peak().bytes, Bytes::default());
-        let mut excess = resident.sum().saturating_sub(limit);
+        let mut excess = resident.sum().saturating_add(RESERVE).saturating_sub(limit);
         let returned = excess.min(resident[Category::Pool]);
         resident[Category::Pool] -= returned;
         excess -= returned;
@@ -177,5 +196,18 @@ mod tests {
         let sizes = std::iter::successors(Some(*rankfold_pager::PAGES.start()), |page| Some(2 * page));
         assert!(sizes.take_while(|page| rankfold_pager::PAGES.contains(page)).eq(PAGES.map(|page| page as usize)));
         assert_eq!(BOOKS.1, rankfold_pager::BOOKS as u64);
+    }
+
+    #[test]
+    fn a_tensor_is_a_part_of_the_model() {
+        for (tensor, part) in [
+            ("model.layers.3.mlp.up_proj", "model.layers.3.mlp"),
+            ("base_model.model.model.layers.12.self_attn.q_proj.lora_A.weight", "model.layers.12.self_attn"),
+            ("model.layers.0.input_layernorm.weight", "model.layers.0.input_layernorm"),
+            ("model.embed_tokens.weight", "model.embed_tokens"),
+            ("prompt_embeddings", "prompt_embeddings"),
+        ] {
+            assert_eq!(part_of_the_model(tensor), part);
+        }
     }
 }

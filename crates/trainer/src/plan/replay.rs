@@ -110,8 +110,10 @@ fn load(setup: &Setup, backend: &Arc<dyn Backend>, ledger: &Ledger) -> Result<(M
         label(parameter.tensor().buffer(), trained, name)?;
     }
     let (cos, sin) = model.rotary(positions)?;
-    label(cos.buffer(), Category::Batch, "rotary table")?;
-    label(sin.buffer(), Category::Batch, "rotary table")?;
+    // Without a name: every layer touches them.
+    for table in [cos, sin] {
+        ledger.label(piece(table.buffer())?, Category::Batch);
+    }
     Ok((model, attached))
 }
 

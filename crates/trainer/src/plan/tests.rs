@@ -177,6 +177,23 @@ fn a_micro_batch_that_takes_more_than_those_before_it_is_counted() {
     }
 }
 
+/// A kernel without a weight of its own: of a wide feed-forward, and of attention beside a narrow one, where backward comes
+/// to the last layer first. With checkpointing, what runs again is the layer's, too.
+#[test]
+fn what_needs_most_is_told_with_its_layer() {
+    for (feed_forward, kernel, layer) in
+        [(2000, "silu_mul_grad", "model.layers.2.mlp"), (8, "attention_grad", "model.layers.2.self_attn")]
+    {
+        let (config, adapter) = (config((16, 256, 3, 4, 4, feed_forward, true)), adapter(2, 0.0));
+        for checkpointing in [false, true] {
+            let setup = Setup { rows: 8, seq: 512, checkpointing, ..setup(&config, nf4(true), Some(&adapter)) };
+            let floor = Plan::of(&setup).unwrap().floor;
+            assert_eq!((floor.kernel, floor.layer.as_deref()), (kernel, Some(layer)), "{checkpointing}: {floor:?}");
+            assert_eq!(floor.needs(), format!("{kernel} in {layer}"));
+        }
+    }
+}
+
 /// Of a size at which the pool gives blocks back.
 #[test]
 fn a_larger_run_takes_what_was_counted() {

@@ -306,12 +306,13 @@ proptest! {
         let (peak, floor) = (plan.peak(), plan.floor.bytes());
         let limit = floor + (share * peak.bytes.sum().saturating_sub(floor) as f64) as u64;
         let paging = plan.under(limit).unwrap();
-        prop_assert!(paging.resident.sum() <= limit);
+        // A run lets pages leave before the last 8 MiB are taken, which small buffers and files may need.
+        prop_assert!(paging.resident.sum() + RESERVE <= limit);
         for category in Category::ALL.into_iter().filter(|category| *category != Category::Pool) {
             prop_assert_eq!(paging.resident[category] + paging.paged[category], peak.bytes[category]);
         }
         if paging.paged.sum() > 0 {
-            prop_assert_eq!(paging.resident.sum(), limit);
+            prop_assert_eq!(paging.resident.sum() + RESERVE, limit);
         }
         let refused = plan.under(floor - 1).unwrap_err();
         let names_the_least = matches!(&refused, Error::MemoryLimit { least, .. } if *least == floor);

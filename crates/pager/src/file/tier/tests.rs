@@ -3,7 +3,6 @@ use crate::file::faulty::{Call, Faulty};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use std::collections::BTreeSet;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::thread;
 
@@ -446,7 +445,7 @@ fn a_folder_or_a_capacity_that_will_not_do_is_an_error_at_once() {
 const REAL_PAGE: usize = 64 << 10;
 
 /// A tier on a real file, and the file; none where the file system has no direct I/O and that is asked.
-fn real(direct: bool) -> Option<(FileTier, fs::File)> {
+fn real(direct: bool) -> Option<(FileTier, File)> {
     let folder = tempfile::tempdir().unwrap();
     let options = FileOptions { folder: folder.path().into(), direct, capacity: u64::MAX };
     match FileTier::open(&options, REAL_PAGE) {
