@@ -62,7 +62,8 @@ impl Four {
     /// checked each difference is rounded once, to 2⁻²⁴ of itself, and a ratio is of two.
     fn check(&self, errors: &[Requantised], written: &Checkpoint) {
         let backend = self.model.backend();
-        let written = Model::load(backend.clone(), written, self.model.config.clone(), Precision::AsStored).unwrap();
+        let config = ModelConfig::open(written.path()).unwrap();
+        let written = Model::load(backend.clone(), written, config, Precision::AsStored).unwrap();
         let values = |layer: &Linear| match layer.base() {
             Base::Quantized(q) => {
                 let mut values = backend.alloc(DType::F32, q.elements()).unwrap();
