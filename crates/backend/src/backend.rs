@@ -32,7 +32,7 @@ pub trait Backend: Debug + Send + Sync {
     /// Errors: a buffer of another backend, where this one's can be written; pages that cannot be brought into memory.
     fn host_bytes_mut<'a>(&self, buffer: &'a mut Buffer) -> Result<Option<HostBytes<'a>>>;
 
-    /// Give the memory that was freed and is kept for reuse back to the system; a backend that keeps none has nothing to do.
+    /// Give the memory that was freed and is kept for reuse back to the system. A backend that keeps none does nothing.
     fn trim(&self) -> Result<()> {
         Ok(())
     }

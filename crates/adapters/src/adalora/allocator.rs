@@ -260,8 +260,8 @@ impl Allocator {
         self.modules.iter().flat_map(|module| &module.triplets)
     }
 
-    /// Cut the triplets that `goes` names, out of everything that has a part for each. What earlier work has left behind
-    /// goes back to the system first: the smaller tensors are made beside the larger.
+    /// Cut the triplets that `goes` names, out of everything that has a part for each. Smaller tensors are made beside
+    /// larger ones: what earlier work has left behind goes back to the system first.
     fn cut(
         &mut self,
         backend: &dyn Backend,

@@ -1,9 +1,9 @@
 //! The microkernel in registers: C[R, 2·LANES] = or += Σ_l a_l b_lᵀ over units l of k.
 //!
 //! A tile of C lives in 2·R vectors while l runs; each step loads two vectors of b, broadcasts R units of a, and
-//! does 2·R multiply-adds. R is at most as large as the registers allow: with AVX2 (16) it is 6: 12 accumulators, 8 loads
-//! for 12 of them; with AVX-512 (32) it is 14: 28 accumulators, 16 loads for 28. Each element of C is one chain of them from 0 in the order of l,
-//! whatever R its tile has, so the bits do not depend on how rows are cut into tiles.
+//! does 2·R multiply-adds. The registers say how large R may be: with AVX2 (16) it is 6, 12 accumulators and 8 loads for
+//! 12 multiply-adds; with AVX-512 (32) 14, 28 accumulators and 16 loads for 28. Each element of C is one chain of them
+//! from 0 in the order of l, whatever R its tile has, so the bits do not depend on how rows are cut into tiles.
 
 use super::micro::{Geometry, Micro, Order};
 use super::unit::Unit;

@@ -7,7 +7,8 @@ use super::Simd;
 #[derive(Clone, Copy)]
 pub(crate) struct Portable<const N: usize>;
 
-/// An element for each lane. Of sixteen lanes, which only tests have, it is a call: unrolled, they take minutes to compile.
+/// An element for each lane. In the crate's own tests, which run sixteen lanes too, it is a call: unrolled they take
+/// minutes to compile. `tests/conformance.rs` runs what is shipped.
 #[cfg_attr(test, inline(never))]
 #[cfg_attr(not(test), inline(always))]
 fn lanes<const N: usize>(lane: impl FnMut(usize) -> f32) -> [f32; N] {
