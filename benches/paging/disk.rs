@@ -48,19 +48,19 @@ impl Rates {
 
 /// What the disk can do.
 pub struct Disk {
-    run: usize,
     buffered: Rates,
     /// Where the file system can.
     unbuffered: Option<Rates>,
-    probe: Probe,
+    /// As the pager uses it.
+    pub probe: Probe,
 }
 
 impl Disk {
     /// Measured in the pager's folder over `bytes` of a file.
     pub fn measure(file: &FileOptions, page: usize, bytes: usize) -> Result<Self, Failure> {
-        let (run, bytes) = (RUN * page, bytes.next_multiple_of(8 * RUN * page));
+        let bytes = bytes.next_multiple_of(8 * RUN * page);
         let measured = |direct| -> Result<(Probe, Rates), Failure> {
-            let mut probe = Probe::new(&file.folder, direct, run, bytes)?;
+            let mut probe = Probe::new(&file.folder, direct, page, bytes)?;
             let rates = probe.measure()?;
             Ok((probe, rates))
         };
@@ -75,23 +75,18 @@ impl Disk {
                 (probe, rates, measured(true).ok().map(|(_, rates)| rates))
             }
         };
-        Ok(Self { run, buffered, unbuffered, probe })
-    }
-
-    /// What it can do now, as the pager uses it.
-    pub fn rates(&mut self) -> Result<Rates, Failure> {
-        self.probe.once()
+        Ok(Self { buffered, unbuffered, probe })
     }
 
     pub fn json(&self) -> Value {
         let rates = |rates: Rates| json!({ "write": rates.write, "read": rates.read, "both": rates.both });
-        json!({ "run": self.run, "buffered": rates(self.buffered), "direct": self.unbuffered.map(rates) })
+        json!({ "run": self.probe.run, "buffered": rates(self.buffered), "direct": self.unbuffered.map(rates) })
     }
 }
 
 impl fmt::Display for Disk {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the disk in runs of {} MiB", self.run as f64 / (1 << 20) as f64)?;
+        write!(f, "the disk in runs of {} MiB", self.probe.run as f64 / (1 << 20) as f64)?;
         for (name, rates) in [("buffered", Some(self.buffered)), ("direct", self.unbuffered)] {
             match rates.map(|Rates { write, read, both }| [write, read, both].map(|rate| rate * 1e-9)) {
                 Some([write, read, both]) => {
@@ -105,22 +100,24 @@ impl fmt::Display for Disk {
 }
 
 /// A file and memory to move to it and from it.
-struct Probe {
-    file: File,
-    memory: Allocation,
-    run: usize,
-    /// With how many threads it writes, reads, and does both, fastest.
-    threads: [usize; 3],
+pub struct Probe {
+    pub file: File,
+    pub memory: Allocation,
+    /// Bytes of a page, and of a run.
+    pub page: usize,
+    pub run: usize,
+    /// With how many threads it writes, reads, and does both (each way as many), fastest.
+    pub threads: [usize; 3],
 }
 
 impl Probe {
-    fn new(folder: &Path, direct: bool, run: usize, bytes: usize) -> Result<Self, Failure> {
+    fn new(folder: &Path, direct: bool, page: usize, bytes: usize) -> Result<Self, Failure> {
         let flags = libc::O_TMPFILE | if direct { libc::O_DIRECT } else { 0 };
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(folder)?;
         // Addresses that are good for direct I/O, and huge frames.
         let mut memory = Pager::new(Options::new(Limit::Pages(usize::MAX), None))?.alloc(bytes)?;
         memory.pin_mut(0..bytes)?.fill(1);
-        Ok(Self { file, memory, run, threads: [1; 3] })
+        Ok(Self { file, memory, page, run: RUN * page, threads: [1; 3] })
     }
 
     /// All of the file, with as many threads as is fastest.
@@ -141,8 +138,8 @@ impl Probe {
         Ok(Rates { write, read, both })
     }
 
-    /// A quarter of the file, once, with as many threads as was fastest.
-    fn once(&mut self) -> Result<Rates, Failure> {
+    /// What the disk can do now: a quarter of the file, once, with as many threads as was fastest.
+    pub fn rates(&mut self) -> Result<Rates, Failure> {
         let bytes = self.memory.bytes() / 4;
         let mut rate = |way| self.pass(way, bytes, self.threads[way]).map(|seconds| bytes as f64 / seconds);
         Ok(Rates { write: rate(0)?, read: rate(1)?, both: rate(2)? })

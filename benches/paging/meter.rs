@@ -1,8 +1,8 @@
 //! Times of steps at each limit, beside those without a pager and beside the disk.
 //!
 //! A machine's speed changes from one second to the next, and its disk's more so. So everything is measured in rounds:
-//! some steps without a pager, then a look at the disk, then as many steps on the pager; what is compared comes of one
-//! round, and what is kept is the median over the rounds.
+//! some steps without a pager, then a look at the disk, then as many steps on the pager, then steps without it while the
+//! disk moves the same bytes; what is compared comes of one round, and what is kept is the median over the rounds.
 
 use crate::disk::{Disk, Rates};
 use crate::work::{Failure, Sizes, Step, Work};
@@ -47,8 +47,9 @@ pub struct Figures {
     /// Its time over the greater of what it computes and what the disk needs, and the least and the most of that.
     pub bound: f64,
     pub spread: [f64; 2],
-    /// Its time over the sum of the same of each of its phases.
-    pub phases: f64,
+    /// Of the step without a pager while the disk moves the same bytes, and its time over that.
+    pub beside: f64,
+    pub over: f64,
 }
 
 impl Series {
@@ -67,7 +68,8 @@ impl Series {
                 "disk": figures.disk,
                 "bound": figures.bound,
                 "spread": figures.spread,
-                "phases": figures.phases,
+                "beside": figures.beside,
+                "over": figures.over,
             })
         };
         let rows = self.rows.iter().map(row).collect::<Vec<_>>();
@@ -77,10 +79,10 @@ impl Series {
 
 /// A phase of a step: its seconds, and what the pager moved meanwhile.
 #[derive(Clone, Copy, Default)]
-struct Phase {
-    seconds: f64,
-    stored: f64,
-    loaded: f64,
+pub struct Phase {
+    pub seconds: f64,
+    pub stored: f64,
+    pub loaded: f64,
 }
 
 /// The means of the steps of a round, phase by phase.
@@ -145,11 +147,15 @@ impl Meter<'_> {
         let (mut rounds, begun) = (Vec::new(), Instant::now());
         while rounds.len() < least || (rounds.len() < most && begun.elapsed().as_secs_f64() < enough) {
             let without = self.steps(pager, plain)?;
-            let rates = disk.rates()?;
+            let rates = disk.probe.rates()?;
             // The pager had the time of the others to bring pages in.
             paged(&mut || ())?;
             let on_pager = self.steps(pager, paged)?;
-            rounds.push(figures(&without, &rates, &on_pager, self.page as f64));
+            let beside = match on_pager.all() {
+                Phase { stored: 0.0, loaded: 0.0, .. } => without.all().seconds,
+                _ => self.mean(|| disk.probe.beside(plain, &on_pager.phases))?,
+            };
+            rounds.push(figures(&without, &rates, beside, &on_pager, self.page as f64));
         }
         let of = |value: fn(&Figures) -> f64| median(&mut rounds.iter().map(value).collect::<Vec<_>>());
         let bounds = rounds.iter().map(|round| round.bound);
@@ -164,8 +170,20 @@ impl Meter<'_> {
             disk: of(|round| round.disk),
             bound: of(|round| round.bound),
             spread: [bounds.clone().fold(f64::INFINITY, f64::min), bounds.fold(0.0, f64::max)],
-            phases: of(|round| round.phases),
+            beside: of(|round| round.beside),
+            over: of(|round| round.over),
         })
+    }
+
+    /// The mean of some steps' seconds.
+    fn mean(&self, mut step: impl FnMut() -> Result<f64, Failure>) -> Result<f64, Failure> {
+        let (least, most, enough) = self.sizes.steps;
+        let (mut sum, mut count, begun) = (0.0, 0, Instant::now());
+        while count < least || (count < most && begun.elapsed().as_secs_f64() < enough) {
+            sum += step()?;
+            count += 1;
+        }
+        Ok(sum / count as f64)
     }
 
     /// Some steps, one right after the other.
@@ -204,11 +222,9 @@ impl Meter<'_> {
 }
 
 /// What a round found.
-fn figures(without: &Means, rates: &Rates, on_pager: &Means, page: f64) -> Figures {
+fn figures(without: &Means, rates: &Rates, beside: f64, on_pager: &Means, page: f64) -> Figures {
     let (all, compute) = (on_pager.all(), without.all().seconds);
     let disk = rates.seconds(all.stored, all.loaded);
-    let pairs = without.phases.iter().zip(&on_pager.phases);
-    let least: f64 = pairs.map(|(plain, paged)| plain.seconds.max(rates.seconds(paged.stored, paged.loaded))).sum();
     let bound = all.seconds / compute.max(disk);
     Figures {
         seconds: all.seconds,
@@ -221,7 +237,8 @@ fn figures(without: &Means, rates: &Rates, on_pager: &Means, page: f64) -> Figur
         disk,
         bound,
         spread: [bound; 2],
-        phases: all.seconds / least,
+        beside,
+        over: all.seconds / beside,
     }
 }
 

@@ -4,7 +4,7 @@ use crate::disk::Disk;
 use crate::meter::{Row, Series};
 use std::fmt::Write;
 
-const HEADS: [&str; 12] = [
+const HEADS: [&str; 13] = [
     "in memory",
     "ms",
     "/ no pager",
@@ -16,11 +16,12 @@ const HEADS: [&str; 12] = [
     "disk ms",
     "bound",
     "(spread)",
-    "phases",
+    "beside ms",
+    "over",
 ];
 
 /// The cells of a row, as [`HEADS`] calls them.
-fn cells(row: &Row) -> [String; 12] {
+fn cells(row: &Row) -> [String; 13] {
     let share = format!("{:.0} %", 100.0 * row.share);
     let Some(figures) = &row.figures else {
         let mut cells = std::array::from_fn(|_| String::new());
@@ -41,7 +42,8 @@ fn cells(row: &Row) -> [String; 12] {
         ms(figures.disk),
         format!("{:.2}", figures.bound),
         format!("({:.2}–{:.2})", figures.spread[0], figures.spread[1]),
-        format!("{:.2}", figures.phases),
+        ms(figures.beside),
+        format!("{:.2}", figures.over),
     ]
 }
 

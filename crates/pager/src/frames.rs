@@ -31,6 +31,8 @@ pub(crate) struct Frames {
     page: usize,
     /// The most bytes of a piece: a block, or a page where that is more.
     piece: usize,
+    /// The most mappings that moving may make.
+    mappings: usize,
     state: Mutex<State>,
 }
 
@@ -51,10 +53,15 @@ impl State {
 impl Frames {
     /// For spaces in pages of `page` bytes.
     pub(crate) fn new(page: usize) -> Self {
+        Self::within(MAPPINGS, page)
+    }
+
+    /// The same, where moving may make so many mappings.
+    fn within(mappings: usize, page: usize) -> Self {
         let piece = page.max(BLOCK);
         let space = Space::reserve(PIECES * piece).ok();
         let free = (0..PIECES).filter(|_| space.is_some()).collect();
-        Self { space, page, piece, state: Mutex::new(State { aside: Vec::new(), free }) }
+        Self { space, page, piece, mappings, state: Mutex::new(State { aside: Vec::new(), free }) }
     }
 
     /// Bytes set aside.
@@ -98,7 +105,7 @@ impl Frames {
     /// Whether pieces of so many bytes may be moved in spaces of so many blocks, all together.
     fn may_move(&self, bytes: usize, blocks: usize) -> bool {
         let parts = if bytes == self.piece { 1 } else { self.piece / self.page };
-        blocks.saturating_mul(parts) <= MAPPINGS
+        blocks.saturating_mul(parts) <= self.mappings
     }
 
     /// Put frames behind a range that has none: those that are set aside where a piece is as long, else new ones. What they
@@ -124,10 +131,12 @@ impl Frames {
     /// As for [`Frames::take`].
     unsafe fn take_piece(&self, space: &Space, range: Range<usize>) -> bool {
         let mut state = self.state();
-        let Some(at) = state.aside.iter().rposition(|(_, bytes)| *bytes == range.len()) else { return false };
         let Some(aside) = &self.space else { return false };
-        let (piece, bytes) = state.aside[at];
-        let from = piece * self.piece..piece * self.piece + bytes;
+        // What comes as whole blocks stays in small frames for good if it takes those that others left.
+        let is_whole = range.len().is_multiple_of(BLOCK) && range.start.is_multiple_of(BLOCK);
+        let will_do = |from: &Range<usize>| from.len() == range.len() && (!is_whole || aside.is_huge(from));
+        let Some(at) = state.aside.iter().rposition(|piece| will_do(&self.place(piece))) else { return false };
+        let (piece, from) = (state.aside[at].0, self.place(&state.aside[at]));
         // SAFETY: the caller's condition; nobody ever has a reference into what is set aside.
         let is_there = unsafe { aside.move_frames(from, space, range.start) };
         if is_there {
@@ -137,14 +146,23 @@ impl Frames {
         is_there
     }
 
+    fn is_huge(&self, piece: &(usize, usize)) -> bool {
+        self.space.as_ref().is_some_and(|aside| aside.is_huge(&self.place(piece)))
+    }
+
+    /// Where a piece lies.
+    fn place(&self, (piece, bytes): &(usize, usize)) -> Range<usize> {
+        piece * self.piece..piece * self.piece + bytes
+    }
+
     /// At least so many bytes of what is set aside go back to the system, as far as there are any, in pieces that are not
-    /// needlessly long.
+    /// needlessly long, those in small frames first.
     pub(crate) fn give_up(&self, bytes: usize) {
         let mut state = self.state();
         let mut left = bytes;
         while left > 0 && !state.aside.is_empty() {
             let long_enough = state.aside.iter().enumerate().filter(|(_, (_, bytes))| *bytes >= left);
-            let at = long_enough.min_by_key(|(_, (_, bytes))| *bytes).map_or(0, |(at, _)| at);
+            let at = long_enough.min_by_key(|(_, piece)| (piece.1, self.is_huge(piece))).map_or(0, |(at, _)| at);
             left = left.saturating_sub(self.give_up_piece(&mut state, at));
         }
     }
@@ -160,13 +178,13 @@ impl Frames {
 
     /// The bytes of a piece that is set aside, which go back to the system.
     fn give_up_piece(&self, state: &mut State, at: usize) -> usize {
-        let (piece, bytes) = state.aside.remove(at);
+        let piece = state.aside.remove(at);
         if let Some(aside) = &self.space {
             // SAFETY: nobody ever has a reference into what is set aside.
-            unsafe { aside.release(piece * self.piece..piece * self.piece + bytes) };
+            unsafe { aside.release(self.place(&piece)) };
         }
-        state.free.push(piece);
-        bytes
+        state.free.push(piece.0);
+        piece.1
     }
 
     /// The parts of a range that lie in one block each.
@@ -192,6 +210,11 @@ mod tests {
     /// Bytes of a page: parts of a block, a block, and more.
     const SIZES: [usize; 4] = [PAGE, 256 << 10, 2 << 20, 4 << 20];
 
+    /// Frames that move however many spaces other tests have.
+    fn frames(page: usize) -> Frames {
+        Frames::within(usize::MAX, page)
+    }
+
     /// Write all bytes of a range that has frames.
     fn fill(space: &Space, range: &Range<usize>, byte: u8) {
         // SAFETY: within the space; each test uses its spaces alone.
@@ -214,7 +237,7 @@ mod tests {
 
     #[cfg(target_os = "linux")]
     fn frames_of_one_size_go_where_as_many_are_wanted(page: usize) {
-        let (frames, piece) = (Frames::new(page), page.max(BLOCK));
+        let (frames, piece) = (frames(page), page.max(BLOCK));
         let [one, other] = [(); 2].map(|()| Space::reserve(3 * piece).unwrap());
         for (range, target) in [(0..piece, piece..2 * piece), (piece..piece + page, 3 * piece - page..3 * piece)] {
             one.open(range.clone()).unwrap();
@@ -233,6 +256,70 @@ mod tests {
         }
     }
 
+    /// KiB of huge frames within the first block of a space, as the system says.
+    #[cfg(target_os = "linux")]
+    fn huge(space: &Space) -> u64 {
+        let start = space.start().addr();
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let begins_at_or_before = |line: &str| -> Option<bool> {
+            let (from, to) = line.split_once(' ')?.0.split_once('-')?;
+            let at = |text| usize::from_str_radix(text, 16);
+            Some((at(from).ok()?..at(to).ok()?).contains(&start))
+        };
+        let mut lines = maps.lines().skip_while(|line| begins_at_or_before(line) != Some(true));
+        let line = lines.find_map(|line| line.strip_prefix("AnonHugePages:"));
+        line.unwrap().trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
+    /// Where a block had small frames the system keeps their table, and what others left in small frames stays small: both
+    /// once kept nearly all blocks from ever being huge.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_block_that_comes_as_a_whole_is_huge_whatever_was_there_before() {
+        let whole = 0..BLOCK;
+        // SAFETY: nobody has a reference into these spaces.
+        let come = |frames: &Frames, space: &Space| unsafe { frames.take(space, whole.clone()) }.unwrap();
+        let fresh = Space::reserve(BLOCK).unwrap();
+        come(&frames(PAGE), &fresh);
+        if huge(&fresh) == 0 {
+            eprintln!("skipped: this system has no huge frames to give");
+            return;
+        }
+        let (frames, space) = (frames(PAGE), Space::reserve(BLOCK).unwrap());
+        let parts = || (0..BLOCK).step_by(PAGE).map(|start| start..start + PAGE);
+        for at_once in [false, true] {
+            // SAFETY: as above.
+            parts().for_each(|part| unsafe { frames.take(&space, part) }.unwrap());
+            fill(&space, &whole, 1);
+            assert_eq!((huge(&space), space.is_huge(&whole)), (0, false));
+            match at_once {
+                // SAFETY: as above.
+                false => parts().for_each(|part| unsafe { space.release(part) }),
+                // SAFETY: as above.
+                true => unsafe { frames.put(&space, whole.clone()) },
+            }
+            come(&frames, &space);
+            assert_eq!((huge(&space), space.is_huge(&whole)), (2048, true));
+            if !at_once {
+                // SAFETY: as above.
+                unsafe { space.release(whole.clone()) };
+            }
+        }
+        // What is huge stays it on its way to another and back, and is gone where it was.
+        // SAFETY: as above.
+        unsafe { frames.put(&space, whole.clone()) };
+        assert!(!space.is_huge(&whole));
+        fill(&fresh, &whole, 2);
+        // SAFETY: as above.
+        unsafe { fresh.release(whole.clone()) };
+        come(&frames, &fresh);
+        assert_eq!((huge(&fresh), fresh.is_huge(&whole), frames.bytes()), (2048, true, 0));
+        // A part of it that leaves ends that.
+        // SAFETY: as above.
+        unsafe { fresh.release(0..PAGE) };
+        assert!(!fresh.is_huge(&whole));
+    }
+
     #[test]
     fn in_spaces_too_large_for_the_systems_books_nothing_is_moved() {
         let frames = Frames::new(PAGE);
@@ -245,7 +332,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn as_many_frames_as_are_taken_go_back_and_the_shortest_piece_that_will_do() {
-        let (frames, space) = (Frames::new(PAGE), Space::reserve(2 * BLOCK).unwrap());
+        let (frames, space) = (frames(PAGE), Space::reserve(2 * BLOCK).unwrap());
         let aside = || {
             let pages = |(_, bytes): &(usize, usize)| bytes / PAGE;
             frames.state().aside.iter().map(pages).collect::<Vec<_>>()

@@ -96,7 +96,7 @@ impl<M: Memory> Core<M> {
     pub(crate) fn vacate(&self) -> Result<()> {
         let mut state = self.lock();
         loop {
-            let leavers = state.table.leavers(BATCH, 0, false, 1);
+            let leavers = state.table.leavers(BATCH, 0, false, state.block(self));
             if leavers.is_empty() {
                 return Ok(());
             }

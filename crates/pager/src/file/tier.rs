@@ -17,6 +17,7 @@
 //! be reserved again: what an earlier owner stored there is not to be had.
 
 use super::disk::{self, Disk};
+use super::staged::Staged;
 use crate::extents::{Extent, Extents};
 use crate::{Error, Result};
 use std::fs::File;
@@ -109,7 +110,8 @@ impl FileTier {
             return Err(Error::Capacity { found: options.capacity as usize, page });
         }
         let file = disk::open(&options.folder, options.direct)?;
-        let tier = Self::on(Box::new(file), options.folder.clone(), page, options.capacity);
+        let disk: Box<dyn Disk> = if options.direct { Box::new(Staged::new(file)?) } else { Box::new(file) };
+        let tier = Self::on(disk, options.folder.clone(), page, options.capacity);
         tier.try_out()?;
         Ok(tier)
     }

@@ -42,9 +42,9 @@ const PAGES_OF_A_LIMIT: u64 = 8192;
 /// What is said of a limit is whole MiB.
 const MIB: u64 = 1 << 20;
 
-/// The pager's own: the order in which pages were used, its lists and its threads; and for each page its place, its last
-/// use and its checksum.
-const BOOKS: (u64, u64) = (2 << 20, 32);
+/// The pager's own: the order in which pages were used, its lists and its threads, and the block through which small
+/// frames go to the disk; and for each page its place, its last use and its checksum.
+const BOOKS: (u64, u64) = (4 << 20, 32);
 
 /// What the program may take beyond its estimate, which was measured on others than this one.
 const BEYOND: u64 = 2 << 20;
