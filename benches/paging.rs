@@ -10,16 +10,16 @@
 //! disk alone, so that a machine that others slow down slows all three. `disk` is what the disk alone needs for the
 //! bytes that a step moved, and `bound` the time over max(compute, disk): the work cannot take less than either.
 //! `beside` is the step without a pager while the disk moves the same bytes, phase by phase of the step (a training
-//! step's gradients, and its update): more than that maximum where moving bytes takes processors from the work, or a disk
-//! that idles in one phase cannot help in the next. `over` is the time over it: what is the pager's own.
+//! step's gradients, and its update): more than that maximum where moving bytes takes processors from the work, or a
+//! disk that idles in one phase cannot help in the next. `over` is the time over it: what is the pager's own.
 //!
 //! `--folder` says where the file is ($TMPDIR), `--buffered` that the system's cache is not bypassed, `--page` how
 //! large a page is (256), `--only` which piece of work is measured: those whose name begins so. `--out` keeps the rows,
 //! and beside them a table (.md) and a plot (.svg). `--quick` runs small sizes, to see that everything runs; its
 //! times mean nothing.
 //!
-//! In reading order: `disk`, the limit, and `beside` work; `work`, `optimiser`, `weights`, `model`, which is `llama`'s: what is measured;
-//! `meter`: how; `table`, `plot`: what is kept.
+//! In reading order: `disk`, the limit, and `beside` work; `work`, `optimiser`, `weights`, `model`, which is `llama`'s:
+//! what is measured; `meter`: how; `table`, `plot`: what is kept.
 
 #[path = "paging/beside.rs"]
 mod beside;

@@ -1,7 +1,8 @@
-//! What is left of a machine for the work while its disk moves a step's bytes: the same step without a pager, and beside
-//! it plain reads and writes of as many bytes, which nobody waits for before they are done. Whatever moves them takes
-//! processor time, the system's copies, or a virtual machine's whose disk another program plays; so this, and not the
-//! greater of the two alone, is what no pager can beat.
+//! What is left of a machine for the work while its disk moves a step's bytes: the same step without a pager, and
+//! beside it plain reads and writes of as many bytes, which nobody waits for before they are done. Whatever moves them
+//! takes processor time, the system's copies, or a virtual machine's whose disk another program plays; so this, and not
+//! the greater of the two alone, is what to compare a pager that moves as much with. (One that brings in the next
+//! step's bytes during the last may come out a little better.)
 
 use crate::disk::Probe;
 use crate::meter::Phase;
@@ -37,7 +38,7 @@ impl Movers {
         while left != [0, 0] {
             for (write, left) in [true, false].into_iter().zip(&mut left).filter(|(_, left)| **left > 0) {
                 let bytes = run.min(*left);
-                // A mover that is gone has answered why.
+                // The receiver outlives the movers.
                 let _ = self.moves.send(Move { write, run: self.next, bytes });
                 (self.next, *left) = ((self.next + 1) % self.runs, *left - bytes);
                 self.under_way += 1;
@@ -96,7 +97,7 @@ impl Probe {
                 failed = failed.take().or(movers.finish().err());
                 next(&mut movers);
             })?;
-            movers.finish()?;
+            failed = failed.or(movers.finish().err());
             let seconds = begun.elapsed().as_secs_f64();
             failed.map_or(Ok(seconds), |why| Err(why.into()))
         })

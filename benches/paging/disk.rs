@@ -1,10 +1,10 @@
 //! The limit of the disk: bytes a second into a file as the pager's, out of it, and both at once.
 //!
-//! The file has no name, is written over and over and read whole, in runs as long as the pager's longest, from and to as
-//! much memory, so that no run is found in the processor's cache; the memory in huge frames where the system has them,
-//! and the runs by as many threads as is fastest, of one, two and four. A first pass gives the file its space and is not
-//! counted; of those that follow the median is. Through the system's cache that is the speed of copies, as long as the
-//! cache has room; directly, the medium's.
+//! The file has no name, is written over and over and read whole, in runs as long as the pager's longest, from and to
+//! as much memory, so that no run is found in the processor's cache; the memory in huge frames where the system has
+//! them, and the runs by as many threads as is fastest, of one, two and four. A first pass gives the file its space and
+//! is not counted; of those that follow the median is. Through the system's cache that is the speed of copies, as long
+//! as the cache has room; directly, the medium's.
 //!
 //! Then, beside the work, a quarter of the file is moved again each time that somebody asks how fast the disk is now.
 
@@ -37,8 +37,8 @@ pub struct Rates {
 }
 
 impl Rates {
-    /// Seconds for so many bytes each way: those that can go both ways at once, and the rest; or one way after the other,
-    /// where that is faster.
+    /// Seconds for so many bytes each way: those that can go both ways at once, and the rest; or one way after the
+    /// other, where that is faster.
     pub fn seconds(&self, written: f64, read: f64) -> f64 {
         let paired = written.min(read);
         let together = 2.0 * paired / self.both + (written - paired) / self.write + (read - paired) / self.read;

@@ -1,8 +1,8 @@
 //! Times of steps at each limit, beside those without a pager and beside the disk.
 //!
 //! A machine's speed changes from one second to the next, and its disk's more so. So everything is measured in rounds:
-//! some steps without a pager, then a look at the disk, then as many steps on the pager, then steps without it while the
-//! disk moves the same bytes; what is compared comes of one round, and what is kept is the median over the rounds.
+//! some steps without a pager, then a look at the disk, then as many steps on the pager, then steps without it while
+//! the disk moves the same bytes; what is compared comes of one round, and what is kept is the median over the rounds.
 
 use crate::disk::{Disk, Rates};
 use crate::work::{Failure, Sizes, Step, Work};
@@ -153,7 +153,11 @@ impl Meter<'_> {
             let on_pager = self.steps(pager, paged)?;
             let beside = match on_pager.all() {
                 Phase { stored: 0.0, loaded: 0.0, .. } => without.all().seconds,
-                _ => self.mean(|| disk.probe.beside(plain, &on_pager.phases))?,
+                // A step before those that count: the pager may still bring in what no step will ask for.
+                _ => {
+                    plain(&mut || ())?;
+                    self.mean(|| disk.probe.beside(plain, &on_pager.phases))?
+                }
             };
             rounds.push(figures(&without, &rates, beside, &on_pager, self.page as f64));
         }

@@ -1,5 +1,6 @@
-//! A plot of all work: above, the time of a step over that without a pager, and dashed the least that it could be; below,
-//! the bytes that a step moves over those of all its buffers. Both against what may be in memory.
+//! A plot of all work: above, the time of a step over that without a pager, and dashed what the latter is beside plain
+//! reads and writes of the same bytes; below, the bytes that a step moves over those of all its buffers. Both against
+//! what may be in memory.
 
 use crate::meter::{Figures, Series};
 use std::fmt::Write;
@@ -13,7 +14,7 @@ const HEIGHT: f64 = 672.0;
 const COLOURS: [&str; 7] = ["#1b6ca8", "#7fb2d9", "#b5432a", "#e8a08f", "#3b7d4f", "#9ccaa8", "#5b3f8c"];
 
 const STYLE: &str = "text{font:13px sans-serif;fill:#222}.grid{stroke:#ddd}.axis{stroke:#222}\
-                     path{fill:none;stroke-width:2}.least{stroke-dasharray:4 4;stroke-width:1.3}";
+                     path{fill:none;stroke-width:2}.beside{stroke-dasharray:4 4;stroke-width:1.3}";
 
 /// One of the two panels: where it lies, and its range upwards, in powers of two or evenly.
 struct Panel {
@@ -95,13 +96,13 @@ pub fn plot(series: &[Series]) -> String {
         series.iter().map(of).fold(0.0, f64::max)
     };
     let ratio = |_: &Series, figures: &Figures| figures.ratio;
-    let least = |figures: &Figures| figures.disk.max(figures.compute) / figures.compute;
+    let beside = |figures: &Figures| figures.ratio / figures.over;
     let moved = |series: &Series, figures: &Figures| (figures.stored + figures.loaded) / series.bytes as f64;
 
-    let doublings = most(&ratio).max(2.0).log2().ceil() as i32;
+    let doublings = most(&ratio).max(most(&|_, figures| beside(figures))).max(2.0).log2().ceil() as i32;
     let times = Panel { top: TOPS[0], range: (0.9, 2f64.powi(doublings)), powers: true };
     let marks: Vec<_> = (0..=doublings).map(|i| (2f64.powi(i), format!("{}", 1 << i))).collect();
-    times.frame(&mut svg, "time of a step / without a pager (dashed: the least for compute and disk)", &marks, &shares);
+    times.frame(&mut svg, "time of a step / without a pager (dashed: beside plain reads and writes)", &marks, &shares);
 
     let halves = (2.0 * most(&moved)).ceil().max(1.0) as usize;
     let bytes = Panel { top: TOPS[1], range: (0.0, halves as f64 / 2.0), powers: false };
@@ -109,7 +110,7 @@ pub fn plot(series: &[Series]) -> String {
     bytes.frame(&mut svg, "bytes written and read by a step / all bytes", &marks, &shares);
 
     for (i, (series, colour)) in series.iter().zip(COLOURS).enumerate() {
-        times.path(&mut svg, "least", colour, series, least);
+        times.path(&mut svg, "beside", colour, series, beside);
         times.path(&mut svg, "time", colour, series, |figures| ratio(series, figures));
         bytes.path(&mut svg, "bytes", colour, series, |figures| moved(series, figures));
         let (left, y) = (WIDTH - RIGHT + 18.0, TOPS[0] + 12.0 + 22.0 * i as f64);

@@ -7,8 +7,8 @@
 //! Σ_i w_i ΔW_i = B·A,   A = [A_1; A_2; …],   B = [w_1 s_1 B_1 | w_2 s_2 B_2 E_2 | …]
 //! ```
 //!
-//! so that α = r makes s = 1; [`of_rank`] makes a smaller one of it. A is copied, and an element of B is rounded once. DoRA's update scales the base's rows and
-//! is no sum of anything.
+//! so that α = r makes s = 1; [`of_rank`] makes a smaller one of it. A is copied, and an element of B is rounded once.
+//! DoRA's update scales the base's rows and is no sum of anything.
 
 use crate::decompose::{product, qr, svd, transposed};
 use crate::lora::Part;
@@ -18,7 +18,7 @@ use rankfold_backend::Backend;
 use std::collections::BTreeMap;
 
 /// Σ_i w_i·ΔW_i of one layer's updates; `module` is for the message. Errors: none at all, a DoRA, other shapes, a
-/// weight that is not finite.
+/// weight that is not finite, or with which B is not.
 pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)]) -> Result<Lora> {
     let Some((_, first)) = parts.first() else {
         return Err(Error::field(format!("{module}: updates to sum"), 0, "one or more"));
@@ -49,7 +49,11 @@ pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)])
         let theirs = backend.download::<f32>(lora.b().tensor().view())?;
         for (i, value) in theirs.into_iter().enumerate() {
             let (row, k) = (i / lora.rank(), i % lora.rank());
-            b[row * rank + column + k] = (factors[k] * f64::from(value)) as f32;
+            let value = (factors[k] * f64::from(value)) as f32;
+            if !value.is_finite() {
+                return Err(Error::field(format!("{module}: weight"), weight, "one with which B is finite in f32"));
+            }
+            b[row * rank + column + k] = value;
         }
         column += lora.rank();
     }
@@ -67,8 +71,8 @@ pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)])
 /// The best approximation of rank `rank` of an update s·B·A, with s = 1 (Eckart & Young 1936): nothing is lost where it
 /// has no higher rank.
 ///
-/// With B = Q_B R_B and Aᵀ = Q_A R_A the singular values of B A are those of the small R_B R_Aᵀ = U S Vᵀ; what is kept of
-/// it is shared evenly, B' = Q_B U √S and A' = √S Vᵀ Q_Aᵀ. In f64, each element rounded once to f32.
+/// With B = Q_B R_B and Aᵀ = Q_A R_A the singular values of B A are those of the small R_B R_Aᵀ = U S Vᵀ; what is kept
+/// of it is shared evenly, B' = Q_B U √S and A' = √S Vᵀ Q_Aᵀ. In f64, each element rounded once to f32.
 ///
 /// Errors: those of [`weighted_sum`]; a rank of 0.
 pub fn of_rank(backend: &dyn Backend, module: &str, lora: &Lora, rank: usize) -> Result<Lora> {

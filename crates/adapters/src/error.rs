@@ -25,7 +25,7 @@ pub enum Error {
     /// The operating system refused.
     #[error("{path}: cannot {doing}: {source}")]
     Io { path: PathBuf, doing: &'static str, source: io::Error },
-    /// A configuration file with a wrong field.
+    /// What is wrong with a configuration file, or with an adapter's folder.
     #[error("{path}: {source}")]
     In { path: PathBuf, source: Box<Error> },
     /// A text that is no configuration at all.
@@ -114,6 +114,21 @@ impl Error {
     /// For `map_err`: an I/O error with the file it met and what was being done to it.
     pub(crate) fn io(path: &Path, doing: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Io { path: path.into(), doing, source }
+    }
+
+    /// This one with the folder that it was met in, if it does not say already where.
+    pub fn in_folder(self, folder: &Path) -> Self {
+        match self {
+            Self::Io { .. }
+            | Self::Files(_)
+            | Self::In { .. }
+            | Self::MissingTensor { .. }
+            | Self::ExtraTensor { .. }
+            | Self::OtherBase { .. }
+            | Self::OtherRank { .. }
+            | Self::NonFinite { .. } => self,
+            other => Self::In { path: folder.into(), source: Box::new(other) },
+        }
     }
 
     /// For `map_err`: the file in which a wrong field stands.

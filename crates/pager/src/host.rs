@@ -8,8 +8,8 @@ use crate::{Error, FileFigures, FileOptions, Memory, Result};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// While one thread puts frames behind addresses and sums checksums, another keeps the disk busy; and a third, where one
-/// of the two moves a page alone, which waits as long as a long run before it.
+/// While one thread puts frames behind addresses and sums checksums, another keeps the disk busy; and a third, where
+/// one of the two moves a page alone, which waits as long as a long run before it.
 const MOVERS: usize = 3;
 
 /// Host memory, whose pages are kept in a file where there is one.
@@ -91,8 +91,9 @@ impl Host {
     }
 }
 
-// SAFETY of what follows: the core calls `store` for pages for which no hold for writing has been given out and gives none
-// out before it is done; `load` and `release` for pages for which none of any kind has, and never two at once for one page.
+// SAFETY of what follows: the core calls `commit` for empty pages, under its lock; `store` for pages for which no hold
+// for writing has been given out and gives none out before it is done; `load` and `release` for pages for which none of
+// any kind has, and never two at once for one page.
 impl Memory for Host {
     type Region = HostRegion;
 
@@ -109,7 +110,8 @@ impl Memory for Host {
         if let Some((_, frames)) = &self.file {
             frames.give_up(pages.len() * self.page);
         }
-        region.space.open(pages.start * self.page..pages.end * self.page)
+        // SAFETY: as above, and empty pages have no frames.
+        unsafe { region.space.open(pages.start * self.page..pages.end * self.page) }
     }
 
     fn store(&self, region: &HostRegion, pages: Range<usize>) -> Result<()> {

@@ -60,7 +60,7 @@ mod worker;
 pub use core::BOOKS;
 pub use device::{Device, DeviceRegion, OnHost};
 pub use error::{Error, Result};
-pub use file::{FileFigures, FileOptions};
+pub use file::{FileFigures, FileOptions, STAGE};
 pub use handle::{Access, Allocation, Hold, Options, PAGES, Pager, Pin, PinMut};
 pub use heap::give_back_what_is_freed;
 pub use host::{Host, HostRegion};

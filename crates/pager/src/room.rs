@@ -1,7 +1,7 @@
 //! Making room: which pages leave, and what is stored first.
 //!
-//! Room is made by letting pages leave that nobody holds. Where there are none, a caller waits only for moves under way,
-//! which end by themselves, and else gets an error: no two callers ever wait for each other.
+//! Room is made by letting pages leave that nobody holds. Where there are none, a caller waits only for moves under
+//! way, which end by themselves, and else gets an error: no two callers ever wait for each other.
 
 use crate::core::{BATCH, Core, Guard, State};
 use crate::forecast::PageId;
@@ -18,8 +18,8 @@ fn together(pages: &[PageId]) -> Option<Range<PageId>> {
 }
 
 impl<M: Memory> Core<M> {
-    /// See to it that `count` more pages may be resident: whether they may now. Where not, something moved, and the caller
-    /// must look again at what it needs; `failed` is what went wrong so far, for the next call.
+    /// See to it that `count` more pages may be resident: whether they may now. Where not, something moved, and the
+    /// caller must look again at what it needs; `failed` is what went wrong so far, for the next call.
     pub(crate) fn room<'a>(
         &'a self,
         mut state: Guard<'a, M>,

@@ -4,21 +4,22 @@
 //! first touched, and takes it back when told ([`Space::release`]); the addresses stay. A hole of one page of the
 //! system behind each space turns a stray access into a fault at once; in tests, so does every part without frames.
 //!
-//! Frames of 4 KiB are dear: each is a fault, and one of the pieces of a disk's request. So an aligned block of 2 MiB that
-//! is brought in as a whole is marked for one huge frame, where the system has those (Linux's transparent huge pages). Every
-//! other block is marked against it: a huge frame there would take more memory than the books say. For 128 MiB an AMD EPYC
-//! Zen 4 takes 33 ms to put small frames behind addresses and 7 to take them back, 10 and 0.4 with huge ones; direct I/O
-//! runs half as fast again in them, and beside two busy threads, on the virtual machine of an AMD EPYC Zen 3 whose host
-//! handles a request's pieces, four times as fast (0.4 GB/s against 1.7).
+//! Frames of 4 KiB are dear: each is a fault, and one of the pieces of a disk's request. So an aligned block of 2 MiB
+//! that is brought in as a whole is marked for one huge frame, where the system has those (Linux's transparent huge
+//! pages). Every other block is marked against it: a huge frame there would take more memory than the books say. For
+//! 128 MiB an AMD EPYC Zen 4 takes 33 ms to put small frames behind addresses and 7 to take them back, 10 and 0.4 with
+//! huge ones; direct I/O runs half as fast again in them, and beside two busy threads, on the virtual machine of an AMD
+//! EPYC Zen 3 whose host handles a request's pieces, four times as fast (0.4 GB/s against 1.7).
 //!
-//! Where small frames were once, the system keeps their table, and puts no huge frame in its place: such a block is mapped
-//! anew before it comes as a whole. Which blocks are huge, as far as the system had huge frames, is noted.
+//! Where small frames were once, the system keeps their table, and puts no huge frame in its place: such a block is
+//! mapped anew before it comes as a whole. Each that is becomes a mapping of its own in the system's books, so this
+//! ends where there are many blocks ([`MAPPINGS`]).
 
 use crate::{Error, Result};
 use std::io;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
 /// Reserved addresses: readable and writable, and not mapped to any file.
 #[derive(Debug)]
@@ -28,8 +29,20 @@ pub(crate) struct Space {
     all: usize,
     start: NonNull<u8>,
     bytes: usize,
-    /// Of each block, whether its frame came as a huge one and is whole.
-    huge: Box<[AtomicBool]>,
+    /// Of each block, which frames it was given: a [`Frame`].
+    frames: Box<[AtomicU8]>,
+}
+
+/// What a block was given last.
+#[repr(u8)]
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Frame {
+    /// Nothing, and the system has no table of small frames for it.
+    Bare,
+    /// A huge frame, where the system had one, of which no part has left.
+    Huge,
+    /// Small frames, of which some may be there, and the system's table is.
+    Small,
 }
 
 // SAFETY: a space is owned addresses, not bound to a thread; who touches which bytes is the pager's business, which
@@ -43,6 +56,10 @@ const HOLE: usize = 64 << 10;
 
 /// What may have a huge frame; each space begins with one.
 pub(crate) const BLOCK: usize = 2 << 20;
+
+/// The most mappings in the system's books, which grant a process 65530, that pagers may make: what was moved or mapped
+/// anew is one of its own, each block, and where parts of blocks are moved, each page.
+pub(crate) const MAPPINGS: usize = 1 << 14;
 
 /// Blocks of all spaces of the process.
 static BLOCKS: AtomicUsize = AtomicUsize::new(0);
@@ -67,8 +84,8 @@ impl Space {
         let start = mapped.cast::<u8>();
         // SAFETY: less than a block from the start, and the mapping is longer than a block.
         let start = unsafe { start.add(start.align_offset(BLOCK)) };
-        let huge = (0..bytes.div_ceil(BLOCK)).map(|_| AtomicBool::new(false)).collect();
-        let space = Self { mapped, all, start, bytes, huge };
+        let frames = (0..bytes.div_ceil(BLOCK)).map(|_| AtomicU8::new(Frame::Bare as u8)).collect();
+        let space = Self { mapped, all, start, bytes, frames };
         BLOCKS.fetch_add(bytes.div_ceil(BLOCK), Ordering::Relaxed);
         space.mark(0..bytes, false);
         if !cfg!(test) {
@@ -87,54 +104,82 @@ impl Space {
     }
 
     /// A range is about to get frames.
-    pub(crate) fn open(&self, range: Range<usize>) -> Result<()> {
+    ///
+    /// Errors: addresses that the system does not grant again.
+    ///
+    /// # Safety
+    /// No part of the range has frames, and nobody has a reference into it.
+    pub(crate) unsafe fn open(&self, range: Range<usize>) -> Result<()> {
         let (bytes, access) = (range.len(), libc::PROT_READ | libc::PROT_WRITE);
+        let failed = |source| Error::Address { bytes, source };
         if cfg!(test) {
-            self.protect(range.clone(), access).map_err(|source| Error::Address { bytes, source })?;
+            self.protect(range.clone(), access).map_err(failed)?;
         }
         let whole = range.start.next_multiple_of(BLOCK)..range.end / BLOCK * BLOCK;
-        self.note(&range, false);
-        if whole.start < whole.end {
-            self.map_anew(whole.clone(), access);
-            self.mark(range.start..whole.start, false);
-            self.mark(whole.end..range.end, false);
-            self.mark(whole.clone(), true);
-            self.note(&whole, true);
-        } else {
+        if whole.is_empty() {
             // Of a block that once was whole, perhaps.
-            self.mark(range, false);
+            self.mark(range.clone(), false);
+            self.note(&range, Frame::Small);
+            return Ok(());
         }
+        let edges = [range.start..whole.start, whole.end..range.end];
+        for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
+            self.mark(edge.clone(), false);
+            self.note(&edge, Frame::Small);
+        }
+        for block in whole.clone().step_by(BLOCK).map(|start| start..start + BLOCK) {
+            if self.are(&block, Frame::Small) && Self::blocks() <= MAPPINGS {
+                // SAFETY: the caller's condition.
+                unsafe { self.map_anew(block.clone(), access) }.map_err(failed)?;
+                self.note(&block, Frame::Bare);
+            }
+            if !self.are(&block, Frame::Small) {
+                self.note(&block, Frame::Huge);
+            }
+        }
+        self.mark(whole, true);
         Ok(())
     }
 
-    /// Note of all blocks that a range touches whether they are huge.
-    fn note(&self, range: &Range<usize>, huge: bool) {
+    /// The blocks that a range touches.
+    fn blocks_of(&self, range: &Range<usize>) -> Range<usize> {
+        range.start / BLOCK * BLOCK..range.end.next_multiple_of(BLOCK).min(self.bytes)
+    }
+
+    /// Note of all blocks that a range touches what they were given.
+    fn note(&self, range: &Range<usize>, frame: Frame) {
         let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
-        self.huge[blocks].iter().for_each(|block| block.store(huge, Ordering::Relaxed));
+        self.frames[blocks].iter().for_each(|block| block.store(frame as u8, Ordering::Relaxed));
+    }
+
+    /// Whether all blocks that a range touches were given that.
+    fn are(&self, range: &Range<usize>, frame: Frame) -> bool {
+        let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
+        self.frames[blocks].iter().all(|block| block.load(Ordering::Relaxed) == frame as u8)
     }
 
     /// Whether a range is made of whole blocks, each in a huge frame as far as the system had those.
     pub(crate) fn is_huge(&self, range: &Range<usize>) -> bool {
-        let mut blocks = self.huge[range.start / BLOCK..range.end / BLOCK].iter();
         let is_whole = range.start.is_multiple_of(BLOCK) && range.end.is_multiple_of(BLOCK);
-        is_whole && blocks.all(|block| block.load(Ordering::Relaxed))
+        is_whole && self.are(range, Frame::Huge)
     }
 
     /// Addresses without frames, and without the system's tables for them.
     ///
-    /// # Panics
-    /// Where the system takes the addresses away and gives none back: it cannot keep its books any more.
-    fn map_anew(&self, range: Range<usize>, access: libc::c_int) {
+    /// Errors: the system grants none. The addresses may then be nobody's.
+    ///
+    /// # Safety
+    /// Nobody has a reference into the range.
+    unsafe fn map_anew(&self, range: Range<usize>, access: libc::c_int) -> io::Result<()> {
         assert!(range.start <= range.end && range.end <= self.bytes, "a range beyond its space");
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: within the mapping; the caller is about to give these addresses frames, and they have none.
+        // SAFETY: within the mapping.
         let at = unsafe { self.start.as_ptr().add(range.start) };
-        // SAFETY: as above.
-        let mapped = unsafe { libc::mmap(at.cast(), range.len(), access, flags, -1, 0) };
-        // What could not be mapped may be as it was.
-        // SAFETY: as above.
-        let is_there = || unsafe { libc::madvise(at.cast(), range.len(), libc::MADV_DONTNEED) } == 0;
-        assert!(mapped != libc::MAP_FAILED || is_there(), "the addresses of a space are its own");
+        // SAFETY: these addresses are the space's; the caller keeps references away.
+        match unsafe { libc::mmap(at.cast(), range.len(), access, flags, -1, 0) } {
+            libc::MAP_FAILED => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
     }
 
     /// Put frames behind an opened range now, at one go: a fault for each costs several times as much. Where the
@@ -144,7 +189,7 @@ impl Space {
         self.advise(range, libc::MADV_POPULATE_WRITE);
     }
 
-    /// Say of whole blocks whether they may have huge frames. Where the system has none, there is nothing to say.
+    /// Say of a range whether it may have huge frames. Where the system has none, there is nothing to say.
     fn mark(&self, range: Range<usize>, huge: bool) {
         #[cfg(target_os = "linux")]
         if !range.is_empty() {
@@ -170,8 +215,9 @@ impl Space {
         self.bytes
     }
 
-    /// Move the frames of a range behind addresses of another space, `range.len()` from `at` on, that have none (multiples
-    /// of the system's page): whether they are there now. If not, they are where they were. The range then has none.
+    /// Move the frames of a range behind addresses of another space, `range.len()` from `at` on, that have none
+    /// (multiples of the system's page): whether they are there now. If not, they are where they were. The range then
+    /// has none.
     ///
     /// # Panics
     /// Where the system takes the other addresses away and gives none back: it cannot keep its books any more.
@@ -189,12 +235,18 @@ impl Space {
         // SAFETY: as above.
         if unsafe { libc::mremap(from.cast(), len, len, flags, target) } == libc::MAP_FAILED {
             // What was mapped there may be gone.
-            to.map_anew(at..at + len, libc::PROT_READ | libc::PROT_WRITE);
+            // SAFETY: within the other space's mapping, where nothing is referred to.
+            let mapped = unsafe { to.map_anew(at..at + len, libc::PROT_READ | libc::PROT_WRITE) };
+            mapped.expect("the addresses of a space are its own");
             to.mark(at..at + len, false);
             return false;
         }
-        to.note(&(at..at + len), self.is_huge(&range));
-        self.note(&range, false);
+        let is_huge = self.is_huge(&range);
+        if !is_huge && !self.are(&range, Frame::Small) {
+            self.mark(self.blocks_of(&range), false);
+        }
+        to.note(&(at..at + len), if is_huge { Frame::Huge } else { Frame::Small });
+        self.note(&range, if is_huge { Frame::Bare } else { Frame::Small });
         if cfg!(test) {
             self.protect(range, libc::PROT_NONE).expect("a part of a mapping");
         }
@@ -210,8 +262,8 @@ impl Space {
         false
     }
 
-    /// Give back the frames of a range (multiples of the system's page): it reads as zero afterwards. The system takes a
-    /// part of a huge frame back when the rest follows or when it runs short itself.
+    /// Give back the frames of a range (multiples of the system's page): it reads as zero afterwards. The system takes
+    /// a part of a huge frame back when the rest follows or when it runs short itself.
     ///
     /// # Safety
     /// Nobody has a reference into the range.
@@ -221,8 +273,8 @@ impl Space {
             self.protect(range.clone(), libc::PROT_NONE).expect("a part of a mapping");
         }
         // What stays of a block, or comes back alone, has small frames.
-        self.note(&range, false);
-        self.mark(range.start / BLOCK * BLOCK..range.end.next_multiple_of(BLOCK).min(self.bytes), false);
+        self.note(&range, if self.is_huge(&range) { Frame::Bare } else { Frame::Small });
+        self.mark(self.blocks_of(&range), false);
         // SAFETY: within the mapping; the caller keeps references away.
         let start = unsafe { self.start.as_ptr().add(range.start) };
         // SAFETY: as above. It cannot fail for a private mapping that is there and not locked.

@@ -237,17 +237,14 @@ impl ModelArgs {
 ///
 /// Errors: LoftQ's on 4 bits that were made while reading, which are not those that it was made with.
 pub fn attach_saved(model: &mut Model, name: &str, precision: Precision, adapter: &Path) -> Result<PeftConfig> {
-    let (config, of_it) = (PeftConfig::open(adapter)?, |why: String| Error::Path { path: adapter.into(), why });
+    let config = PeftConfig::open(adapter)?;
     let is_loftq = config.lora().is_some_and(|lora| matches!(lora.init, Init::Loftq { .. }));
     if is_loftq && matches!(precision, Precision::Quantized(_)) {
         let why = "'init_lora_weights' is loftq, which made the base in 4 bits with it: expected that base as it is \
                    stored, not 4 bits made anew";
-        return Err(of_it(why.into()));
+        return Err(Error::Path { path: adapter.into(), why: why.into() });
     }
-    let config = attach(model, &config, Values::Saved(adapter)).map_err(|why| match why.to_string() {
-        said if said.contains(&*adapter.to_string_lossy()) => why,
-        said => of_it(said),
-    })?;
+    let config = attach(model, &config, Values::Saved(adapter))?;
     let here = Path::new(name).canonicalize();
     let name_here = here.as_ref().map_or(name.into(), |path| path.to_string_lossy());
     if let Some(base) = config.base_model().filter(|base| !is_the_same(base, &name_here)) {

@@ -74,8 +74,9 @@ fn singular_values(matrix: &[f64], columns: usize) -> Vec<f64> {
 }
 
 proptest! {
-    /// With R = Σ r and M = |w| + Σ_i |w_i s_i| Σ_k |b e a|, all of R products: an element of B is off by one rounding of
-    /// what f64 has, and the merged sum by (R + 4)·u·M, as `merge` has it: together (R + 5)·u·M, and 2⁻⁵⁰ M for f64's.
+    /// With R = Σ r and M = |w| + Σ_i |w_i s_i| Σ_k |b e a|, all of R products: an element of B is off by one rounding
+    /// of what f64 has, and the merged sum by (R + 4)·u·M, as `merge` has it: together (R + 5)·u·M, and 2⁻⁵⁰ M for
+    /// f64's.
     #[test]
     fn a_merged_sum_is_the_sum_of_the_updates(([outputs, inputs], w, parts) in cases()) {
         let backend = reference();
@@ -106,8 +107,8 @@ proptest! {
     }
 
     /// What is lost is the length of the singular values that are left out, and the rounding of the elements; no matrix
-    /// of that rank is nearer (Eckart & Young 1936). Householder's and the SVD's errors are far below f32's (decompose),
-    /// and so are the rotations' here.
+    /// of that rank is nearer (Eckart & Young 1936). Householder's and the SVD's errors are far below f32's
+    /// (decompose), and so are the rotations' here.
     #[test]
     fn a_smaller_update_is_the_nearest(([outputs, inputs], _, parts) in cases(), less in 0..3usize) {
         let backend = reference();
@@ -199,6 +200,11 @@ fn what_is_no_sum_is_refused() {
     let message = |parts: &[(f64, &Lora)]| weighted_sum(backend, "m", parts).unwrap_err().to_string();
     assert!(message(&[(1.0, &lora), (1.0, &dora)]).starts_with("m: what sits on it is no term"));
     assert_eq!(message(&[(f64::NAN, &lora)]), "'weight' is NaN, expected a finite number");
+    let ones = |shape: [usize; 2]| {
+        Parameter::new(backend.filled(DType::F32, shape[0] * shape[1], 1.0).unwrap(), shape).unwrap()
+    };
+    let large = Lora::new("m", ones([2, 4]), ones([3, 2]), Part::None, LoraSpec::new(2, 4.0)).unwrap();
+    assert_eq!(message(&[(1e300, &large)]), "'m: weight' is 1e300, expected one with which B is finite in f32");
     assert!(message(&[]).contains("expected one or more"));
     let other = layer(backend, "m", 0, [3, 5], &[0.25; 15]);
     let other = Lora::init(backend, &other, LoraSpec::new(2, 4.0), Init::Kaiming, 0).unwrap();

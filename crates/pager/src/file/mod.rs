@@ -10,5 +10,6 @@ pub(crate) mod faulty;
 mod staged;
 mod tier;
 
+pub use staged::STAGE;
 pub(crate) use tier::FileTier;
 pub use tier::{FileFigures, FileOptions};

@@ -98,11 +98,12 @@ pub fn run(bench: &Bench) -> Result<Report> {
 }
 
 fn plot(methods: &[Method], before: f64) -> Plot {
-    // A rate at which training made it worse would press all others together.
+    // A rate at which training made it worse, or may have, would press all others together.
     let drawn = |method: &Method| -> Vec<(f64, Spread)> {
         let points = method.tuned.rates.iter().filter(|at| !at.diverged);
         let points = points.map(|at| (at.lr, Spread::of(&at.held_out)));
-        points.filter(|(_, loss)| loss.mean <= before.max(method.tuned.spread().mean)).collect()
+        let most = |loss: &Spread| loss.mean + loss.half_width().unwrap_or(0.0);
+        points.filter(|(_, loss)| most(loss) <= before.max(most(&method.tuned.spread()))).collect()
     };
     let series = methods
         .iter()

@@ -118,8 +118,19 @@ impl Model {
 
     /// Put an adapter of any method onto the model; the configuration that belongs in its folder.
     ///
-    /// Errors: those of [`PeftConfig::attach`]; learned tokens of another model's. The model is then as it was.
+    /// Errors: those of [`PeftConfig::attach`]; learned tokens of another model's; of a folder, with its name. The
+    /// model is then as it was.
     pub fn attach(&mut self, config: &PeftConfig, values: Values) -> Result<AttachedPeft> {
+        self.attach_peft(config, values).map_err(|why| match (why, values) {
+            (Error::Adapters(why), Values::Saved(folder)) => why.in_folder(folder).into(),
+            (why @ Error::Setting { .. }, Values::Saved(folder)) => {
+                Error::File { path: folder.into(), why: why.to_string() }
+            }
+            (why, _) => why,
+        })
+    }
+
+    fn attach_peft(&mut self, config: &PeftConfig, values: Values) -> Result<AttachedPeft> {
         let backend = self.backend.clone();
         let Some(learned) = config.virtual_tokens() else {
             let architecture = self.config.architecture.model_type();

@@ -42,9 +42,9 @@ const PAGES_OF_A_LIMIT: u64 = 8192;
 /// What is said of a limit is whole MiB.
 const MIB: u64 = 1 << 20;
 
-/// The pager's own: the order in which pages were used, its lists and its threads, and the block through which small
-/// frames go to the disk; and for each page its place, its last use and its checksum.
-const BOOKS: (u64, u64) = (4 << 20, 32);
+/// The pager's own: the order in which pages were used, its lists and its threads; and for each page its place, its
+/// last use and its checksum.
+const BOOKS: (u64, u64) = (2 << 20, 32);
 
 /// What the program may take beyond its estimate, which was measured on others than this one.
 const BEYOND: u64 = 2 << 20;
@@ -57,14 +57,17 @@ pub struct Floor {
     /// The program, small buffers, the kernels' working memory, what a start decomposes a matrix in, the pager's books,
     /// a part of a file on its way, and [`RESERVE`].
     pub fixed: u64,
+    /// The pager's books among it.
+    #[serde(skip)]
+    books: u64,
     /// The most bytes of large buffers' pages that one call of a kernel touches.
     pub working_set: u64,
     /// The kernel.
     pub kernel: &'static str,
     /// The tensor of the model that it works on, where it works on one.
     pub tensor: Option<String>,
-    /// The part of the model that it belongs to, as `model.layers.3.mlp`: that of the last tensor that it or a call before
-    /// it touched. (Each part of a layer begins and ends with its tensors, on the way back too.)
+    /// The part of the model that it belongs to, as `model.layers.3.mlp`: that of the last tensor that it or a call
+    /// before it touched. (Each part of a layer begins and ends with its tensors, on the way back too.)
     pub layer: Option<String>,
 }
 
@@ -75,7 +78,7 @@ impl Floor {
         let books = BOOKS.0 + BOOKS.1 * addresses.div_ceil(page);
         let fixed = fixed.saturating_add(RESERVE + BEYOND + rankfold_files::PART as u64 + books);
         let Some(call) = &record.largest[size] else {
-            return Self { page, fixed, working_set: 0, kernel: "none", tensor: None, layer: None };
+            return Self { page, fixed, books, working_set: 0, kernel: "none", tensor: None, layer: None };
         };
         let pieces = call.pieces.iter().map(|piece| &record.pieces[*piece]);
         // A layer's weight is larger than its adapter.
@@ -83,7 +86,7 @@ impl Floor {
         let tensor = named.and_then(|piece| piece.name.clone());
         let near = tensor.as_deref().or_else(|| record.pieces[call.near?].name.as_deref());
         let layer = near.map(part_of_the_model);
-        Self { page, fixed, working_set: call.bytes, kernel: call.kernel, tensor, layer }
+        Self { page, fixed, books, working_set: call.bytes, kernel: call.kernel, tensor, layer }
     }
 
     /// The least limit, in whole MiB.
@@ -145,8 +148,8 @@ pub struct Paging {
 }
 
 impl Plan {
-    /// What of the run's peak is paged under `limit` bytes, of which [`RESERVE`] stays free: first what the pool keeps for
-    /// reuse is given back, then categories leave, the least often used first, and no more of them than must.
+    /// What of the run's peak is paged under `limit` bytes, of which [`RESERVE`] stays free: first what the pool keeps
+    /// for reuse is given back, then categories leave, the least often used first, and no more of them than must.
     ///
     /// Errors: a limit below the least one.
     pub fn under(&self, limit: u64) -> Result<Paging> {
@@ -170,7 +173,8 @@ impl Plan {
     /// Errors: a limit below the least one; one that is too low beside what is taken.
     pub fn page(&self, limit: u64, taken: u64) -> Result<u64> {
         self.account(limit)?;
-        let beside = |floor: &Floor| whole(taken.saturating_add(RESERVE).saturating_add(floor.working_set));
+        let own = |floor: &Floor| RESERVE + floor.books;
+        let beside = |floor: &Floor| whole(taken.saturating_add(own(floor)).saturating_add(floor.working_set));
         let floors = || self.accounts.iter().map(|account| &account.floor);
         if let Some(floor) = floors().rev().find(|floor| floor.bytes().max(beside(floor)) <= limit) {
             return Ok(floor.page);
