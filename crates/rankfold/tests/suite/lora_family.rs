@@ -281,4 +281,9 @@ fn a_head_that_is_the_embedding_is_not_saved_as_one_of_the_two() {
             &["modules_to_save", "none of the two"],
         );
     }
+    // Nor taken from a folder, which is named.
+    let untied = Small::new(MODEL);
+    let head = untied.train("head", &["--modules-to-save", "lm_head"]);
+    let eval = ["eval", "--model", &small.model, "--tokens", &small.tokens, "--adapter", &head];
+    refuse(&eval, &[&head, "modules_to_save", "none of the two"]);
 }
