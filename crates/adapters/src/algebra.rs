@@ -51,6 +51,7 @@ pub fn weighted_sum(backend: &dyn Backend, module: &str, parts: &[(f64, &Lora)])
             let (row, k) = (i / lora.rank(), i % lora.rank());
             let value = (factors[k] * f64::from(value)) as f32;
             if !value.is_finite() {
+                let weight = format!("{weight:e}");
                 return Err(Error::field(format!("{module}: weight"), weight, "one with which B is finite in f32"));
             }
             b[row * rank + column + k] = value;

@@ -1,7 +1,6 @@
 //! How much memory a run will take: its plan, from its options.
 
 use crate::builtin;
-use crate::choices::PageIo;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::options::Options;
@@ -40,10 +39,8 @@ pub struct Subject<'a> {
 pub fn plan(options: &Options, subject: &Subject, [rows, seq]: [usize; 2], threads: Option<usize>) -> Result<Plan> {
     let device = options.device.unwrap_or_default();
     let all = || std::thread::available_parallelism().map_or(1, |n| n.get());
-    let is_direct = options.page_io.unwrap_or_default() == PageIo::Direct;
-    let stage = if is_direct { rankfold_pager::STAGE as u64 } else { 0 };
     let machine = Machine {
-        program: program(options, subject.folder) + stage,
+        program: program(options, subject.folder),
         cpu_threads: (device == Device::Cpu).then(|| threads.unwrap_or_else(all)),
     };
     Ok(Plan::of(&Setup {

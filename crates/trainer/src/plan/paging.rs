@@ -42,9 +42,9 @@ const PAGES_OF_A_LIMIT: u64 = 8192;
 /// What is said of a limit is whole MiB.
 const MIB: u64 = 1 << 20;
 
-/// The pager's own: the order in which pages were used, its lists and its threads; and for each page its place, its
-/// last use and its checksum.
-const BOOKS: (u64, u64) = (2 << 20, 32);
+/// The pager's own: the order in which pages were used, its lists and its threads, and what small frames go through if
+/// they go to the disk directly; and for each page its place, its last use and its checksum.
+const BOOKS: (u64, u64) = (4 << 20, 32);
 
 /// What the program may take beyond its estimate, which was measured on others than this one.
 const BEYOND: u64 = 2 << 20;
@@ -199,7 +199,7 @@ mod tests {
     fn pages_and_their_books_are_the_pagers() {
         let sizes = std::iter::successors(Some(*rankfold_pager::PAGES.start()), |page| Some(2 * page));
         assert!(sizes.take_while(|page| rankfold_pager::PAGES.contains(page)).eq(PAGES.map(|page| page as usize)));
-        assert_eq!(BOOKS.1, rankfold_pager::BOOKS as u64);
+        assert_eq!(BOOKS, ((2 << 20) + rankfold_pager::STAGE as u64, rankfold_pager::BOOKS as u64));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Stored {
 /// Where the run goes, as far as memory is concerned.
 #[derive(Clone, Copy, Debug)]
 pub struct Machine {
-    /// Bytes of the program itself, its data and tokenizer, and what its pager moves small frames through.
+    /// Bytes of the program itself, its data and tokenizer.
     pub program: u64,
     /// Threads of the CPU backend, whose pool and working memory are counted too; `None` for another backend.
     pub cpu_threads: Option<usize>,
