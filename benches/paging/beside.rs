@@ -21,25 +21,25 @@ struct Move {
     bytes: usize,
 }
 
-/// What the movers are given and what they answer.
-struct Movers {
-    moves: Sender<Move>,
-    moved: Receiver<io::Result<()>>,
+/// What is to be moved, as the threads that move are given it, and their answers.
+struct Moves {
+    todo: Sender<Move>,
+    done: Receiver<io::Result<()>>,
     /// Runs that memory has; the next of them, and those under way.
     runs: usize,
     next: usize,
     under_way: usize,
 }
 
-impl Movers {
+impl Moves {
     /// Have a phase's bytes moved, those to the file and those from it by turns, in runs of `run`.
     fn start(&mut self, phase: &Phase, run: usize) {
         let mut left = [phase.stored as usize, phase.loaded as usize];
         while left != [0, 0] {
             for (write, left) in [true, false].into_iter().zip(&mut left).filter(|(_, left)| **left > 0) {
                 let bytes = run.min(*left);
-                // The receiver outlives the movers.
-                let _ = self.moves.send(Move { write, run: self.next, bytes });
+                // The receiver outlives all of this.
+                let _ = self.todo.send(Move { write, run: self.next, bytes });
                 (self.next, *left) = ((self.next + 1) % self.runs, *left - bytes);
                 self.under_way += 1;
             }
@@ -50,7 +50,7 @@ impl Movers {
     fn finish(&mut self) -> io::Result<()> {
         while self.under_way > 0 {
             self.under_way -= 1;
-            self.moved.recv().map_err(|_| io::Error::other("the movers are gone"))??;
+            self.done.recv().map_err(|_| io::Error::other("the movers are gone"))??;
         }
         Ok(())
     }
@@ -64,40 +64,40 @@ impl Probe {
         let (file, page) = (&self.file, self.page);
         let mut memory = self.memory.pin_mut(0..bytes)?;
         let runs: Vec<_> = memory.chunks_exact_mut(run).map(Mutex::new).collect();
-        let (moves, todo) = mpsc::channel::<Move>();
-        let (done, moved) = mpsc::channel();
-        let todo = Mutex::new(todo);
-        let mover = |done: Sender<io::Result<()>>| {
+        let (todo, given) = mpsc::channel::<Move>();
+        let (moved, done) = mpsc::channel();
+        let given = Mutex::new(given);
+        let mover = |moved: Sender<io::Result<()>>| {
             loop {
-                let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                let next = given.lock().unwrap_or_else(PoisonError::into_inner).recv();
                 let Ok(Move { write, run: at, bytes }) = next else { return };
                 let mut memory = runs[at].lock().unwrap_or_else(PoisonError::into_inner);
                 // Direct I/O moves whole pages.
                 let memory = &mut memory[..bytes.next_multiple_of(page)];
                 let at = (at * run) as u64;
-                let moved = if write { file.write_all_at(memory, at) } else { file.read_exact_at(memory, at) };
-                if done.send(moved).is_err() {
+                let result = if write { file.write_all_at(memory, at) } else { file.read_exact_at(memory, at) };
+                if moved.send(result).is_err() {
                     return;
                 }
             }
         };
         thread::scope(|scope| {
             for _ in 0..threads {
-                let done = done.clone();
-                scope.spawn(|| mover(done));
+                let moved = moved.clone();
+                scope.spawn(|| mover(moved));
             }
-            drop(done);
-            let mut movers = Movers { moves, moved, runs: runs.len(), next: 0, under_way: 0 };
+            drop(moved);
+            let mut moves = Moves { todo, done, runs: runs.len(), next: 0, under_way: 0 };
             let mut phases = phases.iter();
             let mut failed = None;
             let begun = Instant::now();
-            let mut next = |movers: &mut Movers| phases.next().into_iter().for_each(|phase| movers.start(phase, run));
-            next(&mut movers);
+            let mut next = |moves: &mut Moves| phases.next().into_iter().for_each(|phase| moves.start(phase, run));
+            next(&mut moves);
             step(&mut || {
-                failed = failed.take().or(movers.finish().err());
-                next(&mut movers);
+                failed = failed.take().or(moves.finish().err());
+                next(&mut moves);
             })?;
-            failed = failed.or(movers.finish().err());
+            failed = failed.or(moves.finish().err());
             let seconds = begun.elapsed().as_secs_f64();
             failed.map_or(Ok(seconds), |why| Err(why.into()))
         })

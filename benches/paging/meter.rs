@@ -143,9 +143,8 @@ impl Meter<'_> {
         for _ in 0..self.sizes.warm_up {
             paged(&mut || ())?;
         }
-        let (least, most, enough) = self.sizes.rounds;
         let (mut rounds, begun) = (Vec::new(), Instant::now());
-        while rounds.len() < least || (rounds.len() < most && begun.elapsed().as_secs_f64() < enough) {
+        while wants_more(self.sizes.rounds, rounds.len(), begun) {
             let without = self.steps(pager, plain)?;
             let rates = disk.probe.rates()?;
             // The pager had the time of the others to bring pages in.
@@ -181,9 +180,8 @@ impl Meter<'_> {
 
     /// The mean of some steps' seconds.
     fn mean(&self, mut step: impl FnMut() -> Result<f64, Failure>) -> Result<f64, Failure> {
-        let (least, most, enough) = self.sizes.steps;
         let (mut sum, mut count, begun) = (0.0, 0, Instant::now());
-        while count < least || (count < most && begun.elapsed().as_secs_f64() < enough) {
+        while wants_more(self.sizes.steps, count, begun) {
             sum += step()?;
             count += 1;
         }
@@ -192,10 +190,9 @@ impl Meter<'_> {
 
     /// Some steps, one right after the other.
     fn steps(&self, pager: &Pager, step: &mut Step) -> Result<Means, Failure> {
-        let (least, most, enough) = self.sizes.steps;
         let (mut sums, mut count, begun) = (Vec::<Phase>::new(), 0, Instant::now());
         let first = pager.stats();
-        while count < least || (count < most && begun.elapsed().as_secs_f64() < enough) {
+        while wants_more(self.sizes.steps, count, begun) {
             let (mut before, mut since, mut phase) = (pager.stats(), Instant::now(), 0);
             let mut ends = || {
                 let (after, now) = (pager.stats(), Instant::now());
@@ -223,6 +220,11 @@ impl Meter<'_> {
             prefetched: (last.prefetched - first.prefetched) as f64 / count,
         })
     }
+}
+
+/// Whether there are to be more than `count`: fewest and most of them, and the seconds after which there are enough.
+fn wants_more((least, most, enough): (usize, usize, f64), count: usize, begun: Instant) -> bool {
+    count < least || (count < most && begun.elapsed().as_secs_f64() < enough)
 }
 
 /// What a round found.

@@ -128,14 +128,14 @@ impl Space {
             self.note(&edge, Frame::Small);
         }
         for block in whole.clone().step_by(BLOCK).map(|start| start..start + BLOCK) {
-            if self.are(&block, Frame::Small) && Self::blocks() <= MAPPINGS {
+            if self.are(&block, Frame::Small) {
+                if Self::blocks() > MAPPINGS {
+                    continue;
+                }
                 // SAFETY: the caller's condition.
                 unsafe { self.map_anew(block.clone(), access) }.map_err(failed)?;
-                self.note(&block, Frame::Bare);
             }
-            if !self.are(&block, Frame::Small) {
-                self.note(&block, Frame::Huge);
-            }
+            self.note(&block, Frame::Huge);
         }
         self.mark(whole, true);
         Ok(())
@@ -146,16 +146,19 @@ impl Space {
         range.start / BLOCK * BLOCK..range.end.next_multiple_of(BLOCK).min(self.bytes)
     }
 
+    /// Of the blocks that a range touches, what each was given.
+    fn given(&self, range: &Range<usize>) -> impl Iterator<Item = &AtomicU8> {
+        self.frames[range.start / BLOCK..range.end.div_ceil(BLOCK)].iter()
+    }
+
     /// Note of all blocks that a range touches what they were given.
     fn note(&self, range: &Range<usize>, frame: Frame) {
-        let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
-        self.frames[blocks].iter().for_each(|block| block.store(frame as u8, Ordering::Relaxed));
+        self.given(range).for_each(|block| block.store(frame as u8, Ordering::Relaxed));
     }
 
     /// Whether all blocks that a range touches were given that.
     fn are(&self, range: &Range<usize>, frame: Frame) -> bool {
-        let blocks = range.start / BLOCK..range.end.div_ceil(BLOCK);
-        self.frames[blocks].iter().all(|block| block.load(Ordering::Relaxed) == frame as u8)
+        self.given(range).all(|block| block.load(Ordering::Relaxed) == frame as u8)
     }
 
     /// Whether a range is made of whole blocks, each in a huge frame as far as the system had those.
